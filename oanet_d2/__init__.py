@@ -1,0 +1,20 @@
+"""
+OANet for Detectron2. Importing this package registers its modules and datasets.
+"""
+
+from . import data, modeling
+from .config import add_oanet_config
+from .data import register_panoptic
+from .modeling import OANet, OANetSemSegFPNHead, SpatialRankingHead
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OANet",
+    "OANetSemSegFPNHead",
+    "SpatialRankingHead",
+    "add_oanet_config",
+    "data",
+    "modeling",
+    "register_panoptic",
+]

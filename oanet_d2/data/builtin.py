@@ -1,0 +1,51 @@
+"""
+Datasets registered when `oanet_d2` is imported. Files are looked for under
+`$DETECTRON2_DATASETS` (default: `./datasets`), as for Detectron2's own datasets.
+"""
+
+import os
+
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+from .occlusion_scenes import CATEGORIES as OCCLUSION_SCENES_CATEGORIES
+from .register import register_panoptic
+
+SPLITS = ("train", "val")
+
+
+def datasets_root() -> str:
+    """
+    Detectron2's dataset folder.
+    """
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def register_builtin(root: str):
+    """
+    Register `coco_2017_{train,val}_oanet` and `occlusion_scenes_{train,val}`.
+
+    Args:
+        root: the folder that holds `coco/` and `occlusion_scenes/`.
+    """
+    for split in SPLITS:
+        coco = os.path.join(root, "coco")
+        register_panoptic(
+            f"coco_2017_{split}_oanet",
+            os.path.join(coco, f"{split}2017"),
+            os.path.join(coco, "annotations", f"panoptic_{split}2017.json"),
+            os.path.join(coco, f"panoptic_{split}2017"),
+            os.path.join(coco, "annotations", f"instances_{split}2017.json"),
+            categories=COCO_CATEGORIES,
+        )
+        scenes = os.path.join(root, "occlusion_scenes")
+        register_panoptic(
+            f"occlusion_scenes_{split}",
+            os.path.join(scenes, split),
+            os.path.join(scenes, "annotations", f"panoptic_{split}.json"),
+            os.path.join(scenes, f"panoptic_{split}"),
+            os.path.join(scenes, "annotations", f"instances_{split}.json"),
+            categories=OCCLUSION_SCENES_CATEGORIES,
+        )
+
+
+register_builtin(datasets_root())

@@ -1,0 +1,228 @@
+import logging
+import os
+import time
+from functools import partial
+from typing import Dict, Optional
+from unittest import mock
+
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
+from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.utils import comm
+
+from .data import PanopticDatasetMapper
+from .data.builtin import datasets_root
+from .data.occlusion_scenes import ensure_split
+from .evaluation import OrderingEvaluator, orderings_of, orderings_table, write_orderings
+from .visualization import OrderPictures
+
+__all__ = [
+    "OANetTrainer",
+    "check_classes",
+    "prepare_datasets",
+    "report_orderings",
+    "training_seconds",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class OANetTrainer(DefaultTrainer):
+    """
+    Detectron2's trainer with OANet's mapper and evaluators.
+    """
+
+    def __init__(self, cfg):
+        check_classes(cfg)
+        if cfg.MODEL.DEVICE != "cpu":
+            super().__init__(cfg)
+            return
+        # DefaultTrainer gives DistributedDataParallel `device_ids`, which it refuses on CPU.
+        cpu_ddp = partial(create_ddp_model, device_ids=None)
+        with mock.patch("detectron2.engine.defaults.create_ddp_model", cpu_ddp):
+            super().__init__(cfg)
+
+    def build_hooks(self):
+        hooks = [TrainingClock(), *super().build_hooks()]
+        if comm.is_main_process() and self.cfg.TEST.ORDERS:
+            hooks.append(OrderingReport())
+        return hooks
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=PanopticDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        mapper = PanopticDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        """
+        Panoptic quality, and COCO's instance AP where the dataset has an instances JSON.
+        """
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        evaluators = [COCOPanopticEvaluator(dataset_name, output_folder)]
+        if MetadataCatalog.get(dataset_name).json_file:
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=output_folder))
+        return DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """
+        As :meth:`DefaultTrainer.test`; with `cfg.TEST.ORDERS` it also compares painting orders.
+        """
+        if evaluators is None and cfg.TEST.ORDERS:
+            model_without_ddp = getattr(model, "module", model)
+            evaluators = [
+                DatasetEvaluators(
+                    [
+                        cls.build_evaluator(cfg, name),
+                        build_ordering_evaluator(cfg, name, model_without_ddp),
+                    ]
+                )
+                for name in cfg.DATASETS.TEST
+            ]
+        return super().test(cfg, model, evaluators)
+
+
+def build_ordering_evaluator(cfg, dataset_name: str, model) -> OrderingEvaluator:
+    """
+    The evaluator that `cfg.TEST.ORDERS` and `cfg.TEST.ORDER_PICTURES` describe.
+    """
+    pictures = None
+    if cfg.TEST.ORDER_PICTURES > 0 and {"score", model.order} <= set(cfg.TEST.ORDERS):
+        folder = os.path.join(_report_folder(cfg, dataset_name), "pictures")
+        pictures = OrderPictures(dataset_name, folder, cfg.TEST.ORDER_PICTURES, model.order)
+    return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures)
+
+
+def check_classes(cfg):
+    """
+    Compare the class counts of the config with those of its datasets.
+
+    Raises:
+        ValueError: they differ; the message names the key, both numbers and what would be right.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        if not hasattr(metadata, "stuff_dataset_id_to_contiguous_id"):
+            raise ValueError(
+                f"Dataset {name!r} is not registered as a panoptic dataset; register it with "
+                "oanet_d2.register_panoptic."
+            )
+        num_things = len(metadata.thing_dataset_id_to_contiguous_id)
+        num_stuff = len(metadata.stuff_dataset_id_to_contiguous_id)
+        stuff_only = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
+        expected = {
+            "MODEL.ROI_HEADS.NUM_CLASSES": (cfg.MODEL.ROI_HEADS.NUM_CLASSES, num_things),
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": (
+                cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+                num_stuff + (1 if stuff_only else num_things),
+            ),
+        }
+        for key, (found, right) in expected.items():
+            if found != right:
+                raise ValueError(
+                    f"{key} is {found}, but dataset {name!r} has {num_things} thing and "
+                    f"{num_stuff} stuff classes: with MODEL.SEM_SEG_HEAD.SUPERVISION "
+                    f"{cfg.MODEL.SEM_SEG_HEAD.SUPERVISION!r} it must be {right}."
+                )
+
+
+def prepare_datasets(cfg):
+    """
+    Make the synthetic scenes that the config names, if they are not there yet.
+    """
+    scenes = cfg.DATASETS.OCCLUSION_SCENES
+    sizes = {"train": scenes.TRAIN_IMAGES, "val": scenes.VAL_IMAGES}
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    for split, num_images in sizes.items():
+        if f"occlusion_scenes_{split}" in names:
+            ensure_split(
+                os.path.join(datasets_root(), "occlusion_scenes"),
+                split,
+                num_images,
+                image_size=scenes.IMAGE_SIZE,
+                seed=scenes.SEED,
+            )
+
+
+def report_orderings(cfg, results: Dict, train_seconds: Optional[float]):
+    """
+    Print the table of orders and write `orderings.json` into the output folder.
+
+    Args:
+        cfg: the config of the evaluation.
+        results: what :meth:`OANetTrainer.test` returned.
+        train_seconds: how long the training took, None where it is not known.
+    """
+    by_dataset = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+    for name, result in by_dataset.items():
+        path = os.path.join(_report_folder(cfg, name), "orderings.json")
+        seconds = {"train": train_seconds, "eval": result["evaluation"]["seconds"]}
+        write_orderings(path, result, seconds)
+        table = orderings_table(orderings_of(result))
+        logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
+
+
+def training_seconds(checkpoint: Dict) -> Optional[float]:
+    """
+    The training time that a checkpoint of :class:`OANetTrainer` records.
+
+    Args:
+        checkpoint: what :meth:`DetectionCheckpointer.resume_or_load` returned.
+    """
+    hooks = checkpoint.get("trainer", {}).get("hooks", {})
+    return hooks.get(f"{TrainingClock.__module__}.{TrainingClock.__qualname__}", {}).get("seconds")
+
+
+def _report_folder(cfg, dataset_name: str) -> str:
+    if len(cfg.DATASETS.TEST) == 1:
+        return cfg.OUTPUT_DIR
+    return os.path.join(cfg.OUTPUT_DIR, dataset_name)
+
+
+class TrainingClock(HookBase):
+    """
+    Adds up the wall time of the training steps, over resumed runs too.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def before_step(self):
+        self._start = time.perf_counter()
+
+    def after_step(self):
+        self.seconds += time.perf_counter() - self._start
+
+    def state_dict(self):
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict):
+        self.seconds = state_dict["seconds"]
+
+
+class OrderingReport(HookBase):
+    """
+    Reports the comparison of orders after every evaluation, and last of all at the end.
+    """
+
+    def __init__(self):
+        self._reported = None
+
+    def after_step(self):
+        results = getattr(self.trainer, "_last_eval_results", None)
+        if results is not self._reported:
+            self._reported = results
+            clock = next(h for h in self.trainer._hooks if isinstance(h, TrainingClock))
+            report_orderings(self.trainer.cfg, results, clock.seconds)
+
+    def after_train(self):
+        self.after_step()

@@ -1,0 +1,103 @@
+from typing import Dict
+
+import torch
+from torch.nn import functional as F
+
+from detectron2.config import configurable
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+
+__all__ = ["OANetSemSegFPNHead"]
+
+SUPERVISION = ("things_and_stuff", "stuff")
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class OANetSemSegFPNHead(SemSegFPNHead):
+    """
+    Detectron2's semantic FPN head, supervised on things *and* stuff, L_seg(stuff+object), as in
+    the paper. The layers and their names are Panoptic FPN's; only the number of classes differs,
+    and with `num_things=0` it is Panoptic FPN's head.
+
+    In inference it returns what Panoptic FPN's head returns: 1 + #stuff channels, of which
+    channel 0 is "any thing" (here the best thing class), so that everything downstream of
+    Panoptic FPN works on it.
+    """
+
+    @configurable
+    def __init__(self, input_shape, *, num_classes: int, num_things: int = 0, **kwargs):
+        """
+        Args:
+            input_shape, num_classes: see :class:`SemSegFPNHead`.
+            num_things: the first so many classes are things; 0 if class 0 stands for all of them.
+
+        Other arguments are the same as :class:`SemSegFPNHead`.
+
+        Raises:
+            ValueError: the numbers of classes contradict each other.
+        """
+        if num_things >= num_classes:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but with SUPERVISION "
+                f"'things_and_stuff' it counts the {num_things} thing classes of "
+                "MODEL.ROI_HEADS.NUM_CLASSES and at least one stuff class. Set it to #things + "
+                "#stuff, or SUPERVISION to 'stuff' for Panoptic FPN's 1 + #stuff classes."
+            )
+        super().__init__(input_shape, num_classes=num_classes, **kwargs)
+        if 0 <= self.ignore_value < num_classes:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {self.ignore_value}, which is one of the "
+                f"{num_classes} classes; set it to a value outside of them."
+            )
+        self.num_things = num_things
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        supervision = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION
+        if supervision not in SUPERVISION:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.SUPERVISION is {supervision!r}; it must be one of "
+                f"{SUPERVISION}."
+            )
+        ret = super().from_config(cfg, input_shape)
+        if supervision == "things_and_stuff":
+            ret["num_things"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        return ret
+
+    def forward(self, features, targets=None):
+        """
+        Args:
+            features: dict of FPN feature maps.
+            targets: (B, H, W) int64 class of every pixel, or None in inference.
+
+        Returns:
+            in training (None, dict of losses); in inference ((B, 1 + #stuff, H, W) logits, {}).
+        """
+        if self.training or self.num_things == 0:
+            return super().forward(features, targets)
+        logits = self.layers(features)
+        things = logits[:, : self.num_things].amax(dim=1, keepdim=True)
+        # Reduced before it is enlarged: 54 channels at full resolution on COCO, not 133.
+        logits = torch.cat([things, logits[:, self.num_things :]], dim=1)
+        logits = F.interpolate(
+            logits, scale_factor=self.common_stride, mode="bilinear", align_corners=False
+        )
+        return logits, {}
+
+    def losses(
+        self, predictions: torch.Tensor, targets: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        """
+        As :meth:`SemSegFPNHead.losses`, but 0 instead of NaN if no pixel is labelled.
+        """
+        predictions = F.interpolate(
+            predictions.float(),
+            scale_factor=self.common_stride,
+            mode="bilinear",
+            align_corners=False,
+        )
+        loss = F.cross_entropy(
+            predictions, targets, reduction="sum", ignore_index=self.ignore_value
+        )
+        labelled = (targets != self.ignore_value).sum().clamp(min=1)
+        return {"loss_sem_seg": loss / labelled * self.loss_weight}

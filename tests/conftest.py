@@ -1,0 +1,84 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from detectron2.config import get_cfg
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from oanet_d2 import add_oanet_config
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = REPOSITORY / "configs"
+
+settings.register_profile("oanet_d2", deadline=None)  # first calls compile and load
+settings.load_profile("oanet_d2")
+
+
+def load_config(path, *opts):
+    """A config of this project, on the CPU and without weights to download."""
+    cfg = get_cfg()
+    add_oanet_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / path))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
+    return cfg
+
+
+@pytest.fixture
+def tiny_cfg():
+    """The demo's network at its smallest."""
+    return load_config(
+        "OcclusionScenes/oanet_R_18.yaml",
+        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
+        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
+        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *["MODEL.SRM_HEAD.KERNEL_SIZE", "5", "TEST.ORDERS", "()"],
+    )
+
+
+def make_instances(size, boxes, classes, masks=None):
+    """
+    Ground-truth instances in an image of `size`; masks default to the filled boxes.
+
+    Args:
+        boxes: list of integer XYXY boxes.
+    """
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    if masks is None:
+        masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+            mask[y0:y1, x0:x1] = True
+    instances.gt_masks = BitMasks(masks)
+    return instances
+
+
+def make_input(size, boxes, classes, stuff=None, num_things=11, seed=0):
+    """
+    A training input as PanopticDatasetMapper gives it: filled boxes, later ones on top.
+
+    Args:
+        stuff: panoptic category behind the things, or None for void.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    category = torch.full(size, 255 if stuff is None else num_things + stuff - 1)
+    for (x0, y0, x1, y1), c in zip(boxes, classes):
+        category[y0:y1, x0:x1] = c
+    return {
+        "image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8),
+        "height": size[0],
+        "width": size[1],
+        "instances": make_instances(size, boxes, classes),
+        "panoptic_category": category,
+        "sem_seg": category,
+    }
+
+
+@pytest.fixture(scope="session")
+def subprocess_env():
+    """Environment for subprocesses that run this checkout."""
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

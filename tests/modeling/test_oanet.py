@@ -1,0 +1,258 @@
+import copy
+
+import pytest
+import torch
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from oanet_d2 import OANet
+from oanet_d2.modeling.oanet import RankingEvidence, evaluating
+from tests.conftest import load_config, make_input
+
+PERSON, TIE, TABLE = 0, 1, 5
+SIZE = (64, 96)
+
+# name -> images of a batch: (boxes, classes, stuff)
+EDGE_BATCHES = {
+    "ordinary": [([[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE], 2)],
+    "no instance": [([], [], 2)],
+    "no stuff": [([[0, 0, 96, 64]], [PERSON], None)],
+    "nothing labelled at all": [([], [], None)],
+    "one class": [([[8, 8, 40, 60]], [PERSON], 1)],
+    "instances all of one class": [([[8, 8, 40, 60], [20, 8, 60, 60]], [PERSON, PERSON], 1)],
+    "smaller than a cell": [([[9, 9, 10, 10]], [TIE], 1)],
+    "some images without a thing": [([], [], 2), ([[8, 8, 40, 60]], [PERSON], 2)],
+    "two sizes": [([[8, 8, 40, 60]], [PERSON], 2), ([[8, 8, 90, 60]], [TABLE], 3)],
+}
+
+
+def make_batch(name):
+    images = EDGE_BATCHES[name]
+    sizes = [SIZE, (96, 128)] if name == "two sizes" else [SIZE] * len(images)
+    return [make_input(size, *image) for size, image in zip(sizes, images)]
+
+
+@pytest.mark.parametrize("train_masks", ["gt", "pred", "both"])
+@pytest.mark.parametrize("name", EDGE_BATCHES)
+def test_trains_on_edge_batches(tiny_cfg, name, train_masks):
+    """Finite losses, and a gradient for every parameter: without one, DDP would hang."""
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = train_masks
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).train()
+    with EventStorage():
+        losses = model(make_batch(name))
+    assert {"loss_srm", "loss_sem_seg", "loss_mask", "loss_cls", "loss_rpn_cls"} <= set(losses)
+    assert all(torch.isfinite(x) for x in losses.values()), losses
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert without == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(part.training for part in model.modules())  # "pred" puts the modes back
+
+
+def test_gradients_are_not_all_zero(tiny_cfg):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).train()
+    with EventStorage():
+        sum(model(make_batch("ordinary")).values()).backward()
+    # (the box regression of the 9 classes not in the batch gets none, but every tensor gets some)
+    dead = [n for n, p in model.named_parameters() if not p.grad.any()]
+    assert dead == []
+
+
+def with_detections(model, boxes, classes, scores, mask_value=0.9):
+    """Make the model's ROI heads return given detections, with box-filling masks."""
+
+    def roi_heads(images, features, proposals, targets=None):
+        results = []
+        for size in images.image_sizes:
+            instances = Instances(size)
+            instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+            instances.scores = torch.tensor(scores)
+            instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+            instances.pred_masks = torch.full((len(boxes), 1, 28, 28), mask_value)
+            results.append(instances)
+        return results, {}
+
+    model.roi_heads.forward = roi_heads
+    return model
+
+
+DETECTIONS = {
+    "no instance": ([], [], []),
+    "one": ([[8, 8, 40, 60]], [PERSON], [0.9]),
+    "one class": ([[8, 8, 40, 60], [20, 8, 60, 60]], [PERSON, PERSON], [0.9, 0.8]),
+    "several": ([[8, 8, 40, 60], [20, 20, 28, 44], [0, 40, 96, 64]], [0, 1, 5], [0.9, 0.8, 0.7]),
+    "an empty box": ([[8, 8, 40, 60], [50, 50, 50, 50]], [PERSON, TIE], [0.9, 0.8]),
+    "none confident": ([[8, 8, 40, 60]], [PERSON], [0.1]),
+}
+
+
+@pytest.mark.parametrize("order", ["score", "srm_mean", "srm_overlap"])
+@pytest.mark.parametrize("mask_value", [0.9, 0.1], ids=["masks", "empty masks"])
+@pytest.mark.parametrize("name", DETECTIONS)
+def test_infers_on_edge_cases(tiny_cfg, name, mask_value, order):
+    tiny_cfg.MODEL.OANET.ORDER = order
+    model = with_detections(build_model(tiny_cfg).eval(), *DETECTIONS[name], mask_value)
+    inputs = make_input(SIZE, [], [])
+    inputs.update(height=128, width=192)  # the output is twice the input
+    with torch.no_grad():
+        (result,) = model([inputs])
+    assert set(result) == {"sem_seg", "instances", "panoptic_seg"}
+    panoptic_seg, segments_info = result["panoptic_seg"]
+    assert panoptic_seg.shape == (128, 192) and panoptic_seg.dtype == torch.int32
+    assert set(panoptic_seg.unique().tolist()) - {0} == {s["id"] for s in segments_info}
+    expected = 0 if mask_value < 0.5 or name in ("no instance", "none confident") else 1
+    assert sum(s["isthing"] for s in segments_info) >= expected
+    assert not result["instances"].has("kept")
+
+
+def test_srm_decides_who_lies_on_top(tiny_cfg):
+    """The person is the more confident; a score map in favour of the tie brings the tie forward."""
+    model = build_model(tiny_cfg).eval()
+    with_detections(model, [[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE], [0.99, 0.6])
+    inputs = [make_input(SIZE, [], [])]
+
+    def owner_of_the_overlap(favoured, order):
+        bias = torch.zeros(11)
+        bias[favoured] = 5.0
+        model.srm_head.predictor.weight.data.zero_()
+        model.srm_head.predictor.bias.data = bias
+        model.order = order
+        with torch.no_grad():
+            panoptic_seg, segments_info = model(inputs)[0]["panoptic_seg"]
+        segment = panoptic_seg[30, 24].item()
+        return next(s["category_id"] for s in segments_info if s["id"] == segment)
+
+    for order in ("srm_mean", "srm_overlap"):
+        assert owner_of_the_overlap(TIE, order) == TIE
+        assert owner_of_the_overlap(PERSON, order) == PERSON
+    assert owner_of_the_overlap(TIE, "score") == PERSON
+
+
+def test_instances_below_the_confidence_threshold_do_not_compete(tiny_cfg):
+    tiny_cfg.TEST.ORDERS = ("srm_overlap",)
+    model = build_model(tiny_cfg).eval()
+    with_detections(model, [[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE], [0.9, 0.3])
+    with torch.no_grad():
+        evidence = model([make_input(SIZE, [], [])])[0]["ranking_evidence"]
+    assert evidence.masks[0].any() and not evidence.masks[1].any()
+
+
+def test_evidence_follows_instances_that_post_processing_drops(tiny_cfg):
+    tiny_cfg.TEST.ORDERS = ("srm_overlap",)
+    model = build_model(tiny_cfg).eval()
+    boxes = [[50, 50, 50, 50], [8, 8, 40, 60], [20, 20, 28, 44]]
+    with_detections(model, boxes, [TABLE, PERSON, TIE], [0.9, 0.8, 0.7])
+    with torch.no_grad():
+        result = model([make_input(SIZE, [], [])])[0]
+    evidence = result["ranking_evidence"]
+    assert isinstance(evidence, RankingEvidence)
+    assert evidence.classes.tolist() == result["instances"].pred_classes.tolist() == [PERSON, TIE]
+    assert evidence.masks.flatten(1).sum(1).tolist() == [8 * 13, 2 * 6]
+
+
+def panoptic_fpn_cfg(cfg):
+    cfg = cfg.clone()
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
+    return cfg
+
+
+@pytest.fixture
+def zoo_convention(tiny_cfg):
+    tiny_cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = "stuff"
+    tiny_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 8
+    return tiny_cfg
+
+
+def test_panoptic_fpn_weights_load_with_only_the_srm_missing(zoo_convention):
+    theirs = build_model(panoptic_fpn_cfg(zoo_convention))
+    ours = build_model(zoo_convention)
+    result = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert result.unexpected_keys == []
+    assert result.missing_keys and all(k.startswith("srm_head.") for k in result.missing_keys)
+
+
+def test_order_by_score_equals_panoptic_fpn(zoo_convention):
+    """Same weights, same convention, order = score: the same output, bit for bit."""
+    zoo_convention.MODEL.OANET.ORDER = "score"
+    torch.manual_seed(0)
+    theirs = build_model(panoptic_fpn_cfg(zoo_convention)).eval()
+    ours = build_model(zoo_convention).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    for model in (ours, theirs):
+        model.combine_instances_score_thresh = 0.05  # random weights are never confident
+        model.combine_stuff_area_thresh = 16
+        model.roi_heads.box_predictor.test_score_thresh = 0.05
+    inputs = [make_input(SIZE, [], [], seed=s) for s in range(3)]
+    with torch.no_grad():
+        results = list(zip(ours(copy.deepcopy(inputs)), theirs(copy.deepcopy(inputs))))
+    assert any(len(a["instances"]) > 1 for a, _ in results)
+    for a, b in results:
+        assert set(a) == set(b)
+        assert torch.equal(a["sem_seg"], b["sem_seg"])
+        assert torch.equal(a["panoptic_seg"][0], b["panoptic_seg"][0])
+        assert a["panoptic_seg"][1] == b["panoptic_seg"][1]
+        for field in ("scores", "pred_classes", "pred_masks"):
+            assert torch.equal(a["instances"].get(field), b["instances"].get(field))
+
+
+def test_without_postprocessing_returns_what_panoptic_fpn_does(tiny_cfg):
+    model = build_model(tiny_cfg).eval()
+    with torch.no_grad():
+        detections, sem_seg = model.inference([make_input(SIZE, [], [])], do_postprocess=False)
+    assert detections[0].has("pred_masks") and sem_seg[0].shape == (8, *SIZE)
+
+
+def test_checkpoint_round_trip(tiny_cfg, tmp_path):
+    torch.manual_seed(1)
+    saved, loaded = build_model(tiny_cfg), build_model(tiny_cfg)
+    DetectionCheckpointer(saved, str(tmp_path)).save("model")
+    DetectionCheckpointer(loaded).load(str(tmp_path / "model.pth"))
+    before, after = saved.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and "srm_head.predictor.weight" in before
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_evaluating_puts_every_mode_back(tiny_cfg):
+    model = build_model(tiny_cfg).train()
+    model.roi_heads.mask_head.eval()  # as a frozen part would be
+    with evaluating(model.roi_heads):
+        assert not any(part.training for part in model.roi_heads.modules())
+    assert model.roi_heads.training and model.roi_heads.box_head.training
+    assert not model.roi_heads.mask_head.training
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("MODEL.OANET.ORDER", "oracle", ["MODEL.OANET.ORDER", "'oracle'", "srm_overlap"]),
+        ("MODEL.MASK_ON", False, ["MODEL.MASK_ON", "False", "True"]),
+        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "all", ["SUPERVISION", "'all'", "things_and_stuff"]),
+    ],
+)
+def test_refuses_wrong_configs_by_name(tiny_cfg, key, value, words):
+    tiny_cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError) as error:
+        build_model(tiny_cfg)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("config", ["oanet_R_50_1x.yaml", "oanet_R_101_3x.yaml"])
+def test_coco_configs_train_and_infer(config):
+    cfg = load_config(f"COCO-PanopticSegmentation/{config}")
+    model = build_model(cfg)
+    assert isinstance(model, OANet)
+    assert model.sem_seg_head.predictor.out_channels == 133
+    inputs = make_input((64, 64), [[8, 8, 40, 60], [20, 20, 28, 44]], [0, 27], 1, num_things=80)
+    with EventStorage():
+        losses = model.train()([inputs])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(x) for x in losses.values())
+    with torch.no_grad():
+        (result,) = model.eval()([inputs])
+    assert result["sem_seg"].shape == (54, 64, 64)

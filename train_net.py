@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""
+OANet training script: trains, resumes or evaluates what a config describes.
+
+This script is a simplified version of the training script in detectron2/tools.
+"""
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from oanet_d2 import add_oanet_config
+from oanet_d2.engine import (
+    OANetTrainer,
+    check_classes,
+    prepare_datasets,
+    report_orderings,
+    training_seconds,
+)
+
+
+def setup(args):
+    """
+    Create configs and perform basic setups.
+    """
+    cfg = get_cfg()
+    add_oanet_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="oanet_d2")
+    prepare_datasets(cfg)
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+
+    if args.eval_only:
+        check_classes(cfg)
+        model = OANetTrainer.build_model(cfg)
+        checkpoint = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = OANetTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+            if cfg.TEST.ORDERS:
+                report_orderings(cfg, results, training_seconds(checkpoint))
+        return results
+
+    trainer = OANetTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def invoke_main() -> None:
+    args = default_argument_parser().parse_args()
+    print("Command Line Args:", args)
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    invoke_main()  # pragma: no cover
