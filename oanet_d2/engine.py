@@ -179,7 +179,7 @@ def training_seconds(checkpoint: Dict) -> Optional[float]:
         checkpoint: what :meth:`DetectionCheckpointer.resume_or_load` returned.
     """
     hooks = checkpoint.get("trainer", {}).get("hooks", {})
-    return hooks.get(f"{TrainingClock.__module__}.{TrainingClock.__qualname__}", {}).get("seconds")
+    return hooks.get(TrainingClock.__qualname__, {}).get("seconds")
 
 
 def _report_folder(cfg, dataset_name: str) -> str:

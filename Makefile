@@ -1,0 +1,36 @@
+# The environment is made once, in .venv, by tools/setup_env.py, and looked at in 0.1 s afterwards.
+PYTHON     ?= python3
+VENV       ?= .venv
+DETECTRON2 ?=
+ITERS      ?=
+ARGS       ?=
+PYTEST_ARGS ?=
+
+# With VENV=none, $(PYTHON) itself is used as it is.
+PY    = $(if $(filter none,$(VENV)),$(PYTHON),$(VENV)/bin/python)
+SETUP = @$(PYTHON) tools/setup_env.py --venv "$(VENV)" --detectron2 "$(DETECTRON2)"
+
+.PHONY: help demo test setup clean-venv
+
+help:  ## print this
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
+	@echo
+	@echo "  PYTHON=python3.11      the Python to make .venv with (3.10 to 3.12)"
+	@echo "  DETECTRON2=SOURCE      build a Detectron2 checkout or git+URL instead of the pinned wheel"
+	@echo "  VENV=DIR               another place than .venv; VENV=none: make nothing, use PYTHON as it is"
+	@echo "  ITERS=N ARGS='...'     demo: iterations, and anything else for train_net.py"
+	@echo "  PYTEST_ARGS='...'      test: anything else for pytest"
+
+demo:  ## train and evaluate a small OANet on made-up scenes with occlusion
+	$(SETUP)
+	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_R_18.yaml $(if $(ITERS),SOLVER.MAX_ITER $(ITERS)) $(ARGS)
+
+test:  ## run the tests
+	$(SETUP)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+setup:  ## only make the environment, or check the one there is by importing everything
+	$(SETUP) --verify
+
+clean-venv:  ## remove .venv
+	rm -rf .venv .venv.lock

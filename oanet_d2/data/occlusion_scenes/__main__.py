@@ -1,0 +1,44 @@
+"""python -m oanet_d2.data.occlusion_scenes: writes OcclusionScenes to disk."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from .writer import ensure_split, write_split
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    parser = argparse.ArgumentParser(
+        prog="python -m oanet_d2.data.occlusion_scenes",
+        description="Writes OcclusionScenes, a synthetic panoptic data set of things that lie on one "
+        "another, in the layout of COCO panoptic. A complete split of the same parameters is left alone.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--root", type=Path, default=datasets / "occlusion_scenes", metavar="DIR",
+        help="folder of the data set; not given: occlusion_scenes in $DETECTRON2_DATASETS")
+    add("--train", type=int, default=1000, metavar="N", help="images of the train split; 0: leave it alone")
+    add("--val", type=int, default=200, metavar="N", help="images of the val split; 0: leave it alone")
+    add("--image-size", type=int, default=256, metavar="PIXELS", help="height and width, at least 64")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files")
+    add("--workers", type=int, metavar="N", help="processes; 0: only this one; not given: one per CPU")
+    add("--overwrite", action="store_true", help="write anew, even where a complete split is there")
+    options = parser.parse_args(arguments)
+
+    write = write_split if options.overwrite else ensure_split
+    try:
+        for split, count in (("train", options.train), ("val", options.val)):
+            if count:
+                write(options.root, split, count, options.image_size, options.seed, options.workers)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"OcclusionScenes is in {options.root}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""What the things of an OcclusionScene look like: one function per class, drawing a random specimen.
+
+No class has a colour of its own: clothes, ties, cars, cups, tables, tree crowns and dogs take their
+colours and patterns from overlapping distributions, so the shape has to be seen.
+
+Most functions measure in something of the thing itself (a person in its height) and end with
+`scaled`, which brings that into drawing units (see `drawing.py`): 1.0 is one side of the image.
+"""
+
+import numpy as np
+
+from .drawing import (
+    Colour,
+    Drawing,
+    Paint,
+    any_colour,
+    any_paint,
+    box,
+    colour_near,
+    colour_unlike,
+    toned,
+    ellipse,
+    limb,
+    plain,
+    ring,
+    rounded,
+)
+
+SKINS = [(250, 215, 185), (232, 190, 150), (200, 150, 110), (150, 102, 70), (98, 66, 48)]
+HAIRS = [(40, 30, 26), (80, 52, 34), (140, 95, 50), (205, 170, 100), (150, 150, 150), (150, 60, 35)]
+COATS = [(60, 46, 38), (120, 84, 52), (176, 134, 88), (218, 196, 160), (70, 70, 74), (235, 232, 226)]
+WOODS = [(120, 82, 50), (160, 116, 74), (196, 156, 108), (86, 58, 40), (225, 220, 212)]
+LEAVES = [(62, 112, 52), (96, 140, 60), (44, 84, 58), (180, 150, 50), (196, 104, 48), (168, 60, 50)]
+METALS = [(60, 62, 66), (130, 134, 140), (190, 192, 196)]
+GLASS = [(150, 185, 205), (70, 84, 96), (205, 220, 228)]
+BLACK = np.float32([25, 22, 22])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Things that stand on the ground
+
+
+def person(rng: np.random.Generator) -> Drawing:
+    """A standing person, seen from the front or from behind; measured in its height.
+
+    Anchors: head_top, head_side, shoulder, waist; and "neck" (from the front) or "back" (from behind).
+    """
+    drawing = Drawing()
+    from_behind = rng.random() < 0.35
+    build = rng.uniform(0.88, 1.16)
+    shoulder, shoulder_y = 0.135 * build, -0.8
+    hip, hip_y = 0.1 * build, -0.47
+    skin = colour_near(rng, SKINS, 8)
+    shirt = any_paint(rng, any_colour(rng, 0.45), 0.075, ("stripes", "checks", "gradient", "dots"))
+
+    _legs(drawing, rng, hip, hip_y, skin)
+    side = [(0.4 * shoulder, -0.83), (shoulder, -0.79), (0.93 * shoulder, -0.62), (1.04 * hip, -0.44)]
+    drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]], 1), shirt)
+    sleeve = plain(shirt.first if rng.random() < 0.7 else skin)
+    for direction in (-1, 1):
+        _arm(drawing, rng, direction, 0.9 * shoulder, shoulder_y, sleeve, skin)
+    drawing.add(box(-0.03, -0.865, 0.03, -0.805), plain(toned(skin, 0.85)))
+    _head(drawing, rng, from_behind, skin)
+
+    drawing.anchors["shoulder"] = (shoulder, shoulder_y)
+    drawing.anchors["waist"] = (0.0, hip_y)
+    drawing.anchors["back" if from_behind else "neck"] = (0.0, -0.635 if from_behind else -0.812)
+    drawing.own_colours = [shirt.first, shirt.second]
+    return drawing.scaled(rng.uniform(0.6, 0.76))
+
+
+def _legs(
+    drawing: Drawing, rng: np.random.Generator, hip: float, hip_y: float, skin: Colour
+) -> None:
+    """Trousers, or a skirt and bare legs, in some stance; and shoes."""
+    cloth = any_paint(rng, any_colour(rng, 0.35), 0.06, ("plain", "gradient", "checks"))
+    shoe = plain(any_colour(rng, 0.3))
+    stance = rng.choice([0.35, 0.6, 1.0, 1.5])
+    skirt = rng.random() < 0.25
+    for side in (-1, 1):
+        foot = side * hip * stance * rng.uniform(0.7, 1.1)
+        drawing.add(limb((foot, -0.012), (foot + side * 0.025, -0.008), 0.026, 0.02), shoe)
+        leg = limb((side * hip * 0.52, hip_y), (foot, -0.035), 0.062, 0.034)
+        drawing.add(leg, plain(skin) if skirt else cloth)
+    if skirt:
+        hem = hip_y * rng.uniform(0.2, 0.45)
+        drawing.add([(-hip, hip_y), (hip, hip_y), (hip * 1.6, hem), (-hip * 1.6, hem)], cloth)
+
+
+def _arm(
+    drawing: Drawing,
+    rng: np.random.Generator,
+    side: int,
+    x: float,
+    y: float,
+    sleeve: Paint,
+    skin: Colour,
+) -> None:
+    """An arm from the shoulder (side * x, y) that hangs, rests on the hip, is raised or held aside."""
+    # Of elbow and hand: how far out, in x, and how far below y.
+    poses = [
+        ((1.25, 0.17), (1.25, 0.33)),
+        ((2.1, 0.16), (1.0, 0.28)),
+        ((2.0, 0.02), (2.1, -0.16)),
+        ((1.75, 0.13), (2.3, 0.25)),
+    ]
+    elbow, hand = poses[rng.choice(4, p=[0.5, 0.15, 0.15, 0.2])]
+    elbow_at = (side * x * elbow[0], y + elbow[1])
+    hand_at = (side * x * hand[0], y + hand[1])
+    drawing.add(limb(elbow_at, hand_at, 0.026, 0.024), plain(skin) if rng.random() < 0.4 else sleeve)
+    drawing.add(limb((side * x, y + 0.035), elbow_at, 0.036, 0.03), sleeve)
+    drawing.add(ellipse(*hand_at, 0.028, 0.028), plain(skin))
+
+
+def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: Colour) -> None:
+    """Head, hair and, from the front, a face. Sets the anchors head_top and head_side."""
+    hair = colour_near(rng, HAIRS, 8)
+    y, half, tall = -0.905, 0.066, 0.083
+    if rng.random() < 0.4:
+        tips = y + rng.uniform(0.05, 0.13)
+        top = y - tall
+        drawing.add(rounded([(-0.08, top), (0.08, top), (0.086, tips), (-0.086, tips)]), plain(hair))
+    drawing.add(ellipse(0, y, half, tall), plain(hair if from_behind else skin))
+    if not from_behind:
+        drawing.add(ellipse(0, y - 0.01, half * 1.08, tall * 1.05, 180, 360), plain(hair))
+        drawing.add(ellipse(0, y + 0.012, half * 0.86, tall * 0.72), plain(skin))
+        for eye in (-0.026, 0.026):
+            drawing.add(ellipse(eye, y + 0.002, 0.008, 0.01), plain(toned(hair, 0.4)))
+        drawing.add(ellipse(0, y + 0.038, 0.02, 0.007), plain(toned(skin, 0.6)))
+    drawing.anchors["head_top"] = (0.0, y - tall)
+    drawing.anchors["head_side"] = (half, y)
+
+
+def table(rng: np.random.Generator) -> Drawing:
+    """A table seen a little from above, its top square or round, with or without a cloth.
+
+    Anchors: top_left, top_right: opposite corners (far left, near right) of where things stand.
+    """
+    drawing = Drawing()
+    half = rng.uniform(0.22, 0.3)
+    height, depth = rng.uniform(0.3, 0.36), rng.uniform(0.15, 0.2)
+    far, near = -height, -height + depth
+    round_top, cloth = rng.random() < 0.35, rng.random() < 0.3
+    colour = colour_near(rng, WOODS) if rng.random() < 0.6 else any_colour(rng)
+    top = any_paint(rng, colour, 0.09, ("stripes", "checks", "blotches", "gradient"))
+    rim, hang = plain(toned(colour, 0.75)), rng.uniform(0.08, 0.12) if cloth else 0.028
+
+    spread = half * (0.55 if round_top else 0.9)
+    for x in (-spread * 0.82, spread * 0.82):
+        drawing.add(box(x - 0.014, near, x + 0.014, -0.06), plain(toned(colour, 0.5)))
+    for x in (-spread, spread):
+        drawing.add(box(x - 0.019, near, x + 0.019, 0), plain(toned(colour, 0.65)))
+    if round_top:
+        middle = (near + far) / 2
+        upper, lower = (middle, 180, 360), (middle + hang, 0, 180)
+        arcs = [ellipse(0, y, half, depth / 2, start, end) for y, start, end in (upper, lower)]
+        drawing.add(np.concatenate(arcs), rim)
+        drawing.add(ellipse(0, middle, half, depth / 2), top)
+    else:
+        narrow = half * rng.uniform(0.78, 0.92)
+        wave = 0.012 if cloth else 0.0
+        hem = [(x, near + hang + wave * (-1) ** k) for k, x in enumerate(np.linspace(half, -half, 9))]
+        drawing.add([(-half, near), (half, near), *hem], rim)
+        drawing.add([(-narrow, far), (narrow, far), (half, near), (-half, near)], top)
+    reach = half * (0.62 if round_top else 0.8)
+    drawing.anchors["top_left"] = (-reach, near - 0.6 * depth)
+    drawing.anchors["top_right"] = (reach, near - 0.12 * depth)
+    drawing.own_colours = [top.first, top.second]
+    return drawing
+
+
+def dog(rng: np.random.Generator) -> Drawing:
+    """A dog from the side, its head to the right; its body is about 0.3 long before `scaled`."""
+    drawing = Drawing()
+    coat = colour_near(rng, COATS, 12) if rng.random() < 0.7 else any_colour(rng, 0.3)
+    paint = any_paint(rng, coat, 0.1, ("blotches", "blotches", "gradient"))
+    shade = plain(toned(coat, 0.72))
+    half, thick = 0.15, rng.uniform(0.048, 0.062)
+    back = -(rng.uniform(0.1, 0.14) + thick)
+
+    for x, fill in ((-0.72, shade), (0.62, shade), (-0.98, paint), (0.86, paint)):
+        paw = (x * half + rng.uniform(-0.03, 0.03), -0.016)
+        drawing.add(limb((x * half, back + 0.02), paw, 0.026, 0.017), fill)
+    tail = (-half - 0.08, back - 0.04 + rng.uniform(-0.09, 0.03))
+    drawing.add(limb((-half, back - 0.02), tail, 0.018, 0.01), paint)
+    drawing.add(limb((-half * 0.9, back), (half * 0.85, back - 0.008), thick * 0.95, thick * 1.12), paint)
+
+    x, y = half + 0.06, back - rng.uniform(0.07, 0.11)
+    drawing.add(limb((half * 0.85, back - 0.02), (x, y), 0.04, 0.036), paint)
+    drawing.add(ellipse(x, y, 0.052, 0.046), paint)
+    drawing.add(limb((x + 0.02, y + 0.012), (x + 0.075, y + 0.02), 0.03, 0.02), paint)
+    drawing.add(ellipse(x + 0.093, y + 0.012, 0.011, 0.01), plain(BLACK))
+    drawing.add(ellipse(x + 0.022, y - 0.012, 0.008, 0.009), plain(BLACK))
+    hanging = rounded([(-0.045, -0.03), (0, -0.04), (-0.02, 0.05), (-0.05, 0.05)])
+    pricked = np.array([(-0.045, -0.02), (-0.035, -0.09), (0.015, -0.035)])
+    drawing.add((hanging if rng.random() < 0.5 else pricked) + (x, y), shade)
+    return drawing.scaled(rng.uniform(0.85, 1.15))
+
+
+def car(rng: np.random.Generator) -> Drawing:
+    """A car from the side, its front to the right: a saloon, a hatchback or a van."""
+    drawing = Drawing()
+    half, roof = rng.uniform(0.28, 0.34), rng.uniform(0.22, 0.26)
+    colour = any_colour(rng, 0.6)
+    paint = any_paint(rng, colour, 0.16, ("gradient", "stripes", "blotches"))
+    belt, wheel = -0.58 * roof, 0.058
+    # The cabin: back and front end of the roof and of the line below the windows, in half lengths.
+    roof_back, roof_front, belt_back, belt_front, raised = [
+        (-0.4, 0.2, -0.68, 0.52, 1.0),
+        (-0.78, 0.2, -0.95, 0.55, 1.0),
+        (-0.96, 0.48, -0.98, 0.76, 1.22),
+    ][rng.integers(3)]
+    roof *= raised
+    xs = half * np.array([belt_back, roof_back, roof_front, belt_front])
+    cabin = np.stack([xs, np.array([belt, -roof, -roof, belt])], axis=1)
+    drawing.add(cabin, paint)
+    bonnet = [(-half, belt), (half * 0.6, belt), (half * 0.98, belt * 0.82)]
+    drawing.add(rounded([*bonnet, (half, -wheel * 0.75), (-half, -wheel * 0.75)], 1), paint)
+
+    middle = cabin.mean(axis=0)
+    back_low, back_high, front_high, front_low = middle + (cabin - middle) * (0.84, 0.72)
+    post = (back_low[0] + front_low[0]) / 2 + rng.uniform(-0.03, 0.03)
+    glass = plain(colour_near(rng, GLASS, 10))
+    drawing.add([back_low, back_high, (post - 0.009, back_high[1]), (post - 0.009, back_low[1])], glass)
+    drawing.add([(post + 0.009, front_low[1]), (post + 0.009, front_high[1]), front_high, front_low], glass)
+    drawing.add(ellipse(half * 0.92, belt * 0.62, 0.018, 0.016), plain(np.float32([250, 240, 190])))
+    drawing.add(box(-half * 0.99, belt * 0.72, -half * 0.92, belt * 0.5), plain(np.float32([190, 40, 35])))
+    drawing.add(box(post - 0.05, belt * 0.88, post - 0.015, belt * 0.82), plain(toned(colour, 0.5)))
+    hub = plain(colour_near(rng, METALS, 10))
+    for x in (-half * 0.6, half * 0.62):
+        drawing.add(ellipse(x, -wheel, wheel, wheel), plain(BLACK))
+        drawing.add(ellipse(x, -wheel, wheel * 0.52, wheel * 0.52), hub)
+    return drawing
+
+
+def tree(rng: np.random.Generator) -> Drawing:
+    """A tree: broad-leaved (a crown of clumps) or a conifer (tiers of triangles)."""
+    drawing = Drawing()
+    height = rng.uniform(0.72, 1.0)
+    bark = plain(toned(colour_near(rng, WOODS[:4]), 0.8))
+    leaf = colour_near(rng, LEAVES, 16) if rng.random() < 0.9 else any_colour(rng)
+    trunk = rng.uniform(0.028, 0.042)
+    if rng.random() < 0.4:
+        _conifer(drawing, rng, height, trunk, bark, leaf)
+    else:
+        _broad_leaved(drawing, rng, height, trunk, bark, leaf)
+    return drawing
+
+
+def _conifer(
+    drawing: Drawing, rng: np.random.Generator, height: float, trunk: float, bark: Paint, leaf: Colour
+) -> None:
+    drawing.add([(-trunk, 0), (trunk, 0), (trunk * 0.7, -0.3), (-trunk * 0.7, -0.3)], bark)
+    spread, tiers, crown = rng.uniform(0.17, 0.23), int(rng.integers(3, 5)), height - 0.2
+    for k in range(tiers):
+        bottom = -0.2 - crown * 0.8 * k / tiers
+        reach = spread * (1 - 0.72 * k / tiers)
+        hem = [(x, bottom - 0.02 * (j % 2)) for j, x in enumerate(np.linspace(reach, -reach, 9))]
+        tone = toned(leaf, rng.uniform(0.85, 1.1))
+        needles = any_paint(rng, tone, 0.06, ("blotches", "gradient"))
+        drawing.add([(0, bottom - 0.36 * crown), *hem], needles)
+
+
+def _broad_leaved(
+    drawing: Drawing, rng: np.random.Generator, height: float, trunk: float, bark: Paint, leaf: Colour
+) -> None:
+    side = [(trunk * 1.4, 0), (trunk, -0.2), (trunk * 0.7, -0.6 * height)]
+    drawing.add(side + [(-x, y) for x, y in side[::-1]], bark)
+    middle, reach = -0.68 * height, rng.uniform(0.15, 0.2)
+    clumps = [(0.0, middle, reach)]
+    for angle in np.linspace(0, 2 * np.pi, 7, endpoint=False) + rng.uniform(0, 1):
+        x, y = 0.8 * reach * np.cos(angle), middle + 0.23 * height * np.sin(angle)
+        clumps.append((x, y, reach * rng.uniform(0.5, 0.75)))
+    for x, y, radius in clumps:
+        tone = toned(leaf, rng.uniform(0.82, 1.15))
+        paint = Paint("blotches", tone, toned(tone, 0.75), seed=int(rng.integers(2**31)))
+        drawing.add(ellipse(x, y, radius, 0.95 * radius), paint)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Things a person wears or holds; the origin is where they are fastened
+
+
+def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
+    """A tie, from the wearer's neck (the origin) to about the waist; measured in that distance."""
+    drawing = Drawing()
+    colour = colour_unlike(rng, wearer.own_colours)
+    paint = any_paint(rng, colour, 0.16, ("stripes", "dots", "checks"))
+    length, half = rng.uniform(0.84, 1.02), rng.uniform(0.13, 0.165)
+    sway = rng.uniform(-0.25, 0.25) * half
+    tip = [(half + sway, length * 0.84), (sway, length), (-half + sway, length * 0.84)]
+    drawing.add([(-half * 0.55, 0.1), (half * 0.55, 0.1), *tip], paint)
+    top, bottom = half * 0.85, half * 0.5
+    drawing.add([(-top, -0.02), (top, -0.02), (bottom, 0.15), (-bottom, 0.15)], plain(toned(colour, 0.8)))
+    return drawing.scaled(wearer.anchors["waist"][1] - wearer.anchors["neck"][1])
+
+
+def hat(rng: np.random.Generator, wearer: Drawing) -> Drawing:
+    """A bowler, top hat, cap or cone on a head (origin: its top); measured in half the head's width."""
+    drawing = Drawing()
+    colour = any_colour(rng, 0.55)
+    paint = any_paint(rng, colour, 0.9, ("stripes", "checks", "dots", "gradient"))
+    brim = rng.uniform(0.75, 1.0)
+    kind = rng.choice(["bowler", "top hat", "cap", "cone"])
+    if kind == "bowler":
+        drawing.add(ellipse(0, brim, 1.15, rng.uniform(1.4, 1.7), 180, 360), paint)
+    elif kind == "top hat":
+        top = brim - rng.uniform(2.1, 2.7)
+        drawing.add([(-1.1, top), (1.1, top), (1, brim), (-1, brim)], paint)
+    elif kind == "cap":
+        drawing.add(ellipse(0, brim, 1.2, 1.5, 180, 360), paint)
+        drawing.add(limb((0.4, brim - 0.08), (2.0, brim), 0.2, 0.14), plain(toned(colour, 0.8)))
+    else:
+        drawing.add([(-1.15, brim), (0, brim - rng.uniform(2.4, 3.2)), (1.15, brim)], paint)
+    if kind != "cap":
+        drawing.add(box(-1.08, brim - 0.42, 1.08, brim - 0.08), plain(colour_unlike(rng, [colour])))
+    if kind in ("bowler", "top hat"):
+        drawing.add(ellipse(0, brim, rng.uniform(1.7, 2.2), 0.27), plain(toned(colour, 0.85)))
+    return drawing.scaled(abs(wearer.anchors["head_side"][0]))
+
+
+def backpack(rng: np.random.Generator, wearer: Drawing) -> Drawing:
+    """A backpack (origin: the middle of the back); measured in half the wearer's shoulder width."""
+    drawing = Drawing()
+    colour = colour_unlike(rng, wearer.own_colours)
+    paint = any_paint(rng, colour, 0.5, ("gradient", "checks", "blotches", "stripes"))
+    half = rng.uniform(0.66, 0.8)
+    tall = half * rng.uniform(1.05, 1.35)
+    drawing.add(ring(0, -tall * 0.95, 0.3, 0.3, 0.12, 180, 360), plain(toned(colour, 0.6)))
+    side = [(half * 0.9, -tall), (half * 1.05, tall * 0.2), (half, tall)]
+    drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]]), paint)
+    pocket = rounded(box(-half * 0.66, tall * 0.08, half * 0.66, tall * 0.8), 1)
+    drawing.add(pocket, plain(toned(colour, 0.72)))
+    drawing.add(box(-half * 0.78, -tall * 0.22, half * 0.78, -tall * 0.12), plain(toned(colour, 0.5)))
+    return drawing.scaled(abs(wearer.anchors["shoulder"][0]))
+
+
+def umbrella(rng: np.random.Generator, wearer: Drawing) -> Drawing:
+    """An open umbrella over a head (origin: its top); measured in half the head's width."""
+    drawing = Drawing()
+    colour = any_colour(rng, 0.65)
+    middle, low = rng.uniform(0.2, 1.6), rng.uniform(0.4, 1.1)
+    reach, rise = rng.uniform(3.4, 4.4), rng.uniform(2.2, 2.9)
+    x, y = middle + 1.2, rng.uniform(5.0, 6.0)
+    pole = plain(colour_near(rng, METALS + WOODS[:3], 8))
+    drawing.add(limb((middle, low - rise), (x, y), 0.13, 0.13), pole)
+    drawing.add(ring(x + 0.3, y, 0.42, 0.5, 0.24, 0, 180), plain(toned(colour, 0.5)))
+
+    panels = int(rng.integers(4, 7))
+    edges = middle + reach * np.linspace(-1, 1, panels + 1)
+    # Each panel's lower edge is an arc, and its sides are curves from the top to the ends of that arc.
+    arcs = [
+        ellipse((left + right) / 2, low, (right - left) / 2, 0.35, 180, 360)
+        for left, right in zip(edges, edges[1:])
+    ]
+    quarter = np.radians(np.linspace(0, 90, 10))
+    ribs = [
+        np.stack([middle + (edge - middle) * np.sin(quarter), low - rise * np.cos(quarter)], axis=1)
+        for edge in edges
+    ]
+    second = toned(colour, 0.75) if rng.random() < 0.5 else any_colour(rng, 0.5)
+    for k, arc in enumerate(arcs):
+        panel = np.concatenate([ribs[k], arc, ribs[k + 1][::-1]])
+        drawing.add(panel, plain(second if k % 2 else colour))
+    return drawing.scaled(abs(wearer.anchors["head_side"][0]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Things that stand on a table; the origin is where they stand
+
+
+def cup(rng: np.random.Generator, under: Drawing) -> Drawing:
+    """A mug, a tea cup or a goblet."""
+    colour = colour_unlike(rng, under.own_colours)
+    paint = any_paint(rng, colour, 0.04, ("stripes", "dots", "checks", "gradient"))
+    shade = plain(toned(colour, 0.85))
+    half, tall = rng.uniform(0.042, 0.055), rng.uniform(0.085, 0.11)
+    kind = rng.choice(["mug", "tea cup", "goblet"], p=[0.45, 0.3, 0.25])
+    if kind == "tea cup":
+        half, tall = half * 1.15, tall * 0.8
+    if kind == "goblet":
+        tall *= 1.25
+    rim = half * 0.28
+
+    drawing = Drawing()
+    if kind == "mug":
+        drawing.add(ring(half * 0.95, -tall * 0.52, half * 0.75, tall * 0.33, half * 0.24, -95, 95), shade)
+        base = ellipse(0, -rim * 0.7, half * 0.92, rim * 0.7, 0, 180)
+        drawing.add(np.concatenate([[(-half, -tall), (half, -tall)], base]), paint)
+    elif kind == "tea cup":
+        drawing.add(ring(half * 0.8, -tall * 0.62, half * 0.7, tall * 0.3, half * 0.2, -95, 95), shade)
+        side = [(half, -tall), (half * 0.95, -tall * 0.5), (half * 0.45, 0)]
+        drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]], 1), paint)
+    else:
+        drawing.add(ellipse(0, -rim * 0.6, half * 0.75, rim * 0.6), shade)
+        drawing.add(box(-half * 0.22, -tall * 0.55, half * 0.22, -rim * 0.5), shade)
+        side = [(half, -tall), (half * 0.85, -tall * 0.5), (0.01, -tall * 0.36)]
+        drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]], 1), paint)
+    drawing.add(ellipse(0, -tall, half, rim), plain(toned(colour, 1.1)))
+    drawing.add(ellipse(0, -tall, half * 0.8, rim * 0.7), plain(toned(colour, 0.5)))
+    return drawing
+
+
+def bottle(rng: np.random.Generator, under: Drawing) -> Drawing:
+    """A bottle with a label and a cap."""
+    drawing = Drawing()
+    colour = colour_unlike(rng, under.own_colours)
+    half, tall = rng.uniform(0.033, 0.043), rng.uniform(0.17, 0.22)
+    neck, slope = half * rng.uniform(0.36, 0.5), rng.uniform(0.5, 0.62)
+    side = [
+        (neck, -tall),
+        (neck, -tall * (slope + 0.16)),
+        (half * 0.85, -tall * (slope + 0.04)),
+        (half, -tall * (slope - 0.06)),
+    ]
+    base = ellipse(0, -half * 0.22, half, half * 0.22, 0, 180)
+    outline = np.concatenate([side, base, [(-x, y) for x, y in side[::-1]]])
+    drawing.add(outline, any_paint(rng, colour, 0.06, ("gradient", "plain", "stripes")))
+    label = any_paint(rng, colour_unlike(rng, [colour]), 0.03)
+    drawing.add(box(-half, -tall * (slope - 0.12), half, -tall * 0.14), label)
+    cap = plain(colour_unlike(rng, [colour]))
+    drawing.add(box(-neck * 1.15, -tall * 1.02, neck * 1.15, -tall * 0.92), cap)
+    return drawing

@@ -1,0 +1,153 @@
+"""The stuff of an OcclusionScene: where sky, background and ground are, and their textures."""
+
+import cv2
+import numpy as np
+
+from .categories import CATEGORIES, ID_OF
+from .drawing import colour_near, value_noise
+
+LEAST_VISIBLE_AREA = 0.005
+"""Stuff of which less is visible becomes what lies next to it; share of the image."""
+
+GROUND = ["grass", "road", "sand"]
+COLOURS = {
+    "sky": [(140, 190, 235), (190, 205, 220), (235, 200, 170), (110, 150, 210)],
+    "mountain": [(120, 120, 135), (110, 125, 105), (150, 130, 115), (95, 105, 130)],
+    "wall": [(178, 110, 88), (205, 195, 175), (150, 160, 165), (190, 170, 120)],
+    "grass": [(110, 150, 70), (150, 165, 80), (80, 125, 65), (165, 160, 95)],
+    "road": [(120, 120, 124), (150, 142, 134), (95, 95, 104), (168, 160, 150)],
+    "sand": [(220, 200, 150), (200, 178, 135), (228, 214, 185), (190, 160, 110)],
+    "water": [(80, 130, 165), (90, 150, 150), (120, 150, 175), (70, 110, 130)],
+}
+
+
+def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
+    """The stuff map of a scene, as if no thing stood in it.
+
+    Args:
+        horizon: y of the horizon, share of the image's height. size: pixels.
+    Returns:
+        (size, size) int32 category ids.
+    """
+    rows = np.arange(size, dtype=np.float32)[:, None]
+    columns = np.arange(size, dtype=np.float32)[None, :] / size
+    stuff = np.full((size, size), ID_OF["sky"], dtype=np.int32)
+
+    background = rng.random()
+    if background < 0.4:
+        # Half of the walls reach beyond the upper edge of the image.
+        top = -0.1 if rng.random() < 0.5 else rng.uniform(0.08, 0.5) * horizon
+        stuff[rows >= _wave(rng, size, top, 0.02, 3)] = ID_OF["wall"]
+    elif background < 0.85:
+        top = horizon * rng.uniform(0.4, 0.7)
+        stuff[rows >= _wave(rng, size, top, 0.14, rng.integers(4, 9))] = ID_OF["mountain"]
+
+    edge = _wave(rng, size, horizon, 0.012, rng.integers(3, 9))
+    ground = rows >= edge
+    first, second, third = rng.permutation(GROUND)
+    stuff[ground] = ID_OF[first]
+    if rng.random() < 0.35:
+        shore = edge + _wave(rng, size, rng.uniform(0.07, 0.16), 0.02, rng.integers(3, 7))
+        stuff[ground & (rows < shore)] = ID_OF["water"]
+    if rng.random() < 0.45:
+        stuff[ground & _path(rng, (rows - edge) / (size * (1 - horizon)), columns)] = ID_OF[second]
+    if rng.random() < 0.5:
+        stuff[rows >= _wave(rng, size, rng.uniform(0.72, 0.9), 0.08, rng.integers(3, 7))] = ID_OF[third]
+    if rng.random() < 0.5:
+        patch = _patch(rng, rows / size, columns, rng.uniform(horizon + 0.2, 0.95))
+        stuff[ground & patch] = ID_OF[rng.choice([second, third, "water"])]
+    return stuff
+
+
+def _wave(rng: np.random.Generator, size: int, level: float, height: float, bumps: int) -> np.ndarray:
+    """(size,) float32: in pixels, a random line `height` image sides or so around `level`."""
+    line = value_noise(rng, (1, size), (1, bumps))[0]
+    return (level + height * (2 * line - 1)) * size
+
+
+def _path(rng: np.random.Generator, nearness: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(H, W) bool: a winding path that narrows towards the horizon.
+
+    nearness: (H, W), 0 at the horizon, 1 at the lower edge. columns: (1, W), 0 to 1.
+    """
+    nearness = np.clip(nearness, 0, 1)
+    near, far = rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.7)
+    middle = far + (near - far) * nearness + 0.1 * np.sin(nearness * rng.uniform(0, 3.5))
+    ragged = 0.012 * value_noise(rng, (nearness.shape[0], 1), (9, 1))
+    return np.abs(columns - middle) < 0.008 + rng.uniform(0.1, 0.2) * nearness + ragged
+
+
+def _patch(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray, y: float) -> np.ndarray:
+    """(H, W) bool: a flat, ragged ellipse at height `y`; rows (H, 1) and columns (1, W) are 0 to 1."""
+    x, half = rng.uniform(0.1, 0.9), rng.uniform(0.12, 0.28)
+    ragged = 0.8 + 0.6 * value_noise(rng, (rows.shape[0], columns.shape[1]), (6, 6))
+    return ((columns - x) / half) ** 2 + ((rows - y) / (0.4 * half)) ** 2 < ragged
+
+
+def merge_small(stuff: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Replaces every class of which too little is visible by the nearest of the others.
+
+    Args:
+        stuff: (H, W) int32 category ids. covered: (H, W) bool, where things are.
+    Returns:
+        (H, W) int32; `stuff` itself where no class is left to take over.
+    """
+    visible = np.bincount(stuff[~covered], minlength=len(CATEGORIES) + 1)
+    large = visible >= LEAST_VISIBLE_AREA * stuff.size
+    keep = large[stuff]
+    if keep.all() or not keep.any():
+        return stuff
+    _, label = cv2.distanceTransformWithLabels(
+        (~keep).astype(np.uint8), cv2.DIST_L2, 3, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    class_of_label = np.zeros(label.max() + 1, dtype=np.int32)
+    class_of_label[label[keep]] = stuff[keep]
+    return class_of_label[label]
+
+
+def paint(rng: np.random.Generator, stuff: np.ndarray, horizon: float) -> np.ndarray:
+    """(H, W, 3) float32 RGB: the stuff map (H, W), every class in a random texture."""
+    size = stuff.shape[0]
+    tone = np.ones((size, size), dtype=np.float32)
+    palette = np.zeros((len(CATEGORIES) + 1, 3), dtype=np.float32)
+    for name, colours in COLOURS.items():
+        here = stuff == ID_OF[name]
+        if here.any():
+            palette[ID_OF[name]] = colour_near(rng, colours, 8)
+            np.copyto(tone, _tone(rng, name, size, horizon), where=here)
+    return palette[stuff] * tone[..., None]
+
+
+def _tone(rng: np.random.Generator, name: str, size: int, horizon: float) -> np.ndarray:
+    """(size, size) float32: what the class's colour is multiplied with, around 1."""
+    down = np.linspace(0, 1, size, dtype=np.float32)[:, None]
+    across = np.linspace(0, 1, size, dtype=np.float32)[None, :]
+
+    def noise(rows: int, columns: int) -> np.ndarray:
+        return value_noise(rng, (size, size), (rows, columns)) - 0.5
+
+    if name == "sky":
+        return 0.86 + 0.17 * down / horizon + 0.3 * np.clip(noise(9, 4) + 0.3 * noise(20, 10), 0, 1)
+    if name == "mountain":
+        return 1 + 0.45 * noise(10, 14) + 0.25 * noise(30, 34) - 0.2 * (down - horizon)
+    if name == "wall":
+        if rng.random() < 0.6:
+            return _bricks(down, across, courses=rng.uniform(26, 40)) + 0.18 * noise(5, 5)
+        return 1 + 0.1 * np.sin(across * rng.uniform(60, 130)) + 0.15 * noise(5, 5)
+    if name == "grass":
+        return 1 + 0.5 * noise(48, 96) + 0.3 * noise(6, 6)
+    if name == "road":
+        return 1 + 0.22 * noise(100, 100) + 0.14 * noise(8, 3)
+    if name == "sand":
+        ripples = np.sin(260 * down * (1.3 - 0.6 * down) + 14 * noise(5, 4))
+        return 1 + 0.09 * ripples + 0.12 * noise(90, 90)
+    return 1 + 0.5 * noise(60, 9) + 0.25 * noise(110, 26)
+
+
+def _bricks(down: np.ndarray, across: np.ndarray, courses: float) -> np.ndarray:
+    """(H, W) float32: the tone of a brick wall of so many courses, its joints lighter."""
+    row = np.floor(down * courses)
+    joint_below = np.abs(down * courses - row - 0.5) > 0.42
+    along = across * courses * 0.45 + 0.5 * (row % 2)
+    joint_beside = np.abs(along - np.floor(along) - 0.5) > 0.46
+    return np.where(joint_below | joint_beside, np.float32(1.18), np.float32(0.95))

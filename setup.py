@@ -1,0 +1,31 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="oanet_d2",
+    version="0.1.0",
+    description="OANet for Detectron2: panoptic segmentation with a learned painting order",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["oanet_d2", "oanet_d2.*"]),
+    # Detectron2 is missing here on purpose: it is not on the package index under its own name, and
+    # its users bring a build that fits their torch and CUDA. `make` installs one (see Makefile).
+    # No upper bounds: what is already installed stays as it is.
+    install_requires=[
+        "torch>=1.13",
+        "torchvision>=0.14",
+        "numpy>=1.23",
+        "opencv-python>=4.5",
+        "pillow>=9",
+        "pycocotools>=2.0.2",
+        "fvcore>=0.1.5",
+        "iopath>=0.1.9",
+        "tabulate",
+        "tqdm",
+        "scipy",
+        # The module `panopticapi`. It asks for numpy<2, though it works with numpy 2: to keep a
+        # newer numpy, `pip install --no-deps -e . panopticapi-lite`. Where the original panopticapi
+        # is installed already, `pip install --no-deps -e .`.
+        "panopticapi-lite>=0.2.0",
+    ],
+    extras_require={"test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis"]},
+)

@@ -1,0 +1,156 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from detectron2.config import get_cfg
+
+from oanet_d2 import add_oanet_config
+from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.engine import OANetTrainer, check_classes
+from tests.conftest import CONFIGS, REPOSITORY, load_config
+
+CONFIG = str(CONFIGS / "OcclusionScenes" / "oanet_R_18.yaml")
+ORDERS = ["score", "srm_mean", "srm_overlap", "oracle"]
+
+
+@pytest.fixture(scope="module")
+def datasets_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    for split, n in (("train", 6), ("val", 4)):
+        write_split(root / "occlusion_scenes", split, n, image_size=64, seed=0, num_workers=0)
+    return root
+
+
+SMALL = [
+    *["DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES", "6", "DATASETS.OCCLUSION_SCENES.VAL_IMAGES", "4"],
+    *["DATASETS.OCCLUSION_SCENES.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TRAIN", "(64,)"],
+    *["INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"],
+    *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
+    *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
+    *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+]
+
+
+def train_net(env, datasets_root, *args, check=True):
+    """Its output; or, if it is to fail, what it prints as the error."""
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", CONFIG, *args],
+        env={**env, "DETECTRON2_DATASETS": str(datasets_root)},
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout
+    assert result.returncode != 0
+    return result.stderr
+
+
+def test_trains_evaluates_and_evaluates_again(subprocess_env, datasets_root, tmp_path):
+    """What `make demo` does, very small; then `--eval-only` on the checkpoint it leaves."""
+    out = ["OUTPUT_DIR", str(tmp_path)]
+    text = train_net(subprocess_env, datasets_root, *SMALL, *out, "SOLVER.MAX_ITER", "3")
+    assert "| srm_overlap" in text and text.rstrip().endswith(str(tmp_path / "orderings.json"))
+    after_training = json.loads((tmp_path / "orderings.json").read_text())
+    assert list(after_training["orderings"]) == ORDERS
+    assert after_training["images"] == 4
+    assert after_training["seconds"]["train"] > 0 and after_training["seconds"]["eval"] > 0
+    checkpoint = tmp_path / "model_final.pth"
+    assert (tmp_path / "last_checkpoint").read_text() == checkpoint.name
+
+    (tmp_path / "orderings.json").unlink()
+    weights = ["MODEL.WEIGHTS", str(checkpoint)]
+    text = train_net(subprocess_env, datasets_root, "--eval-only", *SMALL, *out, *weights)
+    again = json.loads((tmp_path / "orderings.json").read_text())
+    assert again["orderings"] == after_training["orderings"]
+    # read from the checkpoint
+    assert again["seconds"]["train"] == pytest.approx(after_training["seconds"]["train"])
+
+
+def test_resume_continues(subprocess_env, datasets_root, tmp_path):
+    common = [*SMALL, "OUTPUT_DIR", str(tmp_path), "TEST.ORDERS", "()", "DATASETS.TEST", "()"]
+    train_net(subprocess_env, datasets_root, *common, "SOLVER.MAX_ITER", "2")
+    text = train_net(subprocess_env, datasets_root, "--resume", *common, "SOLVER.MAX_ITER", "4")
+    assert "Starting training from iteration 2" in text
+    assert torch.load(tmp_path / "model_final.pth", weights_only=False)["iteration"] == 3
+
+
+def test_two_processes_on_cpu(subprocess_env, datasets_root, tmp_path):
+    """Detectron2's launch, over gloo; images without a thing on one side must not hang it."""
+    args = ["--num-gpus", "2", "--dist-url", "auto", *SMALL, "OUTPUT_DIR", str(tmp_path)]
+    text = train_net(subprocess_env, datasets_root, *args, "SOLVER.MAX_ITER", "2")
+    assert "| srm_overlap" in text
+    assert json.loads((tmp_path / "orderings.json").read_text())["images"] == 4
+
+
+def test_a_short_training_lowers_the_loss(datasets_root, tmp_path, monkeypatch):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from oanet_d2 import register_panoptic
+
+    root = datasets_root / "occlusion_scenes"
+    name = "test_short_training"
+    register_panoptic(
+        name,
+        str(root / "train"),
+        str(root / "annotations" / "panoptic_train.json"),
+        str(root / "panoptic_train"),
+        str(root / "annotations" / "instances_train.json"),
+    )
+    try:
+        cfg = load_config(
+            "OcclusionScenes/oanet_R_18.yaml",
+            *SMALL,
+            *["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
+            *["SOLVER.MAX_ITER", "40", "SOLVER.WARMUP_ITERS", "5", "OUTPUT_DIR", str(tmp_path)],
+        )
+        torch.manual_seed(0)
+        trainer = OANetTrainer(cfg)
+        trainer.train()
+        losses = trainer.storage.histories()
+        for key in ("total_loss", "loss_srm", "loss_sem_seg"):
+            values = [v for v, _ in losses[key].values()]
+            assert sum(values[-8:]) < 0.8 * sum(values[:8]), key
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_class_counts_are_checked_against_the_dataset():
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
+    check_classes(cfg)
+    for key, value, words in [
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 80, ["is 80", "11 thing", "must be 11"]),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 8, ["is 8", "7 stuff", "must be 18"]),
+        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", ["is 18", "7 stuff", "must be 8"]),
+        ("DATASETS.TEST", ("coco_2017_val",), ["coco_2017_val", "register_panoptic"]),
+    ]:
+        wrong = cfg.clone()
+        wrong.merge_from_list([key, value])
+        with pytest.raises(ValueError) as error:
+            check_classes(wrong)
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_coco_configs_fit_the_coco_categories():
+    for config in ("oanet_R_50_1x.yaml", "oanet_R_101_3x.yaml"):
+        check_classes(load_config(f"COCO-PanopticSegmentation/{config}"))
+
+
+def test_wrong_config_ends_with_the_key_and_the_value(subprocess_env, datasets_root, tmp_path):
+    args = [*SMALL, "OUTPUT_DIR", str(tmp_path), "MODEL.OANET.ORDER", "depth"]
+    text = train_net(subprocess_env, datasets_root, *args, check=False)
+    assert "MODEL.OANET.ORDER is 'depth'; it must be one of ['score', 'srm_mean'" in text
+
+
+def test_every_config_loads():
+    for path in CONFIGS.rglob("*.yaml"):
+        cfg = get_cfg()
+        add_oanet_config(cfg)
+        cfg.merge_from_file(str(path))
+        assert cfg.MODEL.META_ARCHITECTURE == "OANet"
+        assert os.path.isabs(cfg.OUTPUT_DIR) is False
