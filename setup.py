@@ -22,6 +22,7 @@ setup(
         "tabulate",
         "tqdm",
         "scipy",
+        "shapely",  # what fvcore's crop of polygon masks imports and does not declare
         # The module `panopticapi`. It asks for numpy<2, though it works with numpy 2: to keep a
         # newer numpy, `pip install --no-deps -e . panopticapi-lite`. Where the original panopticapi
         # is installed already, `pip install --no-deps -e .`.

@@ -49,6 +49,10 @@ def add_oanet_config(cfg):
     # scores are used).
     cfg.MODEL.OANET.KEEP_THINGS_FREE = True
 
+    # ---------------------------------------------------------------- training
+    # "SGD" (Detectron2's) or "ADAMW", which learns a network from scratch in fewer iterations.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
     # ---------------------------------------------------------------- evaluation
     # Painting orders to compare on the same predictions at evaluation: rules as in
     # MODEL.OANET.ORDER, and "oracle" (the order that the ground truth gives). Empty: only

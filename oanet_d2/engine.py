@@ -5,6 +5,8 @@ from functools import partial
 from typing import Dict, Optional
 from unittest import mock
 
+import torch
+
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
@@ -12,6 +14,8 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from .data import PanopticDatasetMapper
@@ -51,6 +55,28 @@ class OANetTrainer(DefaultTrainer):
         if comm.is_main_process() and self.cfg.TEST.ORDERS:
             hooks.append(OrderingReport())
         return hooks
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """
+        The optimizer that `cfg.SOLVER.OPTIMIZER` names, with Detectron2's parameter groups.
+        """
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER == "ADAMW":
+            params = get_default_optimizer_params(
+                model,
+                base_lr=cfg.SOLVER.BASE_LR,
+                weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+                bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+                weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            )
+            return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+                params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+            )
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; it must be 'SGD' or 'ADAMW'."
+        )
 
     @classmethod
     def build_train_loader(cls, cfg):
