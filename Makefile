@@ -27,7 +27,7 @@ demo:  ## train and evaluate a small OANet on made-up scenes with occlusion
 
 test:  ## run the tests
 	$(SETUP)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 setup:  ## only make the environment, or check the one there is by importing everything
 	$(SETUP) --verify

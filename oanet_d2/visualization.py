@@ -99,11 +99,18 @@ def _enlarge(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
 
 
+class _Visualizer(Visualizer):
+    """Detectron2's, with one colour for every class, the same in all panels."""
+
+    def _jitter(self, color):
+        return color
+
+
 def _draw_panoptic(image: np.ndarray, panoptic: PanopticSeg, metadata) -> np.ndarray:
     scale = PANEL_SIDE / max(image.shape[:2])
     # without the scores, which would crowd a small picture
     info = [{k: v for k, v in s.items() if k != "score"} for s in panoptic[1]]
-    drawn = Visualizer(image, metadata, scale=scale).draw_panoptic_seg(
+    drawn = _Visualizer(image, metadata, scale=scale).draw_panoptic_seg(
         torch.as_tensor(panoptic[0]), info, alpha=0.6
     )
     return cv2.resize(drawn.get_image(), _enlarge(image).shape[1::-1])

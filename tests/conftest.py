@@ -56,7 +56,7 @@ def make_instances(size, boxes, classes, masks=None):
     return instances
 
 
-def make_input(size, boxes, classes, stuff=None, num_things=11, seed=0):
+def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
     """
     A training input as PanopticDatasetMapper gives it: filled boxes, later ones on top.
 

@@ -120,13 +120,27 @@ def test_a_short_training_lowers_the_loss(datasets_root, tmp_path, monkeypatch):
         MetadataCatalog.remove(name)
 
 
+def test_optimizer_follows_the_config(tiny_cfg):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    tiny_cfg.SOLVER.WEIGHT_DECAY, tiny_cfg.SOLVER.WEIGHT_DECAY_NORM = 0.01, 0.0
+    for name, cls in (("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)):
+        tiny_cfg.SOLVER.OPTIMIZER = name
+        optimizer = OANetTrainer.build_optimizer(tiny_cfg, model)
+        assert isinstance(optimizer, cls)
+        decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert [decay[p] for p in model.parameters()] == [0.01, 0.01, 0.0, 0.0]
+    tiny_cfg.SOLVER.OPTIMIZER = "LION"
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LION'.*'ADAMW'"):
+        OANetTrainer.build_optimizer(tiny_cfg, model)
+
+
 def test_class_counts_are_checked_against_the_dataset():
     cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
     check_classes(cfg)
     for key, value, words in [
-        ("MODEL.ROI_HEADS.NUM_CLASSES", 80, ["is 80", "11 thing", "must be 11"]),
-        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 8, ["is 8", "7 stuff", "must be 18"]),
-        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", ["is 18", "7 stuff", "must be 8"]),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 80, ["is 80", "8 thing", "must be 8"]),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7, ["is 7", "6 stuff", "must be 14"]),
+        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", ["is 14", "6 stuff", "must be 7"]),
         ("DATASETS.TEST", ("coco_2017_val",), ["coco_2017_val", "register_panoptic"]),
     ]:
         wrong = cfg.clone()

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """
-Train the demo over several seeds, evaluate every run, and write docs/RESULTS.md from what came out.
+Train the demo over several seeds, evaluate every run, and write docs/RESULTS.md and the picture of
+the README from what came out.
 
     python tools/results.py --seeds 1 2 3
     python tools/results.py --seeds 1 2 3 -- SOLVER.MAX_ITER 2000    # any config override
@@ -10,6 +11,7 @@ A run whose result is there already is not repeated; remove its folder to repeat
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -78,7 +80,7 @@ def free_pixels_table(free: list, stuff_only: list) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--work", type=Path, default=Path("output/results"), help="runs go here")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "RESULTS.md")
@@ -96,9 +98,13 @@ def main():
             train_net(work / f"seed_{seed}_stuff_only", "--eval-only", *weights, *override, *args.opts)
         )
 
+    # The picture of the README: the scene of the first run where the order matters most.
+    picture = min((work / f"seed_{args.seeds[0]}" / "pictures").glob("*.png"))
+    (args.out.parent / "pictures").mkdir(parents=True, exist_ok=True)
+    shutil.copy(picture, args.out.parent / "pictures" / "order.png")
+
     command = "python tools/results.py --seeds " + " ".join(map(str, args.seeds))
     command += " -- " + " ".join(args.opts) if args.opts else ""
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
         f"""# Results on OcclusionScenes
 

@@ -252,5 +252,5 @@ def test_wrong_size_is_refused(dataset, coco_folder):
 def test_from_config():
     cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
     mapper = PanopticDatasetMapper(cfg, is_train=True)
-    assert (mapper.num_things, mapper.stuff_only, mapper.ignore_value) == (11, False, 255)
+    assert (mapper.num_things, mapper.stuff_only, mapper.ignore_value) == (8, False, 255)
     assert mapper.instance_mask_format == "bitmask"

@@ -57,7 +57,7 @@ def test_every_scene_is_well_formed(seed, image_size):
         visible = ids == segment["id"]
         assert segment["category_id"] == category_id
         assert not (visible & ~mask).any()
-        assert visible.sum() >= 0.2 * mask.sum()
+        assert visible.sum() >= 0.4 * mask.sum()
     stuff_segments = [segment["category_id"] for segment in segments[len(scene.things) :]]
     assert set(stuff_segments) <= set(STUFF_IDS) and len(set(stuff_segments)) == len(stuff_segments)
 
@@ -145,7 +145,7 @@ def test_most_scenes_have_two_overlaps_of_different_classes(many_scenes):
 
 def test_which_class_is_in_front_cannot_be_told_from_the_classes(many_scenes):
     pairs = [pair for scene in many_scenes for pair in _overlapping(scene)]
-    others = [ID["car"], ID["dog"], ID["table"], ID["tree"]]
+    others = [ID["car"], ID["table"], ID["tree"]]
     before = sum(pairs.count((other, ID["person"])) for other in others)
     behind = sum(pairs.count((ID["person"], other)) for other in others)
     assert before + behind > 50

@@ -47,7 +47,7 @@ class GroundTruthModel:
     largest instance first. Fuses as OANet does.
     """
 
-    combine_overlap_thresh = 0.85  # of every silhouette at least 20 % is visible
+    combine_overlap_thresh = 0.65  # of every silhouette at least 40 % is visible
     combine_stuff_area_thresh = 0
     combine_instances_score_thresh = 0.5
     keep_things_free = True
@@ -66,8 +66,8 @@ class GroundTruthModel:
         instances.scores = 0.6 + 0.3 * areas / areas.max()
 
         gt_ids = rgb2id(utils.read_image(d["pan_seg_file_name"], "RGB"))
-        sem_seg = torch.zeros(8, *gt_ids.shape)
-        score_map = torch.zeros(11, *gt_ids.shape)
+        sem_seg = torch.zeros(7, *gt_ids.shape)
+        score_map = torch.zeros(8, *gt_ids.shape)
         for s in d["segments_info"]:
             segment = torch.from_numpy(gt_ids == s["id"])
             target = score_map if s["isthing"] else sem_seg

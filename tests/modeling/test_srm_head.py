@@ -28,7 +28,7 @@ def test_is_registered_and_reads_its_keys():
     assert {c.out_channels for c in convolutions} == {24}
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in head.modules()) == 3
     assert (head.stride, head.mask_threshold, head.loss_weight) == (8, 0.4, 0.3)
-    assert head(torch.zeros(2, 11, 6, 9)).shape == (2, 11, 6, 9)
+    assert head(torch.zeros(2, 8, 6, 9)).shape == (2, 8, 6, 9)
 
 
 def test_one_block_sees_a_k_by_k_neighbourhood():

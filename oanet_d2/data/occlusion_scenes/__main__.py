@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the data set; not given: occlusion_scenes in $DETECTRON2_DATASETS")
     add("--train", type=int, default=1000, metavar="N", help="images of the train split; 0: leave it alone")
     add("--val", type=int, default=200, metavar="N", help="images of the val split; 0: leave it alone")
-    add("--image-size", type=int, default=256, metavar="PIXELS", help="height and width, at least 64")
+    add("--image-size", type=int, default=192, metavar="PIXELS", help="height and width, at least 64")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files")
     add("--workers", type=int, metavar="N", help="processes; 0: only this one; not given: one per CPU")
     add("--overwrite", action="store_true", help="write anew, even where a complete split is there")

@@ -55,9 +55,16 @@ def colour_near(
     return np.clip(chosen + rng.normal(0, spread, 3), 5, 250).astype(np.float32)
 
 
-def colour_unlike(rng: np.random.Generator, others: list[Colour]) -> Colour:
-    """The one of five random colours that is farthest from all of `others`."""
-    candidates = [any_colour(rng, vivid=0.65) for _ in range(5)]
+def mostly(rng: np.random.Generator, colours: list[tuple[int, int, int]]) -> Colour:
+    """Three times out of four one near `colours`, otherwise any colour."""
+    return colour_near(rng, colours) if rng.random() < 0.75 else any_colour(rng)
+
+
+def mostly_unlike(
+    rng: np.random.Generator, colours: list[tuple[int, int, int]], others: list[Colour]
+) -> Colour:
+    """Of five colours that are `mostly` near `colours` the one farthest from all of `others`."""
+    candidates = [mostly(rng, colours) for _ in range(5)]
     return max(candidates, key=lambda c: min(float(np.abs(c - other).sum()) for other in others))
 
 
@@ -75,8 +82,8 @@ def any_paint(
     rng: np.random.Generator, colour: Colour, period: float, patterns: tuple[str, ...] = PATTERNS
 ) -> Paint:
     """A paint of `colour`: plain, or one of `patterns` with repetitions of about `period`."""
-    pattern = "plain" if rng.random() < 0.4 else patterns[rng.integers(len(patterns))]
-    if rng.random() < 0.5:
+    pattern = "plain" if rng.random() < 0.6 else patterns[rng.integers(len(patterns))]
+    if rng.random() < 0.8:
         bright = colour.mean() > 90
         second = toned(colour, rng.uniform(0.55, 0.75) if bright else rng.uniform(1.5, 2.0))
     else:

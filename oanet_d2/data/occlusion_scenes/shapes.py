@@ -1,7 +1,7 @@
 """What the things of an OcclusionScene look like: one function per class, drawing a random specimen.
 
-No class has a colour of its own: clothes, ties, cars, cups, tables, tree crowns and dogs take their
-colours and patterns from overlapping distributions, so the shape has to be seen.
+Every class has its favourite colours, but shares them with others and often takes any colour at all,
+so that the shape has to be seen.
 
 Most functions measure in something of the thing itself (a person in its height) and end with
 `scaled`, which brings that into drawing units (see `drawing.py`): 1.0 is one side of the image.
@@ -17,20 +17,27 @@ from .drawing import (
     any_paint,
     box,
     colour_near,
-    colour_unlike,
-    toned,
     ellipse,
     limb,
+    mostly,
+    mostly_unlike,
     plain,
     ring,
     rounded,
+    toned,
 )
 
 SKINS = [(250, 215, 185), (232, 190, 150), (200, 150, 110), (150, 102, 70), (98, 66, 48)]
 HAIRS = [(40, 30, 26), (80, 52, 34), (140, 95, 50), (205, 170, 100), (150, 150, 150), (150, 60, 35)]
-COATS = [(60, 46, 38), (120, 84, 52), (176, 134, 88), (218, 196, 160), (70, 70, 74), (235, 232, 226)]
 WOODS = [(120, 82, 50), (160, 116, 74), (196, 156, 108), (86, 58, 40), (225, 220, 212)]
 LEAVES = [(62, 112, 52), (96, 140, 60), (44, 84, 58), (180, 150, 50), (196, 104, 48), (168, 60, 50)]
+SHIRTS = [(235, 235, 230), (170, 195, 225), (225, 190, 190), (150, 170, 150), (205, 195, 160)]
+TROUSERS = [(45, 55, 85), (85, 85, 90), (95, 75, 60), (40, 40, 45), (110, 120, 100)]
+TIES = [(185, 30, 45), (35, 45, 140), (205, 150, 30), (110, 25, 110), (20, 110, 90)]
+BACKPACKS = [(230, 110, 30), (45, 140, 85), (95, 60, 150), (190, 40, 60), (40, 110, 180)]
+CARS = [(200, 35, 35), (35, 85, 180), (235, 195, 45), (215, 215, 220), (60, 60, 66), (40, 140, 110)]
+CUPS = [(240, 240, 235), (240, 150, 180), (95, 195, 210), (235, 205, 90), (200, 60, 50)]
+BOTTLES = [(40, 110, 60), (110, 70, 30), (60, 120, 160), (190, 205, 210), (150, 30, 40)]
 METALS = [(60, 62, 66), (130, 134, 140), (190, 192, 196)]
 GLASS = [(150, 185, 205), (70, 84, 96), (205, 220, 228)]
 BLACK = np.float32([25, 22, 22])
@@ -51,7 +58,7 @@ def person(rng: np.random.Generator) -> Drawing:
     shoulder, shoulder_y = 0.135 * build, -0.8
     hip, hip_y = 0.1 * build, -0.47
     skin = colour_near(rng, SKINS, 8)
-    shirt = any_paint(rng, any_colour(rng, 0.45), 0.075, ("stripes", "checks", "gradient", "dots"))
+    shirt = any_paint(rng, mostly(rng, SHIRTS), 0.075, ("stripes", "checks", "gradient", "dots"))
 
     _legs(drawing, rng, hip, hip_y, skin)
     side = [(0.4 * shoulder, -0.83), (shoulder, -0.79), (0.93 * shoulder, -0.62), (1.04 * hip, -0.44)]
@@ -73,7 +80,7 @@ def _legs(
     drawing: Drawing, rng: np.random.Generator, hip: float, hip_y: float, skin: Colour
 ) -> None:
     """Trousers, or a skirt and bare legs, in some stance; and shoes."""
-    cloth = any_paint(rng, any_colour(rng, 0.35), 0.06, ("plain", "gradient", "checks"))
+    cloth = any_paint(rng, mostly(rng, TROUSERS), 0.06, ("plain", "gradient", "checks"))
     shoe = plain(any_colour(rng, 0.3))
     stance = rng.choice([0.35, 0.6, 1.0, 1.5])
     skirt = rng.random() < 0.25
@@ -141,7 +148,7 @@ def table(rng: np.random.Generator) -> Drawing:
     height, depth = rng.uniform(0.3, 0.36), rng.uniform(0.15, 0.2)
     far, near = -height, -height + depth
     round_top, cloth = rng.random() < 0.35, rng.random() < 0.3
-    colour = colour_near(rng, WOODS) if rng.random() < 0.6 else any_colour(rng)
+    colour = mostly(rng, WOODS)
     top = any_paint(rng, colour, 0.09, ("stripes", "checks", "blotches", "gradient"))
     rim, hang = plain(toned(colour, 0.75)), rng.uniform(0.08, 0.12) if cloth else 0.028
 
@@ -169,39 +176,11 @@ def table(rng: np.random.Generator) -> Drawing:
     return drawing
 
 
-def dog(rng: np.random.Generator) -> Drawing:
-    """A dog from the side, its head to the right; its body is about 0.3 long before `scaled`."""
-    drawing = Drawing()
-    coat = colour_near(rng, COATS, 12) if rng.random() < 0.7 else any_colour(rng, 0.3)
-    paint = any_paint(rng, coat, 0.1, ("blotches", "blotches", "gradient"))
-    shade = plain(toned(coat, 0.72))
-    half, thick = 0.15, rng.uniform(0.048, 0.062)
-    back = -(rng.uniform(0.1, 0.14) + thick)
-
-    for x, fill in ((-0.72, shade), (0.62, shade), (-0.98, paint), (0.86, paint)):
-        paw = (x * half + rng.uniform(-0.03, 0.03), -0.016)
-        drawing.add(limb((x * half, back + 0.02), paw, 0.026, 0.017), fill)
-    tail = (-half - 0.08, back - 0.04 + rng.uniform(-0.09, 0.03))
-    drawing.add(limb((-half, back - 0.02), tail, 0.018, 0.01), paint)
-    drawing.add(limb((-half * 0.9, back), (half * 0.85, back - 0.008), thick * 0.95, thick * 1.12), paint)
-
-    x, y = half + 0.06, back - rng.uniform(0.07, 0.11)
-    drawing.add(limb((half * 0.85, back - 0.02), (x, y), 0.04, 0.036), paint)
-    drawing.add(ellipse(x, y, 0.052, 0.046), paint)
-    drawing.add(limb((x + 0.02, y + 0.012), (x + 0.075, y + 0.02), 0.03, 0.02), paint)
-    drawing.add(ellipse(x + 0.093, y + 0.012, 0.011, 0.01), plain(BLACK))
-    drawing.add(ellipse(x + 0.022, y - 0.012, 0.008, 0.009), plain(BLACK))
-    hanging = rounded([(-0.045, -0.03), (0, -0.04), (-0.02, 0.05), (-0.05, 0.05)])
-    pricked = np.array([(-0.045, -0.02), (-0.035, -0.09), (0.015, -0.035)])
-    drawing.add((hanging if rng.random() < 0.5 else pricked) + (x, y), shade)
-    return drawing.scaled(rng.uniform(0.85, 1.15))
-
-
 def car(rng: np.random.Generator) -> Drawing:
     """A car from the side, its front to the right: a saloon, a hatchback or a van."""
     drawing = Drawing()
     half, roof = rng.uniform(0.28, 0.34), rng.uniform(0.22, 0.26)
-    colour = any_colour(rng, 0.6)
+    colour = mostly(rng, CARS)
     paint = any_paint(rng, colour, 0.16, ("gradient", "stripes", "blotches"))
     belt, wheel = -0.58 * roof, 0.058
     # The cabin: back and front end of the roof and of the line below the windows, in half lengths.
@@ -238,7 +217,7 @@ def tree(rng: np.random.Generator) -> Drawing:
     drawing = Drawing()
     height = rng.uniform(0.72, 1.0)
     bark = plain(toned(colour_near(rng, WOODS[:4]), 0.8))
-    leaf = colour_near(rng, LEAVES, 16) if rng.random() < 0.9 else any_colour(rng)
+    leaf = mostly(rng, LEAVES)
     trunk = rng.uniform(0.028, 0.042)
     if rng.random() < 0.4:
         _conifer(drawing, rng, height, trunk, bark, leaf)
@@ -278,13 +257,13 @@ def _broad_leaved(
 
 
 # ---------------------------------------------------------------------------------------------------
-# Things a person wears or holds; the origin is where they are fastened
+# Things a person wears; the origin is where they are fastened
 
 
 def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     """A tie, from the wearer's neck (the origin) to about the waist; measured in that distance."""
     drawing = Drawing()
-    colour = colour_unlike(rng, wearer.own_colours)
+    colour = mostly(rng, TIES)
     paint = any_paint(rng, colour, 0.16, ("stripes", "dots", "checks"))
     length, half = rng.uniform(0.84, 1.02), rng.uniform(0.13, 0.165)
     sway = rng.uniform(-0.25, 0.25) * half
@@ -295,34 +274,10 @@ def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     return drawing.scaled(wearer.anchors["waist"][1] - wearer.anchors["neck"][1])
 
 
-def hat(rng: np.random.Generator, wearer: Drawing) -> Drawing:
-    """A bowler, top hat, cap or cone on a head (origin: its top); measured in half the head's width."""
-    drawing = Drawing()
-    colour = any_colour(rng, 0.55)
-    paint = any_paint(rng, colour, 0.9, ("stripes", "checks", "dots", "gradient"))
-    brim = rng.uniform(0.75, 1.0)
-    kind = rng.choice(["bowler", "top hat", "cap", "cone"])
-    if kind == "bowler":
-        drawing.add(ellipse(0, brim, 1.15, rng.uniform(1.4, 1.7), 180, 360), paint)
-    elif kind == "top hat":
-        top = brim - rng.uniform(2.1, 2.7)
-        drawing.add([(-1.1, top), (1.1, top), (1, brim), (-1, brim)], paint)
-    elif kind == "cap":
-        drawing.add(ellipse(0, brim, 1.2, 1.5, 180, 360), paint)
-        drawing.add(limb((0.4, brim - 0.08), (2.0, brim), 0.2, 0.14), plain(toned(colour, 0.8)))
-    else:
-        drawing.add([(-1.15, brim), (0, brim - rng.uniform(2.4, 3.2)), (1.15, brim)], paint)
-    if kind != "cap":
-        drawing.add(box(-1.08, brim - 0.42, 1.08, brim - 0.08), plain(colour_unlike(rng, [colour])))
-    if kind in ("bowler", "top hat"):
-        drawing.add(ellipse(0, brim, rng.uniform(1.7, 2.2), 0.27), plain(toned(colour, 0.85)))
-    return drawing.scaled(abs(wearer.anchors["head_side"][0]))
-
-
 def backpack(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     """A backpack (origin: the middle of the back); measured in half the wearer's shoulder width."""
     drawing = Drawing()
-    colour = colour_unlike(rng, wearer.own_colours)
+    colour = mostly_unlike(rng, BACKPACKS, wearer.own_colours)
     paint = any_paint(rng, colour, 0.5, ("gradient", "checks", "blotches", "stripes"))
     half = rng.uniform(0.66, 0.8)
     tall = half * rng.uniform(1.05, 1.35)
@@ -335,46 +290,16 @@ def backpack(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     return drawing.scaled(abs(wearer.anchors["shoulder"][0]))
 
 
-def umbrella(rng: np.random.Generator, wearer: Drawing) -> Drawing:
-    """An open umbrella over a head (origin: its top); measured in half the head's width."""
-    drawing = Drawing()
-    colour = any_colour(rng, 0.65)
-    middle, low = rng.uniform(0.2, 1.6), rng.uniform(0.4, 1.1)
-    reach, rise = rng.uniform(3.4, 4.4), rng.uniform(2.2, 2.9)
-    x, y = middle + 1.2, rng.uniform(5.0, 6.0)
-    pole = plain(colour_near(rng, METALS + WOODS[:3], 8))
-    drawing.add(limb((middle, low - rise), (x, y), 0.13, 0.13), pole)
-    drawing.add(ring(x + 0.3, y, 0.42, 0.5, 0.24, 0, 180), plain(toned(colour, 0.5)))
-
-    panels = int(rng.integers(4, 7))
-    edges = middle + reach * np.linspace(-1, 1, panels + 1)
-    # Each panel's lower edge is an arc, and its sides are curves from the top to the ends of that arc.
-    arcs = [
-        ellipse((left + right) / 2, low, (right - left) / 2, 0.35, 180, 360)
-        for left, right in zip(edges, edges[1:])
-    ]
-    quarter = np.radians(np.linspace(0, 90, 10))
-    ribs = [
-        np.stack([middle + (edge - middle) * np.sin(quarter), low - rise * np.cos(quarter)], axis=1)
-        for edge in edges
-    ]
-    second = toned(colour, 0.75) if rng.random() < 0.5 else any_colour(rng, 0.5)
-    for k, arc in enumerate(arcs):
-        panel = np.concatenate([ribs[k], arc, ribs[k + 1][::-1]])
-        drawing.add(panel, plain(second if k % 2 else colour))
-    return drawing.scaled(abs(wearer.anchors["head_side"][0]))
-
-
 # ---------------------------------------------------------------------------------------------------
 # Things that stand on a table; the origin is where they stand
 
 
 def cup(rng: np.random.Generator, under: Drawing) -> Drawing:
     """A mug, a tea cup or a goblet."""
-    colour = colour_unlike(rng, under.own_colours)
+    colour = mostly_unlike(rng, CUPS, under.own_colours)
     paint = any_paint(rng, colour, 0.04, ("stripes", "dots", "checks", "gradient"))
     shade = plain(toned(colour, 0.85))
-    half, tall = rng.uniform(0.042, 0.055), rng.uniform(0.085, 0.11)
+    half, tall = rng.uniform(0.058, 0.074), rng.uniform(0.115, 0.15)
     kind = rng.choice(["mug", "tea cup", "goblet"], p=[0.45, 0.3, 0.25])
     if kind == "tea cup":
         half, tall = half * 1.15, tall * 0.8
@@ -404,8 +329,8 @@ def cup(rng: np.random.Generator, under: Drawing) -> Drawing:
 def bottle(rng: np.random.Generator, under: Drawing) -> Drawing:
     """A bottle with a label and a cap."""
     drawing = Drawing()
-    colour = colour_unlike(rng, under.own_colours)
-    half, tall = rng.uniform(0.033, 0.043), rng.uniform(0.17, 0.22)
+    colour = mostly_unlike(rng, BOTTLES, under.own_colours)
+    half, tall = rng.uniform(0.04, 0.05), rng.uniform(0.17, 0.21)
     neck, slope = half * rng.uniform(0.36, 0.5), rng.uniform(0.5, 0.62)
     side = [
         (neck, -tall),
@@ -416,8 +341,8 @@ def bottle(rng: np.random.Generator, under: Drawing) -> Drawing:
     base = ellipse(0, -half * 0.22, half, half * 0.22, 0, 180)
     outline = np.concatenate([side, base, [(-x, y) for x, y in side[::-1]]])
     drawing.add(outline, any_paint(rng, colour, 0.06, ("gradient", "plain", "stripes")))
-    label = any_paint(rng, colour_unlike(rng, [colour]), 0.03)
+    label = any_paint(rng, mostly_unlike(rng, CUPS, [colour]), 0.03)
     drawing.add(box(-half, -tall * (slope - 0.12), half, -tall * 0.14), label)
-    cap = plain(colour_unlike(rng, [colour]))
+    cap = plain(mostly_unlike(rng, CUPS, [colour]))
     drawing.add(box(-neck * 1.15, -tall * 1.02, neck * 1.15, -tall * 0.92), cap)
     return drawing

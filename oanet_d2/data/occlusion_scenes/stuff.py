@@ -13,7 +13,6 @@ GROUND = ["grass", "road", "sand"]
 COLOURS = {
     "sky": [(140, 190, 235), (190, 205, 220), (235, 200, 170), (110, 150, 210)],
     "mountain": [(120, 120, 135), (110, 125, 105), (150, 130, 115), (95, 105, 130)],
-    "wall": [(178, 110, 88), (205, 195, 175), (150, 160, 165), (190, 170, 120)],
     "grass": [(110, 150, 70), (150, 165, 80), (80, 125, 65), (165, 160, 95)],
     "road": [(120, 120, 124), (150, 142, 134), (95, 95, 104), (168, 160, 150)],
     "sand": [(220, 200, 150), (200, 178, 135), (228, 214, 185), (190, 160, 110)],
@@ -33,12 +32,7 @@ def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
     columns = np.arange(size, dtype=np.float32)[None, :] / size
     stuff = np.full((size, size), ID_OF["sky"], dtype=np.int32)
 
-    background = rng.random()
-    if background < 0.4:
-        # Half of the walls reach beyond the upper edge of the image.
-        top = -0.1 if rng.random() < 0.5 else rng.uniform(0.08, 0.5) * horizon
-        stuff[rows >= _wave(rng, size, top, 0.02, 3)] = ID_OF["wall"]
-    elif background < 0.85:
+    if rng.random() < 0.7:
         top = horizon * rng.uniform(0.4, 0.7)
         stuff[rows >= _wave(rng, size, top, 0.14, rng.integers(4, 9))] = ID_OF["mountain"]
 
@@ -130,10 +124,6 @@ def _tone(rng: np.random.Generator, name: str, size: int, horizon: float) -> np.
         return 0.86 + 0.17 * down / horizon + 0.3 * np.clip(noise(9, 4) + 0.3 * noise(20, 10), 0, 1)
     if name == "mountain":
         return 1 + 0.45 * noise(10, 14) + 0.25 * noise(30, 34) - 0.2 * (down - horizon)
-    if name == "wall":
-        if rng.random() < 0.6:
-            return _bricks(down, across, courses=rng.uniform(26, 40)) + 0.18 * noise(5, 5)
-        return 1 + 0.1 * np.sin(across * rng.uniform(60, 130)) + 0.15 * noise(5, 5)
     if name == "grass":
         return 1 + 0.5 * noise(48, 96) + 0.3 * noise(6, 6)
     if name == "road":
@@ -142,12 +132,3 @@ def _tone(rng: np.random.Generator, name: str, size: int, horizon: float) -> np.
         ripples = np.sin(260 * down * (1.3 - 0.6 * down) + 14 * noise(5, 4))
         return 1 + 0.09 * ripples + 0.12 * noise(90, 90)
     return 1 + 0.5 * noise(60, 9) + 0.25 * noise(110, 26)
-
-
-def _bricks(down: np.ndarray, across: np.ndarray, courses: float) -> np.ndarray:
-    """(H, W) float32: the tone of a brick wall of so many courses, its joints lighter."""
-    row = np.floor(down * courses)
-    joint_below = np.abs(down * courses - row - 0.5) > 0.42
-    along = across * courses * 0.45 + 0.5 * (row % 2)
-    joint_beside = np.abs(along - np.floor(along) - 0.5) > 0.46
-    return np.where(joint_below | joint_beside, np.float32(1.18), np.float32(0.95))

@@ -128,7 +128,7 @@ def ensure_split(
     root: str | os.PathLike,
     split: str,
     num_images: int,
-    image_size: int = 256,
+    image_size: int = 192,
     seed: int = 0,
     num_workers: int | None = None,
 ) -> None:
@@ -155,7 +155,7 @@ def write_split(
     root: str | os.PathLike,
     split: str,
     num_images: int,
-    image_size: int = 256,
+    image_size: int = 192,
     seed: int = 0,
     num_workers: int | None = None,
 ) -> None:
