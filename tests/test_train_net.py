@@ -106,7 +106,8 @@ def test_a_short_training_lowers_the_loss(datasets_root, tmp_path, monkeypatch):
             "OcclusionScenes/oanet_R_18.yaml",
             *SMALL,
             *["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
-            *["SOLVER.MAX_ITER", "40", "SOLVER.WARMUP_ITERS", "5", "OUTPUT_DIR", str(tmp_path)],
+            *["SOLVER.MAX_ITER", "60", "SOLVER.WARMUP_ITERS", "5", "OUTPUT_DIR", str(tmp_path)],
+            *["SOLVER.BASE_LR", "0.01"],
         )
         torch.manual_seed(0)
         trainer = OANetTrainer(cfg)

@@ -75,7 +75,9 @@ class PanopticDatasetMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, num_things: int, stuff_only: bool, ignore_value: int, **kwargs):
+    def __init__(
+        self, is_train: bool, *, num_things: int, stuff_only: bool, ignore_value: int, **kwargs
+    ):
         """
         Args:
             num_things: number of thing classes.

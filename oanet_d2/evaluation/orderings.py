@@ -74,12 +74,10 @@ class OrderingEvaluator(DatasetEvaluator):
         for input, output in zip(inputs, outputs):
             self.num_images += 1
             gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
-            panoptic = {
-                order: self.model.combine(
-                    output["instances"], output["sem_seg"], self._order(order, input, output, gt_ids)
-                )
-                for order in self.evaluators
-            }
+            panoptic = {}
+            for name in self.evaluators:
+                order = self._order(name, input, output, gt_ids)
+                panoptic[name] = self.model.combine(output["instances"], output["sem_seg"], order)
             if self.pictures is not None:
                 self.pictures.add(
                     input, gt_ids, panoptic["score"], panoptic[self.model.order]

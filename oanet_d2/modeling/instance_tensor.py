@@ -81,7 +81,8 @@ def gt_masks_to_grid(
         masks = [polygons_to_bitmask(instance, *size) for instance in scaled]
         stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
         return torch.from_numpy(stacked.astype(bool))
-    sampled = gt_masks.tensor[:, stride // 2 :: stride, stride // 2 :: stride][:, : size[0], : size[1]]
+    sampled = gt_masks.tensor[:, stride // 2 :: stride, stride // 2 :: stride]
+    sampled = sampled[:, : size[0], : size[1]]
     return F.pad(sampled, (0, size[1] - sampled.shape[2], 0, size[0] - sampled.shape[1]))
 
 

@@ -5,7 +5,7 @@
 
 Things overlap in three ways:
 
-* worn or standing: a tie, a hat, a backpack on a person, a cup on a table. It lies on its carrier,
+* worn or standing: a tie or a backpack on a person, a cup or a bottle on a table. It lies on its carrier,
   inside the carrier's silhouette, so whoever paints the carrier last loses it;
 * one in front of the other: what stands lower in the image is nearer. Which class is nearer is a
   matter of chance, and what is worn goes with its carrier: a car in front of a person covers the tie;

@@ -265,7 +265,7 @@ def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     drawing = Drawing()
     colour = mostly(rng, TIES)
     paint = any_paint(rng, colour, 0.16, ("stripes", "dots", "checks"))
-    length, half = rng.uniform(0.84, 1.02), rng.uniform(0.13, 0.165)
+    length, half = rng.uniform(0.84, 1.02), rng.uniform(0.115, 0.145)
     sway = rng.uniform(-0.25, 0.25) * half
     tip = [(half + sway, length * 0.84), (sway, length), (-half + sway, length * 0.84)]
     drawing.add([(-half * 0.55, 0.1), (half * 0.55, 0.1), *tip], paint)
@@ -330,7 +330,7 @@ def bottle(rng: np.random.Generator, under: Drawing) -> Drawing:
     """A bottle with a label and a cap."""
     drawing = Drawing()
     colour = mostly_unlike(rng, BOTTLES, under.own_colours)
-    half, tall = rng.uniform(0.04, 0.05), rng.uniform(0.17, 0.21)
+    half, tall = rng.uniform(0.036, 0.046), rng.uniform(0.16, 0.2)
     neck, slope = half * rng.uniform(0.36, 0.5), rng.uniform(0.5, 0.62)
     side = [
         (neck, -tall),

@@ -115,7 +115,6 @@ def paint(rng: np.random.Generator, stuff: np.ndarray, horizon: float) -> np.nda
 def _tone(rng: np.random.Generator, name: str, size: int, horizon: float) -> np.ndarray:
     """(size, size) float32: what the class's colour is multiplied with, around 1."""
     down = np.linspace(0, 1, size, dtype=np.float32)[:, None]
-    across = np.linspace(0, 1, size, dtype=np.float32)[None, :]
 
     def noise(rows: int, columns: int) -> np.ndarray:
         return value_noise(rng, (size, size), (rows, columns)) - 0.5
