@@ -19,7 +19,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from .data import PanopticDatasetMapper
-from .data.builtin import datasets_root
+from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
 from .evaluation import OrderingEvaluator, orderings_of, orderings_table, write_orderings
 from .visualization import OrderPictures
@@ -171,7 +171,7 @@ def prepare_datasets(cfg):
     for split, num_images in sizes.items():
         if f"occlusion_scenes_{split}" in names:
             ensure_split(
-                os.path.join(datasets_root(), "occlusion_scenes"),
+                occlusion_scenes_root(),
                 split,
                 num_images,
                 image_size=scenes.IMAGE_SIZE,

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from oanet_d2.evaluation.orderings import METRICS
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/OcclusionScenes/oanet_R_18.yaml"
-METRICS = ["PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"]
 
 
 def train_net(output_dir: Path, *args: str) -> dict:

@@ -20,15 +20,19 @@ def datasets_root() -> str:
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
-def register_builtin(root: str):
+def occlusion_scenes_root() -> str:
+    """
+    The folder of OcclusionScenes.
+    """
+    return os.path.join(datasets_root(), "occlusion_scenes")
+
+
+def register_builtin():
     """
     Register `coco_2017_{train,val}_oanet` and `occlusion_scenes_{train,val}`.
-
-    Args:
-        root: the folder that holds `coco/` and `occlusion_scenes/`.
     """
+    coco, scenes = os.path.join(datasets_root(), "coco"), occlusion_scenes_root()
     for split in SPLITS:
-        coco = os.path.join(root, "coco")
         register_panoptic(
             f"coco_2017_{split}_oanet",
             os.path.join(coco, f"{split}2017"),
@@ -37,7 +41,6 @@ def register_builtin(root: str):
             os.path.join(coco, "annotations", f"instances_{split}2017.json"),
             categories=COCO_CATEGORIES,
         )
-        scenes = os.path.join(root, "occlusion_scenes")
         register_panoptic(
             f"occlusion_scenes_{split}",
             os.path.join(scenes, split),
@@ -48,4 +51,4 @@ def register_builtin(root: str):
         )
 
 
-register_builtin(datasets_root())
+register_builtin()

@@ -14,7 +14,8 @@ from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..modeling import OANet, RANKING_RULE_REGISTRY
+from ..modeling import RANKING_RULE_REGISTRY, OANet
+from ..modeling.panoptic_combiner import semantic_labels
 from ..visualization import OrderPictures
 from .oracle import oracle_order
 
@@ -23,6 +24,8 @@ __all__ = ["OrderingEvaluator", "orderings_table"]
 logger = logging.getLogger(__name__)
 
 ORACLE = "oracle"
+# The columns of a table of orders, named as COCOPanopticEvaluator names them.
+METRICS = [metric + part for part in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")]
 
 
 class OrderingEvaluator(DatasetEvaluator):
@@ -74,14 +77,13 @@ class OrderingEvaluator(DatasetEvaluator):
         for input, output in zip(inputs, outputs):
             self.num_images += 1
             gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
+            semantic = semantic_labels(output["sem_seg"], self.model.keep_things_free)
             panoptic = {}
             for name in self.evaluators:
                 order = self._order(name, input, output, gt_ids)
-                panoptic[name] = self.model.combine(output["instances"], output["sem_seg"], order)
+                panoptic[name] = self.model.combine(output["instances"], semantic, order)
             if self.pictures is not None:
-                self.pictures.add(
-                    input, gt_ids, panoptic["score"], panoptic[self.model.order]
-                )
+                self.pictures.add(input, gt_ids, panoptic["score"], panoptic[self.model.order])
             for order, evaluator in self.evaluators.items():
                 evaluator.process([input], [{"panoptic_seg": panoptic[order]}])
 
@@ -132,9 +134,8 @@ def orderings_table(orderings: Dict[str, Dict[str, float]]) -> str:
     """
     PQ, SQ and RQ for all, things and stuff, a row for every order.
     """
-    metrics = [m + part for part in ("", "_th", "_st") for m in ("PQ", "SQ", "RQ")]
-    rows = [[order] + [metric[m] for m in metrics] for order, metric in orderings.items()]
-    return tabulate(rows, headers=["order", *metrics], tablefmt="pipe", floatfmt=".1f")
+    rows = [[order] + [metric[m] for m in METRICS] for order, metric in orderings.items()]
+    return tabulate(rows, headers=["order", *METRICS], tablefmt="pipe", floatfmt=".1f")
 
 
 def write_orderings(path: str, results: Dict, seconds: Dict[str, Optional[float]]):

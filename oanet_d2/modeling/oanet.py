@@ -180,8 +180,9 @@ class OANet(PanopticFPN):
             instances = detector_postprocess(instances, height, width)
             evidence_per_image = evidence_per_image[instances.kept]
             instances.remove("kept")
+            semantic = semantic_labels(sem_seg, self.keep_things_free)
             panoptic_seg = self.combine(
-                instances, sem_seg, evidence_per_image.order(self.order)
+                instances, semantic, evidence_per_image.order(self.order)
             )
             result = {"sem_seg": sem_seg, "instances": instances, "panoptic_seg": panoptic_seg}
             if self.return_evidence:
@@ -189,13 +190,13 @@ class OANet(PanopticFPN):
             results.append(result)
         return results
 
-    def combine(self, instances: Instances, sem_seg: torch.Tensor, order: torch.Tensor):
+    def combine(self, instances: Instances, semantic: torch.Tensor, order: torch.Tensor):
         """
-        Fuse one image's post-processed instances and semantic scores in the given painting order.
+        Fuse one image's post-processed instances and semantic labels in the given painting order.
 
         Args:
             instances: "pred_masks" (N, H, W) bool, "scores" and "pred_classes".
-            sem_seg: (1 + #stuff, H, W) float.
+            semantic: (H, W) int64, see :func:`semantic_labels`.
             order: (N,) int64, first painted first.
 
         Returns:
@@ -206,7 +207,7 @@ class OANet(PanopticFPN):
             instances.scores,
             instances.pred_classes,
             order,
-            semantic_labels(sem_seg, self.keep_things_free),
+            semantic,
             overlap_threshold=self.combine_overlap_thresh,
             stuff_area_thresh=self.combine_stuff_area_thresh,
             instances_score_thresh=self.combine_instances_score_thresh,

@@ -1,16 +1,15 @@
 """python -m oanet_d2.data.occlusion_scenes: writes OcclusionScenes to disk."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from ..builtin import occlusion_scenes_root
 from .writer import ensure_split, write_split
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
-    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     parser = argparse.ArgumentParser(
         prog="python -m oanet_d2.data.occlusion_scenes",
         description="Writes OcclusionScenes, a synthetic panoptic data set of things that lie on one "
@@ -18,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--root", type=Path, default=datasets / "occlusion_scenes", metavar="DIR",
+    add("--root", type=Path, default=Path(occlusion_scenes_root()), metavar="DIR",
         help="folder of the data set; not given: occlusion_scenes in $DETECTRON2_DATASETS")
     add("--train", type=int, default=1000, metavar="N", help="images of the train split; 0: leave it alone")
     add("--val", type=int, default=200, metavar="N", help="images of the val split; 0: leave it alone")

@@ -50,7 +50,7 @@ BLACK = np.float32([25, 22, 22])
 def person(rng: np.random.Generator) -> Drawing:
     """A standing person, seen from the front or from behind; measured in its height.
 
-    Anchors: head_top, head_side, shoulder, waist; and "neck" (from the front) or "back" (from behind).
+    Anchors: shoulder, waist; and "neck" (from the front) or "back" (from behind).
     """
     drawing = Drawing()
     from_behind = rng.random() < 0.35
@@ -120,7 +120,7 @@ def _arm(
 
 
 def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: Colour) -> None:
-    """Head, hair and, from the front, a face. Sets the anchors head_top and head_side."""
+    """Head, hair and, from the front, a face."""
     hair = colour_near(rng, HAIRS, 8)
     y, half, tall = -0.905, 0.066, 0.083
     if rng.random() < 0.4:
@@ -134,8 +134,6 @@ def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: C
         for eye in (-0.026, 0.026):
             drawing.add(ellipse(eye, y + 0.002, 0.008, 0.01), plain(toned(hair, 0.4)))
         drawing.add(ellipse(0, y + 0.038, 0.02, 0.007), plain(toned(skin, 0.6)))
-    drawing.anchors["head_top"] = (0.0, y - tall)
-    drawing.anchors["head_side"] = (half, y)
 
 
 def table(rng: np.random.Generator) -> Drawing:
