@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from hypothesis import settings
 
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from oanet_d2 import add_oanet_config
+from oanet_d2 import add_oanet_config, register_panoptic
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -75,6 +77,24 @@ def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
         "panoptic_category": category,
         "sem_seg": category,
     }
+
+
+@contextmanager
+def registered(name, *paths):
+    """A dataset that is registered, by `register_panoptic(name, *paths)`, only in here."""
+    register_panoptic(name, *map(str, paths))
+    try:
+        yield name
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def scenes_paths(root, split):
+    """What `register_panoptic` takes, for a split of OcclusionScenes."""
+    annotations = root / "annotations"
+    panoptic, instances = (annotations / f"{x}_{split}.json" for x in ("panoptic", "instances"))
+    return root / split, panoptic, root / f"panoptic_{split}", instances
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from oanet_d2 import add_oanet_config
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer, check_classes
-from tests.conftest import CONFIGS, REPOSITORY, load_config
+from tests.conftest import CONFIGS, REPOSITORY, load_config, registered, scenes_paths
 
 CONFIG = str(CONFIGS / "OcclusionScenes" / "oanet_R_18.yaml")
 ORDERS = ["score", "srm_mean", "srm_overlap", "oracle"]
@@ -87,21 +87,9 @@ def test_two_processes_on_cpu(subprocess_env, datasets_root, tmp_path):
     assert json.loads((tmp_path / "orderings.json").read_text())["images"] == 4
 
 
-def test_a_short_training_lowers_the_loss(datasets_root, tmp_path, monkeypatch):
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    from oanet_d2 import register_panoptic
-
-    root = datasets_root / "occlusion_scenes"
-    name = "test_short_training"
-    register_panoptic(
-        name,
-        str(root / "train"),
-        str(root / "annotations" / "panoptic_train.json"),
-        str(root / "panoptic_train"),
-        str(root / "annotations" / "instances_train.json"),
-    )
-    try:
+def test_a_short_training_lowers_the_loss(datasets_root, tmp_path):
+    paths = scenes_paths(datasets_root / "occlusion_scenes", "train")
+    with registered("test_short_training", *paths) as name:
         cfg = load_config(
             "OcclusionScenes/oanet_R_18.yaml",
             *SMALL,
@@ -116,9 +104,6 @@ def test_a_short_training_lowers_the_loss(datasets_root, tmp_path, monkeypatch):
         for key in ("total_loss", "loss_srm", "loss_sem_seg"):
             values = [v for v, _ in losses[key].values()]
             assert sum(values[-8:]) < 0.8 * sum(values[:8]), key
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def test_optimizer_follows_the_config(tiny_cfg):

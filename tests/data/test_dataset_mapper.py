@@ -12,13 +12,12 @@ import detectron2.data.transforms as T
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator
 
-from oanet_d2 import register_panoptic
 from oanet_d2.data.dataset_mapper import (
     PanopticDatasetMapper,
     annotations_from_panoptic,
     panoptic_category_map,
 )
-from tests.conftest import load_config
+from tests.conftest import load_config, registered
 
 # Category ids with gaps, things and stuff mixed, as in COCO.
 CATEGORIES = [
@@ -97,17 +96,10 @@ def coco_folder(tmp_path):
 
 @pytest.fixture
 def dataset(coco_folder, request):
-    name = f"test_{request.node.name}"
-    register_panoptic(
-        name,
-        str(coco_folder / "images"),
-        str(coco_folder / "panoptic.json"),
-        str(coco_folder / "panoptic"),
-        str(coco_folder / "instances.json"),
-    )
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    files = ("images", "panoptic.json", "panoptic", "instances.json")
+    paths = [coco_folder / file for file in files]
+    with registered(f"test_{request.node.name}", *paths) as name:
+        yield name
 
 
 def make_mapper(is_train=True, augmentations=(), **kwargs):
@@ -175,18 +167,13 @@ def test_stuff_only_labels(dataset):
 
 
 def test_without_an_instances_json_masks_are_the_visible_parts(coco_folder, request):
-    name = f"test_{request.node.name}"
-    paths = [str(coco_folder / x) for x in ("images", "panoptic.json", "panoptic")]
-    register_panoptic(name, *paths)
-    try:
+    paths = [coco_folder / x for x in ("images", "panoptic.json", "panoptic")]
+    with registered(f"test_{request.node.name}", *paths) as name:
         instances = make_mapper()(DatasetCatalog.get(name)[0])["instances"]
         assert instances.gt_classes.tolist() == [0, 1]  # without the crowd
         person, tie = instances.gt_masks.tensor
         assert not (person & tie).any() and person.sum() == 16 * 16 - 4 * 8
         assert instances.gt_boxes.tensor.tolist() == [[8, 4, 24, 20], [14, 6, 18, 14]]
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def test_annotations_from_panoptic_keep_the_crowd_flag():

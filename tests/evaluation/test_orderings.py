@@ -6,11 +6,10 @@ import pytest
 import torch
 from panopticapi.utils import rgb2id
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, Instances
 
-from oanet_d2 import register_panoptic
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.evaluation import (
     OrderingEvaluator,
@@ -20,6 +19,7 @@ from oanet_d2.evaluation import (
 )
 from oanet_d2.modeling.oanet import OANet, RankingEvidence
 from oanet_d2.visualization import OrderPictures, changed_pixels, pixel_gain
+from tests.conftest import registered, scenes_paths
 
 NUM_IMAGES = 6
 
@@ -28,17 +28,8 @@ NUM_IMAGES = 6
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("occlusion_scenes")
     write_split(root, "val", NUM_IMAGES, image_size=96, seed=3, num_workers=0)
-    name = "test_orderings_scenes"
-    register_panoptic(
-        name,
-        str(root / "val"),
-        str(root / "annotations" / "panoptic_val.json"),
-        str(root / "panoptic_val"),
-        str(root / "annotations" / "instances_val.json"),
-    )
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    with registered("test_orderings_scenes", *scenes_paths(root, "val")) as name:
+        yield name
 
 
 class GroundTruthModel:
