@@ -20,7 +20,8 @@ def add_oanet_config(cfg):
 
     # ---------------------------------------------------------------- spatial ranking module
     cfg.MODEL.SRM_HEAD = CN()
-    cfg.MODEL.SRM_HEAD.NAME = "SpatialRankingHead"
+    # "SpatialRankingHead" (the paper's) or "PairwiseRankingHead" (that, and a comparison of pairs).
+    cfg.MODEL.SRM_HEAD.NAME = "PairwiseRankingHead"
     # Width and number of the large-kernel blocks (k x 1, then 1 x k), and k. Cells, not pixels:
     # on the image one block sees KERNEL_SIZE * STRIDE pixels. The paper leaves these open.
     cfg.MODEL.SRM_HEAD.CONV_DIM = 64
@@ -34,16 +35,32 @@ def add_oanet_config(cfg):
     cfg.MODEL.SRM_HEAD.LOSS_WEIGHT = 1.0
     # A cell belongs to an instance where its mask probability is at least this (paper, sec. 3.3).
     cfg.MODEL.SRM_HEAD.MASK_THRESH = 0.5
-    # The masks that the instance tensor is made of in training: "gt" (ground truth), "pred"
-    # (the mask head's output on the ground-truth boxes) or "both" (one tensor of each; the loss
-    # is their mean). At inference it is always the predicted instances.
-    cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"
+    # Where the instances that it learns from come from; the loss is the mean over
+    #   "gt": ground-truth masks,
+    #   "pred": the mask head's output on the ground-truth boxes,
+    #   "detections": what inference would give, with its duplicates and mistakes.
+    # At inference it always sees detections.
+    cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("pred", "detections")
+    # The feature map that a head may look at.
+    cfg.MODEL.SRM_HEAD.IN_FEATURE = "p2"
+
+    # NAME "PairwiseRankingHead": besides the score map, a comparison of every two instances that
+    # overlap (MODEL.OANET.ORDER "srm_pairs").
+    cfg.MODEL.SRM_HEAD.PAIRS = CN()
+    # What it is told of a pair, besides the two classes; see PairwiseRankingHead. "geometry" and
+    # "score_map" come from masks alone, "semantic" and "features" from the image.
+    cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features")
+    # Channels that IN_FEATURE is projected to, and width of the two hidden layers.
+    cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 32
+    cfg.MODEL.SRM_HEAD.PAIRS.HIDDEN_DIM = 128
+    cfg.MODEL.SRM_HEAD.PAIRS.LOSS_WEIGHT = 1.0
 
     # ---------------------------------------------------------------- fusion
     cfg.MODEL.OANET = CN()
     # The rule that orders the instances before painting: "score" (detection score, as Panoptic
-    # FPN), "srm_mean" (the paper's Eq. 3) or "srm_overlap" (who wins inside each overlap).
-    cfg.MODEL.OANET.ORDER = "srm_overlap"
+    # FPN), "srm_mean" (the paper's Eq. 3), "srm_overlap" (who wins inside each overlap) or
+    # "srm_pairs" (the comparison of pairs, SRM_HEAD.NAME "PairwiseRankingHead").
+    cfg.MODEL.OANET.ORDER = "srm_pairs"
     # What happens where no instance is painted. True: a pixel whose best semantic class is a
     # thing stays free (void). False: it takes its best *stuff* class (the paper: only the stuff
     # scores are used).
@@ -58,14 +75,17 @@ def add_oanet_config(cfg):
     # MODEL.OANET.ORDER, and "oracle" (the order that the ground truth gives). Empty: only
     # MODEL.OANET.ORDER is evaluated. The result is written to OUTPUT_DIR/orderings.json.
     cfg.TEST.ORDERS = ()
-    # Pictures of the images where MODEL.OANET.ORDER and "score" differ most, written to
-    # OUTPUT_DIR/pictures when TEST.ORDERS holds both.
+    # Pictures of the images where MODEL.OANET.ORDER gains most over "score", written to
+    # OUTPUT_DIR/pictures, and of those where "oracle" gains most over it, to
+    # OUTPUT_DIR/pictures_still_wrong, as far as TEST.ORDERS holds the two. So many of each.
     cfg.TEST.ORDER_PICTURES = 12
 
     # ---------------------------------------------------------------- data
-    # Size of the synthetic dataset (occlusion_scenes_{train,val}), made on first use.
+    # False: train without ever opening an image (MODEL.META_ARCHITECTURE "SRMFromAnnotations").
+    cfg.INPUT.READ_IMAGE = True
+    # Size of the synthetic dataset (occlusion_scenes_{train,val}*), made on first use.
     cfg.DATASETS.OCCLUSION_SCENES = CN()
-    cfg.DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES = 1000
+    cfg.DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES = 4000
     cfg.DATASETS.OCCLUSION_SCENES.VAL_IMAGES = 200
     # Side of the square images in pixels.
     cfg.DATASETS.OCCLUSION_SCENES.IMAGE_SIZE = 192

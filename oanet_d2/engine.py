@@ -121,10 +121,14 @@ def build_ordering_evaluator(cfg, dataset_name: str, model) -> OrderingEvaluator
     """
     The evaluator that `cfg.TEST.ORDERS` and `cfg.TEST.ORDER_PICTURES` describe.
     """
-    pictures = None
-    if cfg.TEST.ORDER_PICTURES > 0 and {"score", model.order} <= set(cfg.TEST.ORDERS):
-        folder = os.path.join(_report_folder(cfg, dataset_name), "pictures")
-        pictures = OrderPictures(dataset_name, folder, cfg.TEST.ORDER_PICTURES, model.order)
+    folder, pictures = _report_folder(cfg, dataset_name), []
+    for name, orders in (
+        ("pictures", ("score", model.order)),
+        ("pictures_still_wrong", (model.order, "oracle")),
+    ):
+        if cfg.TEST.ORDER_PICTURES > 0 and set(orders) <= set(cfg.TEST.ORDERS):
+            path = os.path.join(folder, name)
+            pictures.append(OrderPictures(dataset_name, path, cfg.TEST.ORDER_PICTURES, orders))
     return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures)
 
 
@@ -169,7 +173,7 @@ def prepare_datasets(cfg):
     sizes = {"train": scenes.TRAIN_IMAGES, "val": scenes.VAL_IMAGES}
     names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
     for split, num_images in sizes.items():
-        if f"occlusion_scenes_{split}" in names:
+        if names & {f"occlusion_scenes_{split}", f"occlusion_scenes_{split}_visible"}:
             ensure_split(
                 occlusion_scenes_root(),
                 split,

@@ -25,6 +25,7 @@ PanopticSeg = Tuple[torch.Tensor, List[Dict]]
 PANEL_SIDE = 480  # pixels, the longer side of a panel
 TITLE_HEIGHT = 34
 MARK = (255, 0, 255)
+_TITLES = {"score": "by detection score", "oracle": "by ground truth (oracle)"}
 
 
 def category_codes(panoptic_seg: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
@@ -68,17 +69,22 @@ def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
 
 
 def draw_order_comparison(
-    image: np.ndarray, gt: PanopticSeg, before: PanopticSeg, after: PanopticSeg, metadata, rule: str
+    image: np.ndarray,
+    gt: PanopticSeg,
+    before: PanopticSeg,
+    after: PanopticSeg,
+    metadata,
+    orders: Tuple[str, str],
 ) -> np.ndarray:
     """
-    Image, ground truth, the result by detection score and the ranked result side by side; in the
-    last two the pixels that the order changed are outlined.
+    Image, ground truth, and the results of two orders side by side; in the last two the pixels
+    that the order changed are outlined.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         gt, before, after: panoptic results of the image.
         metadata: of the dataset.
-        rule: name of the ranking rule, for the title.
+        orders: names of the two orders, for the titles.
 
     Returns:
         uint8 RGB picture.
@@ -87,8 +93,10 @@ def draw_order_comparison(
     panels = [
         _titled("image", _enlarge(image)),
         _titled("ground truth", _draw_panoptic(image, gt, metadata)),
-        _titled("by detection score", _outline(_draw_panoptic(image, before, metadata), changed)),
-        _titled(f"ranked ({rule})", _outline(_draw_panoptic(image, after, metadata), changed)),
+        *(
+            _titled(_TITLES.get(order, order), _outline(_draw_panoptic(image, x, metadata), changed))
+            for order, x in zip(orders, (before, after))
+        ),
     ]
     gap = np.full((panels[0].shape[0], 6, 3), 255, dtype=np.uint8)
     return np.concatenate([x for panel in panels for x in (panel, gap)][:-1], axis=1)
@@ -133,35 +141,35 @@ def _titled(title: str, panel: np.ndarray) -> np.ndarray:
 
 class OrderPictures:
     """
-    Collects, over an evaluation, the images where a ranking rule gains the most pixels over the
-    detection score, and draws them.
+    Collects, over an evaluation, the images where one order gains the most pixels over another,
+    and draws them.
     """
 
-    def __init__(self, dataset_name: str, folder: str, max_pictures: int, rule: str):
+    def __init__(self, dataset_name: str, folder: str, max_pictures: int, orders: Tuple[str, str]):
         """
         Args:
             dataset_name: for its metadata.
             folder: where the pictures go, one PNG for every image.
             max_pictures: how many at most.
-            rule: name of the ranking rule.
+            orders: the order that loses, and the one that gains.
         """
         self.metadata = MetadataCatalog.get(dataset_name)
         self.folder = folder
         self.max_pictures = max_pictures
-        self.rule = rule
+        self.orders = orders
         self.reset()
 
     def reset(self):
-        self._best = []  # min-heap of (gain, image id, input, score result, ranked result)
+        self._best = []  # min-heap of (gain, image id, input, result before, result after)
 
-    def add(self, input: Dict, gt_ids: np.ndarray, by_score: PanopticSeg, ranked: PanopticSeg):
+    def add(self, input: Dict, gt_ids: np.ndarray, results: Dict[str, PanopticSeg]):
         """
         Args:
             input: the dataset dict.
             gt_ids: (H, W) ground-truth segment ids.
-            by_score, ranked: the two results for it.
+            results: order -> panoptic result of the image.
         """
-        before, after = ((ids.cpu().numpy(), info) for ids, info in (by_score, ranked))
+        before, after = ((ids.cpu().numpy(), info) for ids, info in map(results.get, self.orders))
         gain = pixel_gain((gt_ids, input["segments_info"]), before, after)
         if gain > 0:
             kept = {k: input[k] for k in ("file_name", "pan_seg_file_name", "segments_info")}
@@ -190,7 +198,7 @@ class OrderPictures:
             image = utils.read_image(input["file_name"], "RGB")
             gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
             gt = (gt_ids.astype(np.int32), input["segments_info"])
-            picture = draw_order_comparison(image, gt, before, after, self.metadata, self.rule)
+            picture = draw_order_comparison(image, gt, before, after, self.metadata, self.orders)
             stem = os.path.splitext(os.path.basename(input["file_name"]))[0]
             path = os.path.join(self.folder, f"{rank:02d}_{stem}.png")
             cv2.imwrite(path, picture[:, :, ::-1])

@@ -2,6 +2,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from oanet_d2 import add_oanet_config, register_panoptic
+from oanet_d2.modeling.candidates import Candidates, relative_boxes
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -63,20 +65,80 @@ def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
     A training input as PanopticDatasetMapper gives it: filled boxes, later ones on top.
 
     Args:
-        stuff: panoptic category behind the things, or None for void.
+        stuff: stuff class behind the things, counted from 1, or None for void.
     """
     generator = torch.Generator().manual_seed(seed)
     category = torch.full(size, 255 if stuff is None else num_things + stuff - 1)
     for (x0, y0, x1, y1), c in zip(boxes, classes):
         category[y0:y1, x0:x1] = c
+    segments = [thing(i, c) for i, c in enumerate(classes, start=1)]
+    index = torch.zeros(size, dtype=torch.int64)
+    if stuff is not None:
+        segments.append({"id": len(segments) + 1, "category_id": stuff, "isthing": False})
+        index[:] = len(segments)
+    for i, (x0, y0, x1, y1) in enumerate(boxes, start=1):
+        index[y0:y1, x0:x1] = i
     return {
         "image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8),
         "height": size[0],
         "width": size[1],
         "instances": make_instances(size, boxes, classes),
+        "panoptic_seg": (index, segments),
         "panoptic_category": category,
         "sem_seg": category,
     }
+
+
+def thing(i, c, **extra):
+    """A thing's entry in segments_info."""
+    return {"id": i, "category_id": c, "isthing": True, **extra}
+
+
+def box_mask(x0, y0, x1, y1, size=(10, 12)):
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def make_candidates(masks, classes, scores=None):
+    """
+    Candidates with the given masks; their boxes are the masks' extents.
+
+    Args:
+        masks: (N, h, w) bool.
+        classes, scores: N of each; scores default to 0.9, 0.8, ...
+    """
+    if scores is None:
+        scores = [0.9 - 0.1 * i for i in range(len(classes))]
+    return Candidates(
+        masks,
+        torch.as_tensor(classes, dtype=torch.int64),
+        torch.as_tensor(scores, dtype=torch.float32),
+        relative_boxes(BitMasks(masks).get_bounding_boxes().tensor, masks.shape[1:]),
+    )
+
+
+def random_scene(seed, n, size=(6, 7), num_segments=4, num_classes=2):
+    """
+    N random boxes and, independent of them, a random panoptic ground truth of things.
+
+    Returns:
+        masks, classes, scores, ids, segments_info.
+    """
+    rng = np.random.default_rng(seed)
+
+    def random_box():
+        x, y = rng.integers(0, size[1] - 2), rng.integers(0, size[0] - 2)
+        return box_mask(x, y, x + rng.integers(1, 6), y + rng.integers(1, 5), size)
+
+    ids, segments = torch.zeros(size, dtype=torch.int64), []
+    for i in range(1, num_segments + 1):
+        ids[random_box()] = i
+        segments.append(thing(i, int(rng.integers(num_classes))))
+    masks = torch.stack([random_box() for _ in range(n)])
+    classes = torch.from_numpy(rng.integers(0, num_classes, n))
+    scores = torch.from_numpy(rng.permutation(n) / 10 + 0.1)
+    return masks, classes, scores, ids, segments
 
 
 @contextmanager

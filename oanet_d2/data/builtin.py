@@ -29,7 +29,9 @@ def occlusion_scenes_root() -> str:
 
 def register_builtin():
     """
-    Register `coco_2017_{train,val}_oanet` and `occlusion_scenes_{train,val}`.
+    Register `coco_2017_{train,val}_oanet`, `occlusion_scenes_{train,val}` and
+    `occlusion_scenes_{train,val}_visible`: the same scenes with instance masks that are cut to
+    what is visible, as many real datasets have them.
     """
     coco, scenes = os.path.join(datasets_root(), "coco"), occlusion_scenes_root()
     for split in SPLITS:
@@ -41,14 +43,19 @@ def register_builtin():
             os.path.join(coco, "annotations", f"instances_{split}2017.json"),
             categories=COCO_CATEGORIES,
         )
-        register_panoptic(
-            f"occlusion_scenes_{split}",
+        files = [
             os.path.join(scenes, split),
             os.path.join(scenes, "annotations", f"panoptic_{split}.json"),
             os.path.join(scenes, f"panoptic_{split}"),
-            os.path.join(scenes, "annotations", f"instances_{split}.json"),
-            categories=OCCLUSION_SCENES_CATEGORIES,
-        )
+        ]
+        silhouettes = os.path.join(scenes, "annotations", f"instances_{split}.json")
+        for name, instances_json in (("", silhouettes), ("_visible", None)):
+            register_panoptic(
+                f"occlusion_scenes_{split}{name}",
+                *files,
+                instances_json,
+                categories=OCCLUSION_SCENES_CATEGORIES,
+            )
 
 
 register_builtin()

@@ -39,15 +39,15 @@ class OrderingEvaluator(DatasetEvaluator):
         dataset_name: str,
         model: OANet,
         orders: Sequence[str],
-        pictures: Optional[OrderPictures] = None,
+        pictures: Sequence[OrderPictures] = (),
     ):
         """
         Args:
             dataset_name: a dataset registered by :func:`register_panoptic`.
             model: the model that is evaluated; it fuses, with its own thresholds.
             orders: names of ranking rules, and "oracle".
-            pictures: collects the images where the order matters most. Needs `orders` to hold
-                "score" and the model's own order.
+            pictures: collect the images where the order matters most; theirs must be among
+                `orders`.
 
         Raises:
             ValueError: an order is not known.
@@ -65,8 +65,8 @@ class OrderingEvaluator(DatasetEvaluator):
         self.start = time.perf_counter()
         for evaluator in self.evaluators.values():
             evaluator.reset()
-        if self.pictures is not None:
-            self.pictures.reset()
+        for pictures in self.pictures:
+            pictures.reset()
 
     def process(self, inputs: List[Dict], outputs: List[Dict]):
         """
@@ -82,8 +82,8 @@ class OrderingEvaluator(DatasetEvaluator):
             for name in self.evaluators:
                 order = self._order(name, input, output, gt_ids)
                 panoptic[name] = self.model.combine(output["instances"], semantic, order)
-            if self.pictures is not None:
-                self.pictures.add(input, gt_ids, panoptic["score"], panoptic[self.model.order])
+            for pictures in self.pictures:
+                pictures.add(input, gt_ids, panoptic)
             for order, evaluator in self.evaluators.items():
                 evaluator.process([input], [{"panoptic_seg": panoptic[order]}])
 
@@ -108,8 +108,8 @@ class OrderingEvaluator(DatasetEvaluator):
             None on all processes but the main one.
         """
         num_images = sum(comm.gather(self.num_images))
-        if self.pictures is not None:
-            self.pictures.save()
+        for pictures in self.pictures:
+            pictures.save()
         results = OrderedDict()
         for order, evaluator in self.evaluators.items():
             logger.info(f"Scoring the order '{order}' with panopticapi ...")

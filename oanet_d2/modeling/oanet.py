@@ -1,26 +1,30 @@
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Dict, List, Optional
+from typing import Dict, List, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 
-from .instance_tensor import (
-    build_instance_tensor,
-    gt_masks_to_grid,
+from .candidates import (
+    Candidates,
+    RankingTarget,
     grid_size,
+    gt_candidates,
+    ranking_target,
+    relative_boxes,
     roi_masks_to_grid,
 )
+from .pair_head import PairwiseRankingHead
 from .panoptic_combiner import combine, semantic_labels
-from .ranking import RANKING_RULE_REGISTRY
+from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
 from .srm_head import build_srm_head
 
-__all__ = ["OANet", "RankingEvidence"]
+__all__ = ["OANet"]
 
 
 @contextmanager
@@ -35,39 +39,6 @@ def evaluating(module: nn.Module):
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-@dataclass
-class RankingEvidence:
-    """
-    What a ranking rule looks at, for the N instances of one image.
-
-    Attributes:
-        scores: (N,) float, detection scores.
-        classes: (N,) int64, thing classes.
-        masks: (N, h, w) bool, the instances on the grid of the score map. Instances below the
-            confidence threshold are not painted, so they do not compete: theirs are empty.
-        score_map: (C, h, w) float in [0, 1], or None where no rule asked for it.
-    """
-
-    scores: torch.Tensor
-    classes: torch.Tensor
-    masks: torch.Tensor
-    score_map: Optional[torch.Tensor]
-
-    def __getitem__(self, kept: torch.Tensor) -> "RankingEvidence":
-        return RankingEvidence(
-            self.scores[kept], self.classes[kept], self.masks[kept], self.score_map
-        )
-
-    def order(self, rule: str) -> torch.Tensor:
-        """
-        Returns:
-            (N,) int64: the painting order by the registered rule of that name.
-        """
-        return RANKING_RULE_REGISTRY.get(rule)(
-            self.scores, self.classes, self.masks, self.score_map
-        )
 
 
 @META_ARCH_REGISTRY.register()
@@ -85,6 +56,7 @@ class OANet(PanopticFPN):
         self,
         *,
         srm_head: nn.Module,
+        srm_in_feature: str = "p2",
         order: str = "srm_overlap",
         keep_things_free: bool = True,
         return_evidence: bool = False,
@@ -93,6 +65,7 @@ class OANet(PanopticFPN):
         """
         Args:
             srm_head: the spatial ranking head.
+            srm_in_feature: the feature map that it is given.
             order: name of the rule in RANKING_RULE_REGISTRY that orders the instances.
             keep_things_free: see :func:`semantic_labels`.
             return_evidence: add a "ranking_evidence" (:class:`RankingEvidence`) to every result,
@@ -102,6 +75,7 @@ class OANet(PanopticFPN):
         """
         super().__init__(**kwargs)
         self.srm_head = srm_head
+        self.srm_in_feature = srm_in_feature
         self.order = order
         self.keep_things_free = keep_things_free
         self.return_evidence = return_evidence
@@ -116,7 +90,15 @@ class OANet(PanopticFPN):
                 f"MODEL.OANET.ORDER is {cfg.MODEL.OANET.ORDER!r}; it must be one of {rules}."
             )
         ret = super().from_config(cfg)
-        ret["srm_head"] = build_srm_head(cfg)
+        ret["srm_head"] = build_srm_head(cfg, ret["backbone"].output_shape())
+        orders = {"MODEL.OANET.ORDER": (cfg.MODEL.OANET.ORDER,), "TEST.ORDERS": cfg.TEST.ORDERS}
+        for key, names in orders.items():
+            if "srm_pairs" in names and not isinstance(ret["srm_head"], PairwiseRankingHead):
+                raise ValueError(
+                    f"{key} is or holds 'srm_pairs', which needs MODEL.SRM_HEAD.NAME "
+                    f"'PairwiseRankingHead', but that is {cfg.MODEL.SRM_HEAD.NAME!r}."
+                )
+        ret["srm_in_feature"] = cfg.MODEL.SRM_HEAD.IN_FEATURE
         ret["order"] = cfg.MODEL.OANET.ORDER
         ret["keep_things_free"] = cfg.MODEL.OANET.KEEP_THINGS_FREE
         ret["return_evidence"] = len(cfg.TEST.ORDERS) > 0
@@ -125,9 +107,10 @@ class OANet(PanopticFPN):
     def forward(self, batched_inputs: List[Dict]):
         """
         Args:
-            batched_inputs: as :meth:`PanopticFPN.forward`; in training with the key
-                "panoptic_category" as well: (H, W) int64, the panoptic category of every pixel
-                (things in [0, #things), stuff from #things on, or the ignore value).
+            batched_inputs: as :meth:`PanopticFPN.forward`; in training with two more keys:
+                "panoptic_category": (H, W) int64, the panoptic category of every pixel (things
+                in [0, #things), stuff from #things on, or the ignore value), and
+                "panoptic_seg": (H, W) int64 segment ids and their segments_info.
 
         Returns:
             in training a dict of losses; otherwise see :meth:`inference`.
@@ -137,15 +120,32 @@ class OANet(PanopticFPN):
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        sem_seg = self._stack_labels([x["sem_seg"] for x in batched_inputs])
-        categories = self._stack_labels([x["panoptic_category"] for x in batched_inputs])
+        sem_seg = ImageList.from_tensors(
+            [x["sem_seg"].to(self.device) for x in batched_inputs],
+            self.backbone.size_divisibility,
+            self.sem_seg_head.ignore_value,
+            self.backbone.padding_constraints,
+        ).tensor
 
-        _, losses = self.sem_seg_head(features, sem_seg)
+        semantic = self.sem_seg_head.layers(features)
+        losses = self.sem_seg_head.losses(semantic, sem_seg)
         proposals, proposal_losses = self.proposal_generator(images, features, gt_instances)
         _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
         losses.update(proposal_losses)
         losses.update(detector_losses)
-        losses.update(self._srm_losses(images, features, gt_instances, categories))
+
+        sources = self.training_candidates(
+            images, features, proposals, gt_instances, self.srm_head.train_masks
+        )
+        targets = self.ranking_targets(images, batched_inputs)
+        # What the image shows is evidence for the ranking module, not something it may change:
+        # attached, its loss lowers the quality of the semantic and the instance branch.
+        maps = self.ranking_maps(
+            images, semantic.detach(), {name: f.detach() for name, f in features.items()}
+        )
+        for source in sources:
+            for name, loss in self.srm_head.losses(source, targets, *maps).items():
+                losses[name] = losses.get(name, 0) + loss / len(sources)
         return losses
 
     def inference(self, batched_inputs: List[Dict], do_postprocess: bool = True):
@@ -161,14 +161,15 @@ class OANet(PanopticFPN):
         """
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
-        sem_seg_results, _ = self.sem_seg_head(features, None)
+        semantic = self.sem_seg_head.layers(features)
+        sem_seg_results = self.sem_seg_head.predict(semantic)
         proposals, _ = self.proposal_generator(images, features, None)
         detector_results, _ = self.roi_heads(images, features, proposals, None)
         if not do_postprocess:
             return detector_results, sem_seg_results
 
         # Before post-processing, which replaces the mask head's output by full-image masks.
-        evidence = self._rank(images, detector_results)
+        evidence = self._rank(images, semantic, features, detector_results)
         results = []
         for inputs, image_size, instances, sem_seg, evidence_per_image in zip(
             batched_inputs, images.image_sizes, detector_results, sem_seg_results, evidence
@@ -213,86 +214,102 @@ class OANet(PanopticFPN):
             instances_score_thresh=self.combine_instances_score_thresh,
         )
 
-    def _stack_labels(self, label_maps: List[torch.Tensor]) -> torch.Tensor:
-        return ImageList.from_tensors(
-            [x.to(self.device) for x in label_maps],
-            self.backbone.size_divisibility,
-            self.sem_seg_head.ignore_value,
-            self.backbone.padding_constraints,
-        ).tensor
-
-    def _rank(self, images: ImageList, detections: List[Instances]) -> List[RankingEvidence]:
+    def _rank(self, images, semantic, features, detections) -> List[RankingEvidence]:
         """
-        Run the ranking module on what was detected: one score map per image.
+        Run the ranking module on what was detected.
         """
-        grids = [
-            self._detections_to_grid(instances, images.tensor.shape[-2:])
-            for instances in detections
-        ]
-        score_maps = [None] * len(grids)
-        if self.return_evidence or self.order != "score":
-            tensors = [
-                build_instance_tensor(grid, instances.pred_classes, self.srm_head.num_classes)
-                for grid, instances in zip(grids, detections)
-            ]
-            score_maps = self.srm_head.score_map(self.srm_head(torch.stack(tensors)))
-        return [
-            RankingEvidence(instances.scores, instances.pred_classes, grid, score_map)
-            for instances, grid, score_map in zip(detections, grids, score_maps)
-        ]
+        candidates = [self._detected(images, x) for x in detections]
+        if self.order == "score" and not self.return_evidence:
+            return [RankingEvidence(x.scores, x.classes, x.masks) for x in candidates]
+        maps = self.ranking_maps(images, semantic, features)
+        with_map = self.return_evidence or self.order != "srm_pairs"
+        return self.srm_head.evidence(candidates, *maps, with_map=with_map)
 
-    def _detections_to_grid(self, instances: Instances, image_size) -> torch.Tensor:
-        size = grid_size(image_size, self.srm_head.stride)
+    def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict):
+        """
+        The image's part of the evidence, on the grid of the ranking module.
+
+        Returns:
+            logits of the semantic branch for the thing classes, (B, C, h, w), or None where it
+            knows none; and the feature map, (B, channels, h, w), or None where there is none of
+            that name (a head that looks at it refuses to be built then).
+        """
+        size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
+        semantic = semantic[:, : self.sem_seg_head.num_things]
+        semantic = semantic if self.sem_seg_head.num_things > 0 else None
+        maps = (semantic, features.get(self.srm_in_feature))
+        return tuple(x if x is None else _resize(x, size) for x in maps)
+
+    def _detected(self, images: ImageList, instances: Instances) -> Candidates:
+        """
+        Candidates from what the ROI heads return. Instances below the confidence threshold will
+        not be painted, so they do not compete: their masks are empty.
+        """
+        size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
         masks = torch.zeros((len(instances), *size), dtype=torch.bool, device=self.device)
         painted = instances.scores >= self.combine_instances_score_thresh
+        boxes = instances.pred_boxes.tensor
         masks[painted] = roi_masks_to_grid(
             instances.pred_masks[painted, 0],
-            instances.pred_boxes.tensor[painted],
+            boxes[painted],
             self.srm_head.stride,
             size,
             self.srm_head.mask_threshold,
         )
-        return masks
-
-    def _srm_losses(self, images, features, gt_instances, categories) -> Dict[str, torch.Tensor]:
-        """
-        L_srm on the instance tensors that `srm_head.train_masks` asks for.
-        """
-        head = self.srm_head
-        size = grid_size(images.tensor.shape[-2:], head.stride)
-        grids = []
-        if head.train_masks in ("gt", "both"):
-            grids += [
-                gt_masks_to_grid(x.gt_masks, head.stride, size).to(self.device)
-                for x in gt_instances
-            ]
-        if head.train_masks in ("pred", "both"):
-            grids += [
-                roi_masks_to_grid(masks, boxes, head.stride, size, head.mask_threshold)
-                for masks, boxes in self._predict_gt_masks(features, gt_instances)
-            ]
-        repeats = len(grids) // len(gt_instances)
-        classes = [x.gt_classes for x in gt_instances] * repeats
-        tensors = [
-            build_instance_tensor(grid, c, head.num_classes) for grid, c in zip(grids, classes)
-        ]
-        return head.losses(head(torch.stack(tensors)), categories.repeat(repeats, 1, 1))
+        return Candidates(
+            masks, instances.pred_classes, instances.scores, relative_boxes(boxes, instances.image_size)
+        )
 
     @torch.no_grad()
-    def _predict_gt_masks(self, features, gt_instances):
+    def training_candidates(
+        self, images, features, proposals, gt_instances, kinds: Sequence[str]
+    ) -> List[List[Candidates]]:
         """
-        The mask head's output on the ground-truth boxes: what the ranking module will see at
-        inference, but matched to the ground truth.
+        The instances to learn the ranking from.
+
+        Args:
+            images, features, proposals, gt_instances: as the ROI heads take them in training.
+            kinds: see `MODEL.SRM_HEAD.TRAIN_MASKS`.
 
         Returns:
-            list of (masks (N, M, M) float probabilities, boxes (N, 4)), one for every image.
+            for each kind a list, one of every image.
         """
+        make = {
+            "gt": self._ground_truth,
+            "pred": self._predicted_on_gt_boxes,
+            "detections": self._detected_in_training,
+        }
+        with evaluating(self.roi_heads):
+            return [make[kind](images, features, proposals, gt_instances) for kind in kinds]
+
+    def _ground_truth(self, images, features, proposals, gt_instances) -> List[Candidates]:
+        size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
+        return [gt_candidates(x, self.srm_head.stride, size) for x in gt_instances]
+
+    def _predicted_on_gt_boxes(self, images, features, proposals, gt_instances):
         given = [
             Instances(
-                x.image_size, pred_boxes=Boxes(x.gt_boxes.tensor), pred_classes=x.gt_classes
+                x.image_size,
+                pred_boxes=Boxes(x.gt_boxes.tensor),
+                pred_classes=x.gt_classes,
+                scores=torch.ones_like(x.gt_classes, dtype=torch.float32),
             )
             for x in gt_instances
         ]
-        with evaluating(self.roi_heads):
-            predicted = self.roi_heads.forward_with_given_boxes(features, given)
-        return [(x.pred_masks[:, 0], x.pred_boxes.tensor) for x in predicted]
+        predicted = self.roi_heads.forward_with_given_boxes(features, given)
+        return [self._detected(images, x) for x in predicted]
+
+    def _detected_in_training(self, images, features, proposals, gt_instances):
+        detected, _ = self.roi_heads(images, features, proposals, None)
+        return [self._detected(images, x) for x in detected]
+
+    def ranking_targets(self, images: ImageList, batched_inputs) -> List[RankingTarget]:
+        """
+        The ground truth of every image, on the grid of the ranking module.
+        """
+        size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
+        return [ranking_target(x, self.srm_head, size, self.device) for x in batched_inputs]
+
+
+def _resize(maps: torch.Tensor, size) -> torch.Tensor:
+    return maps if maps.shape[-2:] == size else F.adaptive_avg_pool2d(maps, size)

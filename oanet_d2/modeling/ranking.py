@@ -1,11 +1,12 @@
 """
-Rules that decide in which order instances are painted: masks, classes and scores in, a
-permutation out. The first instance of an order is painted first and so lies on top, since
-painting never overwrites (:func:`oanet_d2.modeling.panoptic_combiner.combine`).
+Rules that decide in which order instances are painted: evidence in, a permutation out. The first
+instance of an order is painted first and so lies on top, since painting never overwrites
+(:func:`oanet_d2.modeling.panoptic_combiner.combine`).
 
 Every rule has the same signature and is registered under the name that `MODEL.OANET.ORDER` uses.
 """
 
+from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
@@ -13,19 +14,18 @@ import torch
 
 from detectron2.utils.registry import Registry
 
-__all__ = ["RANKING_RULE_REGISTRY", "mean_scores", "order_from_margins", "overlap_margins"]
+__all__ = [
+    "RANKING_RULE_REGISTRY",
+    "RankingEvidence",
+    "mean_scores",
+    "order_from_margins",
+    "overlap_margins",
+]
 
 RANKING_RULE_REGISTRY = Registry("RANKING_RULE")
 RANKING_RULE_REGISTRY.__doc__ = """
-Registry of ranking rules. A rule is called with
-
-    scores (Tensor): (N,) float, the detection scores.
-    classes (Tensor): (N,) int64, thing classes in [0, C).
-    masks (Tensor): (N, h, w) bool, the instances on the grid of the score map.
-    score_map (Tensor or None): (C, h, w) float, the spatial ranking score map S; None when no
-        SRM was run, which only a rule that does not look at it accepts.
-
-and returns an int64 tensor of shape (N,): a permutation of 0..N-1, first painted first.
+Registry of ranking rules. A rule is called with a :class:`RankingEvidence` of N instances and
+returns an int64 tensor of shape (N,): a permutation of 0..N-1, first painted first.
 """
 
 # Margins are compared as multiples of this, in integers: sums and differences are then exact, so
@@ -33,42 +33,92 @@ and returns an int64 tensor of shape (N,): a permutation of 0..N-1, first painte
 _MARGIN_QUANTUM = 2.0**-20
 
 
+@dataclass
+class RankingEvidence:
+    """
+    What a ranking rule looks at, for the N instances of one image.
+
+    Attributes:
+        scores: (N,) float, detection scores.
+        classes: (N,) int64, thing classes in [0, C).
+        masks: (N, h, w) bool, the instances on the grid of the score map. Instances below the
+            confidence threshold are not painted, so they do not compete: theirs are empty.
+        score_map: (C, h, w) float in [0, 1], the spatial ranking score map S; None where no rule
+            asked for it.
+        pair_margins: (N, N) antisymmetric float, in cells: by how much a pairwise ranking head
+            puts a before b; None where the model has no such head.
+    """
+
+    scores: torch.Tensor
+    classes: torch.Tensor
+    masks: torch.Tensor
+    score_map: Optional[torch.Tensor] = None
+    pair_margins: Optional[torch.Tensor] = None
+
+    def __getitem__(self, kept: torch.Tensor) -> "RankingEvidence":
+        margins = self.pair_margins
+        return RankingEvidence(
+            self.scores[kept],
+            self.classes[kept],
+            self.masks[kept],
+            self.score_map,
+            None if margins is None else margins[kept][:, kept],
+        )
+
+    def order(self, rule: str) -> torch.Tensor:
+        """
+        Returns:
+            (N,) int64: the painting order by the registered rule of that name.
+        """
+        # Sums over many cells: not in half precision, whatever the network runs in.
+        with torch.autocast(self.scores.device.type, enabled=False):
+            return RANKING_RULE_REGISTRY.get(rule)(self)
+
+
 @RANKING_RULE_REGISTRY.register()
-def score(
-    scores: torch.Tensor,
-    classes: torch.Tensor,
-    masks: torch.Tensor,
-    score_map: Optional[torch.Tensor],
-) -> torch.Tensor:
+def score(evidence: RankingEvidence) -> torch.Tensor:
     """
     The more confident instance first: what Panoptic FPN and panopticapi do. Written as
     Detectron2 writes it, so that equal scores fall the same way.
     """
-    return torch.argsort(-scores)
+    return torch.argsort(-evidence.scores)
 
 
 @RANKING_RULE_REGISTRY.register()
-def srm_mean(
-    scores: torch.Tensor, classes: torch.Tensor, masks: torch.Tensor, score_map: torch.Tensor
-) -> torch.Tensor:
+def srm_mean(evidence: RankingEvidence) -> torch.Tensor:
     """
     The paper's rule: by the mean ranking score of Eq. 3, highest first. Equal means (and
     instances without a pixel) fall back to the detection score.
     """
-    by_score = score(scores, classes, masks, score_map)
-    means = mean_scores(score_map, masks, classes)
+    by_score = score(evidence)
+    means = mean_scores(evidence.score_map, evidence.masks, evidence.classes)
     return by_score[torch.argsort(-means[by_score], stable=True)]
 
 
 @RANKING_RULE_REGISTRY.register()
-def srm_overlap(
-    scores: torch.Tensor, classes: torch.Tensor, masks: torch.Tensor, score_map: torch.Tensor
-) -> torch.Tensor:
+def srm_overlap(evidence: RankingEvidence) -> torch.Tensor:
     """
     Ask who wins *inside each overlap*. The mean of Eq. 3 dilutes: most of a person's pixels are
     uncontested and score near 1, so the tie on it loses although it wins everywhere they meet.
     """
-    return order_from_margins(overlap_margins(score_map, masks, classes), scores)
+    margins = overlap_margins(evidence.score_map, evidence.masks, evidence.classes)
+    return order_from_margins(margins, evidence.scores)
+
+
+@RANKING_RULE_REGISTRY.register()
+def srm_pairs(evidence: RankingEvidence) -> torch.Tensor:
+    """
+    By what :class:`PairwiseRankingHead` says of every two instances that overlap.
+
+    Raises:
+        ValueError: the model has another head.
+    """
+    if evidence.pair_margins is None:
+        raise ValueError(
+            "The order 'srm_pairs' needs MODEL.SRM_HEAD.NAME 'PairwiseRankingHead'; this model's "
+            "ranking head does not compare pairs."
+        )
+    return order_from_margins(evidence.pair_margins, evidence.scores)
 
 
 def mean_scores(

@@ -73,16 +73,26 @@ class OANetSemSegFPNHead(SemSegFPNHead):
         Returns:
             in training (None, dict of losses); in inference ((B, 1 + #stuff, H, W) logits, {}).
         """
-        if self.training or self.num_things == 0:
-            return super().forward(features, targets)
         logits = self.layers(features)
-        things = logits[:, : self.num_things].amax(dim=1, keepdim=True)
-        # Reduced before it is enlarged: 54 channels at full resolution on COCO, not 133.
-        logits = torch.cat([things, logits[:, self.num_things :]], dim=1)
-        logits = F.interpolate(
+        if self.training:
+            return None, self.losses(logits, targets)
+        return self.predict(logits), {}
+
+    def predict(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: (B, classes, h, w), what :meth:`layers` returns.
+
+        Returns:
+            (B, 1 + #stuff, H, W) logits; channel 0 is "any thing".
+        """
+        if self.num_things > 0:
+            things = logits[:, : self.num_things].amax(dim=1, keepdim=True)
+            # Reduced before it is enlarged: 54 channels at full resolution on COCO, not 133.
+            logits = torch.cat([things, logits[:, self.num_things :]], dim=1)
+        return F.interpolate(
             logits, scale_factor=self.common_stride, mode="bilinear", align_corners=False
         )
-        return logits, {}
 
     def losses(
         self, predictions: torch.Tensor, targets: torch.Tensor

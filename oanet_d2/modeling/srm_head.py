@@ -1,4 +1,4 @@
-from typing import Dict, List
+from typing import Dict, List, Optional, Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -6,26 +6,32 @@ from torch import nn
 from torch.nn import functional as F
 
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.utils.registry import Registry
+
+from .candidates import Candidates, RankingTarget, build_instance_tensor
+from .ranking import RankingEvidence
 
 __all__ = ["SRM_HEAD_REGISTRY", "SpatialRankingHead", "build_srm_head"]
 
 SRM_HEAD_REGISTRY = Registry("SRM_HEAD")
 SRM_HEAD_REGISTRY.__doc__ = """
-Registry for spatial ranking heads, which turn an instance tensor into a spatial ranking score map.
+Registry for spatial ranking heads, which say of the instances of an image who is visible where.
 
-The registered object will be called with `obj(cfg)`.
+The registered object will be called with `obj(cfg, input_shape)`.
 """
 
-TRAIN_MASKS = ("gt", "pred", "both")
+TRAIN_MASKS = ("gt", "pred", "detections")
 
 
-def build_srm_head(cfg):
+def build_srm_head(cfg, input_shape: Dict[str, ShapeSpec]):
     """
     Build a spatial ranking head from `cfg.MODEL.SRM_HEAD.NAME`.
+
+    Args:
+        input_shape: the backbone's feature maps; empty where there is no backbone.
     """
-    return SRM_HEAD_REGISTRY.get(cfg.MODEL.SRM_HEAD.NAME)(cfg)
+    return SRM_HEAD_REGISTRY.get(cfg.MODEL.SRM_HEAD.NAME)(cfg, input_shape)
 
 
 @SRM_HEAD_REGISTRY.register()
@@ -50,7 +56,7 @@ class SpatialRankingHead(nn.Module):
         stride: int = 4,
         mask_threshold: float = 0.5,
         loss_weight: float = 1.0,
-        train_masks: str = "gt",
+        train_masks: Sequence[str] = ("gt",),
         ignore_value: int = 255,
     ):
         """
@@ -64,8 +70,8 @@ class SpatialRankingHead(nn.Module):
             stride: pixels of the input image per cell.
             mask_threshold: mask probability from which on a cell belongs to an instance.
             loss_weight: weight of L_srm.
-            train_masks: what the tensor is made of in training: "gt", "pred" or "both". Read by
-                the meta-architecture, which has the masks.
+            train_masks: where the instances come from in training, some of TRAIN_MASKS. Read by
+                the meta-architecture, which has them.
             ignore_value: category of unlabelled pixels.
 
         Raises:
@@ -83,15 +89,15 @@ class SpatialRankingHead(nn.Module):
             raise ValueError(
                 f"MODEL.SRM_HEAD.MASK_THRESH is {mask_threshold}; it must lie between 0 and 1."
             )
-        if train_masks not in TRAIN_MASKS:
+        if not train_masks or not set(train_masks) <= set(TRAIN_MASKS):
             raise ValueError(
-                f"MODEL.SRM_HEAD.TRAIN_MASKS is {train_masks!r}; it must be one of {TRAIN_MASKS}."
+                f"MODEL.SRM_HEAD.TRAIN_MASKS is {train_masks!r}; it must be some of {TRAIN_MASKS}."
             )
         self.num_classes = num_classes
         self.stride = stride
         self.mask_threshold = mask_threshold
         self.loss_weight = loss_weight
-        self.train_masks = train_masks
+        self.train_masks = tuple(train_masks)
         self.ignore_value = ignore_value
 
         half = kernel_size // 2
@@ -117,7 +123,7 @@ class SpatialRankingHead(nn.Module):
             weight_init.c2_msra_fill(layer)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec]):
         return {
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "conv_dim": cfg.MODEL.SRM_HEAD.CONV_DIM,
@@ -148,7 +154,7 @@ class SpatialRankingHead(nn.Module):
         """
         return logits.float().softmax(dim=-3)
 
-    def losses(self, logits: torch.Tensor, categories: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def map_loss(self, logits: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
         """
         L_srm = CE(S_map, S_label): cross entropy against the category that the panoptic ground
         truth shows in each cell. Cells that show no thing (stuff, unlabelled) have no label among
@@ -156,21 +162,63 @@ class SpatialRankingHead(nn.Module):
 
         Args:
             logits: (B, C, h, w).
-            categories: (B, H, W) int64 panoptic category of every pixel: things in [0, C), stuff
+            categories: (B, h, w) int64 panoptic category of every cell: things in [0, C), stuff
                 from C on, or `ignore_value`.
 
         Returns:
-            {"loss_srm": scalar}; 0 (with gradients, all 0) if no cell shows a thing.
+            scalar; 0 (with gradients, all 0) if no cell shows a thing.
         """
-        centre = self.stride // 2
-        labels = categories[:, centre :: self.stride, centre :: self.stride]
-        labels = F.pad(
-            labels,
-            (0, logits.shape[-1] - labels.shape[-1], 0, logits.shape[-2] - labels.shape[-2]),
-            value=self.ignore_value,
-        )
-        is_thing = labels < self.num_classes
+        is_thing = categories < self.num_classes
         loss = F.cross_entropy(
-            logits.float(), labels.where(is_thing, -1), ignore_index=-1, reduction="sum"
+            logits.float(), categories.where(is_thing, -1), ignore_index=-1, reduction="sum"
         )
-        return {"loss_srm": loss / is_thing.sum().clamp(min=1) * self.loss_weight}
+        return loss / is_thing.sum().clamp(min=1)
+
+    def losses(
+        self,
+        candidates: List[Candidates],
+        targets: List[RankingTarget],
+        semantic: Optional[torch.Tensor] = None,
+        features: Optional[torch.Tensor] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            candidates, targets: one of each for every image.
+            semantic, features: see :meth:`PairwiseRankingHead.losses`; the map does not look at
+                them.
+
+        Returns:
+            {"loss_srm": scalar}, see :meth:`map_loss`.
+        """
+        logits = self(self.instance_tensors(candidates))
+        categories = torch.stack([x.categories for x in targets])
+        return {"loss_srm": self.map_loss(logits, categories) * self.loss_weight}
+
+    def instance_tensors(self, candidates: List[Candidates]) -> torch.Tensor:
+        """
+        Returns:
+            (B, C, h, w): the instance tensor of every image.
+        """
+        return torch.stack(
+            [build_instance_tensor(x.masks, x.classes, self.num_classes) for x in candidates]
+        )
+
+    def evidence(
+        self,
+        candidates: List[Candidates],
+        semantic: Optional[torch.Tensor] = None,
+        features: Optional[torch.Tensor] = None,
+        with_map: bool = True,
+    ) -> List[RankingEvidence]:
+        """
+        What the ranking rules look at, for every image.
+
+        Args:
+            candidates, semantic, features: see :meth:`losses`.
+            with_map: whether a rule will look at the score map.
+        """
+        score_maps = self.score_map(self(self.instance_tensors(candidates)))
+        return [
+            RankingEvidence(x.scores, x.classes, x.masks, score_map)
+            for x, score_map in zip(candidates, score_maps)
+        ]

@@ -15,8 +15,10 @@ from detectron2.evaluation import COCOPanopticEvaluator
 from oanet_d2.data.dataset_mapper import (
     PanopticDatasetMapper,
     annotations_from_panoptic,
-    panoptic_category_map,
+    index_segments,
+    panoptic_categories,
 )
+from oanet_d2.modeling.candidates import gt_candidates
 from tests.conftest import load_config, registered
 
 # Category ids with gaps, things and stuff mixed, as in COCO.
@@ -153,6 +155,17 @@ def test_training_sample_by_hand(dataset):
     at = {(0, 0): 3, (22, 10): 2, (5, 9): 0, (7, 15): 1, (0, 30): 255, (22, 0): 0}
     assert {yx: category[yx].item() for yx in at} == at
     assert torch.equal(sample["sem_seg"], category)
+    # ids are counted from 1 in the order of the file: sky, grass, person, tie, crowd
+    index, segments_info = sample["panoptic_seg"]
+    assert index.dtype == torch.int64 and index.shape == (HEIGHT, WIDTH)
+    at = {(0, 0): 1, (22, 10): 2, (5, 9): 3, (7, 15): 4, (0, 30): 0, (22, 0): 5}
+    assert {yx: index[yx].item() for yx in at} == at
+    assert [s["id"] for s in segments_info] == [1, 2, 3, 4, 5]
+    assert [s["category_id"] for s in segments_info] == [2, 1, 0, 1, 0]  # contiguous
+    assert [bool(s["isthing"]) for s in segments_info] == [False, False, True, True, True]
+    assert [s["iscrowd"] for s in segments_info] == [0, 0, 0, 0, 1]
+    assert "segments_info" not in sample and len(d["segments_info"]) == 5
+    assert d["segments_info"][2]["id"] == 300  # the dataset itself is as it was
     # the masks are whole and overlap: the person's includes the pixels under the tie
     person, tie = sample["instances"].gt_masks.tensor
     assert sample["instances"].gt_classes.tolist() == [0, 1]
@@ -203,6 +216,7 @@ def test_augmentations_keep_everything_aligned(dataset):
     tie_in_mask = sample["instances"].gt_masks.tensor[1]
     tie_in_image = sample["image"][2] > 150  # red, BGR
     assert tie_in_map.shape == (40, 56) and tie_in_map.sum() == 2 * 2 * 4 * 8
+    assert torch.equal(tie_in_map, sample["panoptic_seg"][0] == 4)
     assert torch.equal(tie_in_map, tie_in_mask)
     # interpolated in the picture: one pixel of rim
     assert (tie_in_map ^ tie_in_image).sum() <= 2 * (8 + 16) + 4
@@ -219,7 +233,8 @@ def test_category_map_against_a_plain_loop(seed, num_things, num_stuff):
         isthing = bool(rng.integers(2)) or num_stuff == 0
         category = rng.integers(num_things) if isthing else 1 + rng.integers(num_stuff)
         segments.append({"id": i, "category_id": int(category), "isthing": isthing})
-    result = panoptic_category_map(ids, segments, num_things, 1000)
+    index = torch.from_numpy(index_segments(ids, segments)).long()
+    result = panoptic_categories(segments, num_things, 1000)[index]
     for y, x in np.ndindex(*ids.shape):
         expected = 1000
         for s in segments:
@@ -227,6 +242,60 @@ def test_category_map_against_a_plain_loop(seed, num_things, num_stuff):
                 offset = 0 if s["isthing"] else num_things - 1
                 expected = s["category_id"] + offset
         assert result[y, x] == expected
+
+
+@pytest.mark.parametrize("num_segments", [1, 255, 256, 300])
+def test_segments_keep_their_numbers_through_augmentations(num_segments):
+    """Ids up to 24 bits, positions beyond a byte: enlarged and flipped, none is mixed up."""
+    rng = np.random.default_rng(0)
+    ids = rng.choice(2**24, size=num_segments + 1, replace=False)
+    layout = rng.permutation(np.arange(num_segments + 1).repeat(2)).reshape(2, -1)
+    segments = [{"id": i} for i in ids[1:].tolist()]  # ids[0] is not described: void
+    index = index_segments(ids[layout], segments)
+    assert np.array_equal(index, layout)
+    transforms = T.TransformList(
+        [
+            T.ResizeTransform(2, num_segments + 1, 6, 3 * (num_segments + 1)),
+            T.HFlipTransform(3 * (num_segments + 1)),
+        ]
+    )
+    enlarged = transforms.apply_segmentation(index)
+    assert np.array_equal(enlarged, layout.repeat(3, axis=0).repeat(3, axis=1)[:, ::-1])
+
+
+def test_without_images_the_labels_are_the_same(dataset, coco_folder):
+    """No image is opened (there is none), and nothing else changes."""
+    (d,) = DatasetCatalog.get(dataset)
+    augmentations = [T.RandomFlip(prob=1.0), T.ResizeTransform(HEIGHT, WIDTH, 36, 48)]
+    expected = make_mapper(augmentations=augmentations)(d)
+    (coco_folder / "images" / "a.png").unlink()
+    sample = make_mapper(augmentations=augmentations, read_image=False)(d)
+    assert set(expected) - set(sample) == {"image"} and set(sample) <= set(expected)
+    for name in ("panoptic_category", "sem_seg"):
+        assert torch.equal(sample[name], expected[name])
+    assert torch.equal(sample["panoptic_seg"][0], expected["panoptic_seg"][0])
+    assert sample["panoptic_seg"][1] == expected["panoptic_seg"][1]
+    ours, theirs = sample["instances"], expected["instances"]
+    assert ours.image_size == theirs.image_size == (36, 48)
+    assert torch.equal(ours.gt_masks.tensor, theirs.gt_masks.tensor)
+    assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
+    assert torch.equal(ours.gt_classes, theirs.gt_classes)
+    # ... and it did flip: the void column is on the left now
+    assert (sample["panoptic_category"][0, :6] == 255).all()
+
+
+def test_an_image_without_things_has_no_instances_but_their_fields(coco_folder, request):
+    panoptic = json.loads((coco_folder / "panoptic.json").read_text())
+    annotation = panoptic["annotations"][0]
+    annotation["segments_info"] = annotation["segments_info"][:2]
+    (coco_folder / "panoptic.json").write_text(json.dumps(panoptic))
+    paths = [coco_folder / x for x in ("images", "panoptic.json", "panoptic")]
+    with registered(f"test_{request.node.name}", *paths) as name:
+        sample = make_mapper()(DatasetCatalog.get(name)[0])
+    assert len(sample["instances"]) == 0
+    candidates = gt_candidates(sample["instances"], 4, (HEIGHT // 4, WIDTH // 4))
+    assert candidates.masks.shape == (0, HEIGHT // 4, WIDTH // 4)
+    assert candidates.boxes.shape == (0, 4)
 
 
 def test_wrong_size_is_refused(dataset, coco_folder):
@@ -240,4 +309,6 @@ def test_from_config():
     cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
     mapper = PanopticDatasetMapper(cfg, is_train=True)
     assert (mapper.num_things, mapper.stuff_only, mapper.ignore_value) == (8, False, 255)
-    assert mapper.instance_mask_format == "bitmask"
+    assert mapper.instance_mask_format == "bitmask" and mapper.read_image
+    cfg.INPUT.READ_IMAGE = False
+    assert not PanopticDatasetMapper(cfg, is_train=True).read_image

@@ -17,7 +17,8 @@ from oanet_d2.evaluation import (
     orderings_table,
     write_orderings,
 )
-from oanet_d2.modeling.oanet import OANet, RankingEvidence
+from oanet_d2.modeling import OANet, RankingEvidence
+from oanet_d2.modeling.matching import visible_margins
 from oanet_d2.visualization import OrderPictures, changed_pixels, pixel_gain
 from tests.conftest import registered, scenes_paths
 
@@ -63,14 +64,19 @@ class GroundTruthModel:
             segment = torch.from_numpy(gt_ids == s["id"])
             target = score_map if s["isthing"] else sem_seg
             target[s["category_id"]][segment] = 1.0
-        evidence = RankingEvidence(instances.scores, classes, masks, score_map)
+        ids = torch.from_numpy(gt_ids)
+        margins = visible_margins(masks, classes, ids, d["segments_info"])
+        evidence = RankingEvidence(instances.scores, classes, masks, score_map, margins)
         return {"instances": instances, "sem_seg": sem_seg, "ranking_evidence": evidence}
 
 
 def test_orders_are_scored_on_the_same_predictions(scenes, tmp_path):
     model = GroundTruthModel()
-    pictures = OrderPictures(scenes, str(tmp_path / "pictures"), 2, "srm_overlap")
-    orders = ("score", "srm_mean", "srm_overlap", "oracle")
+    pictures = [
+        OrderPictures(scenes, str(tmp_path / "pictures"), 2, ("score", "srm_overlap")),
+        OrderPictures(scenes, str(tmp_path / "still_wrong"), 2, ("srm_pairs", "oracle")),
+    ]
+    orders = ("score", "srm_mean", "srm_overlap", "srm_pairs", "oracle")
     evaluator = OrderingEvaluator(scenes, model, orders, pictures)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "99_of_an_earlier_run.png").touch()
@@ -84,6 +90,7 @@ def test_orders_are_scored_on_the_same_predictions(scenes, tmp_path):
     # whole silhouettes painted in the true order are the ground truth
     for metric in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st"):
         assert orderings["oracle"][metric] == pytest.approx(100, abs=1e-6)
+        assert orderings["srm_pairs"][metric] == pytest.approx(100, abs=1e-6)
     # a true category map settles all but pairs of one class
     assert orderings["score"]["PQ_th"] < orderings["srm_overlap"]["PQ_th"] <= 100
     # what lies on top covers little, and stuff does not depend on the order
@@ -103,6 +110,8 @@ def test_orders_are_scored_on_the_same_predictions(scenes, tmp_path):
     picture = utils.read_image(str(drawn[0]), "RGB")
     height, width = picture.shape[:2]
     assert width > 3 * height  # four panels side by side
+    # the pairs are as good as the oracle: no picture where they lose
+    assert not list((tmp_path / "still_wrong").glob("*.png"))
     assert ((picture == (255, 0, 255)).all(-1)).sum() > 50  # what changed is marked
 
 

@@ -9,7 +9,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from oanet_d2 import OANet
-from oanet_d2.modeling.oanet import RankingEvidence, evaluating
+from oanet_d2.modeling import RankingEvidence
+from oanet_d2.modeling.oanet import evaluating
 from tests.conftest import load_config, make_input
 
 PERSON, TIE, TABLE = 0, 1, 3
@@ -35,16 +36,38 @@ def make_batch(name):
     return [make_input(size, *image) for size, image in zip(sizes, images)]
 
 
-@pytest.mark.parametrize("train_masks", ["gt", "pred", "both"])
+@pytest.fixture
+def spatial_cfg(tiny_cfg):
+    """The same network with the paper's ranking module alone."""
+    tiny_cfg.merge_from_list(
+        ["MODEL.SRM_HEAD.NAME", "SpatialRankingHead", "MODEL.OANET.ORDER", "srm_overlap"]
+    )
+    return tiny_cfg
+
+
+@pytest.mark.parametrize(
+    "head, train_masks",
+    [
+        ("SpatialRankingHead", ("gt",)),
+        ("PairwiseRankingHead", ("gt",)),
+        ("PairwiseRankingHead", ("pred",)),
+        ("PairwiseRankingHead", ("detections",)),
+        ("PairwiseRankingHead", ("gt", "pred", "detections")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", EDGE_BATCHES)
-def test_trains_on_edge_batches(tiny_cfg, name, train_masks):
+def test_trains_on_edge_batches(tiny_cfg, name, head, train_masks):
     """Finite losses, and a gradient for every parameter: without one, DDP would hang."""
+    tiny_cfg.MODEL.SRM_HEAD.NAME = head
+    tiny_cfg.MODEL.OANET.ORDER = "srm_overlap"
     tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = train_masks
     torch.manual_seed(0)
     model = build_model(tiny_cfg).train()
     with EventStorage():
         losses = model(make_batch(name))
     assert {"loss_srm", "loss_sem_seg", "loss_mask", "loss_cls", "loss_rpn_cls"} <= set(losses)
+    assert ("loss_srm_pairs" in losses) == (head == "PairwiseRankingHead")
     assert all(torch.isfinite(x) for x in losses.values()), losses
     sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None]
@@ -54,13 +77,101 @@ def test_trains_on_edge_batches(tiny_cfg, name, train_masks):
 
 
 def test_gradients_are_not_all_zero(tiny_cfg):
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
     torch.manual_seed(0)
     model = build_model(tiny_cfg).train()
     with EventStorage():
         sum(model(make_batch("ordinary")).values()).backward()
     # (not every entry of a tensor: most classes are not in the batch)
-    dead = [n for n, p in model.named_parameters() if not p.grad.any()]
-    assert dead == []
+    dead = {n for n, p in model.named_parameters() if not p.grad.any()}
+    # f(a, b) - f(b, a): what is added to both is lost
+    assert dead <= {"srm_head.compare.4.bias"}
+
+
+def test_losses_are_the_mean_over_the_sources(tiny_cfg):
+    def losses(*sources):
+        tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = sources
+        torch.manual_seed(0)
+        model = build_model(tiny_cfg).train()
+        # the training's random choices come before the ranking module, the same ones every time
+        torch.manual_seed(0)
+        with EventStorage(), torch.no_grad():
+            return model(make_batch("ordinary"))
+
+    gt, pred, both = losses("gt"), losses("pred"), losses("gt", "pred")
+    for name in ("loss_srm", "loss_srm_pairs"):
+        assert gt[name] != pred[name]
+        torch.testing.assert_close(both[name], (gt[name] + pred[name]) / 2)
+    assert both["loss_cls"] == gt["loss_cls"]
+
+
+def test_learns_from_what_it_detects(tiny_cfg):
+    """Not from the ground truth: a duplicate, a wrong class, and one that is too unsure."""
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("detections",)
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).train()
+    trained = model.roi_heads.forward
+    with_detections(
+        model,
+        [[8, 8, 40, 60], [8, 8, 40, 56], [20, 20, 28, 44], [0, 0, 96, 64]],
+        [PERSON, PERSON, TABLE, TIE],
+        [0.9, 0.8, 0.7, 0.3],
+    )
+    detected = model.roi_heads.forward
+    modes = []
+
+    def forward(images, features, proposals, targets=None):
+        if targets is not None:
+            return trained(images, features, proposals, targets)
+        modes.append((model.roi_heads.training, torch.is_grad_enabled()))
+        return detected(images, features, proposals)
+
+    model.roi_heads.forward = forward
+    seen = []
+    model.srm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    with EventStorage():
+        losses = model(make_batch("ordinary"))
+    assert modes == [(False, False)]
+    (tensor,) = seen
+    assert tensor.flatten(1).any(1).nonzero().flatten().tolist() == [PERSON, TABLE]
+    assert losses["loss_srm_pairs"] > 0
+    losses["loss_srm_pairs"].backward()
+    assert model.srm_head.compare[0].weight.grad.any()
+
+
+def test_the_ranking_loss_changes_nothing_but_the_ranking(tiny_cfg):
+    """What the image shows is evidence: the other branches learn from their own losses."""
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
+    tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "score_map", "semantic", "features")
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).train()
+    with EventStorage():
+        losses = model(make_batch("ordinary"))
+    (losses["loss_srm"] + losses["loss_srm_pairs"]).backward()
+    touched = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert touched and all(n.startswith("srm_head.") for n in touched)
+
+
+def test_the_score_map_is_computed_only_where_it_is_looked_at(tiny_cfg):
+    """... by a rule, by the pairs or by a comparison of orders."""
+    inputs = [make_input(SIZE, [], [])]
+
+    def runs_the_map(order, evidence, orders=()):
+        cfg = tiny_cfg.clone()
+        cfg.MODEL.OANET.ORDER, cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = order, evidence
+        cfg.TEST.ORDERS = orders
+        model = with_detections(build_model(cfg).eval(), *DETECTIONS["several"])
+        calls = []
+        model.srm_head.register_forward_hook(lambda *_: calls.append(1))
+        with torch.no_grad():
+            model(inputs)
+        return bool(calls)
+
+    assert not runs_the_map("srm_pairs", ("geometry", "semantic"))
+    assert not runs_the_map("score", ("geometry", "score_map"))
+    assert runs_the_map("srm_pairs", ("geometry", "score_map"))
+    assert runs_the_map("srm_overlap", ("geometry",))
+    assert runs_the_map("srm_pairs", ("geometry",), ("srm_pairs", "srm_mean"))
 
 
 def with_detections(model, boxes, classes, scores, mask_value=0.9):
@@ -91,7 +202,7 @@ DETECTIONS = {
 }
 
 
-@pytest.mark.parametrize("order", ["score", "srm_mean", "srm_overlap"])
+@pytest.mark.parametrize("order", ["score", "srm_mean", "srm_overlap", "srm_pairs"])
 @pytest.mark.parametrize("mask_value", [0.9, 0.1], ids=["masks", "empty masks"])
 @pytest.mark.parametrize("name", DETECTIONS)
 def test_infers_on_edge_cases(tiny_cfg, name, mask_value, order):
@@ -116,7 +227,15 @@ def test_srm_decides_who_lies_on_top(tiny_cfg):
     with_detections(model, [[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE], [0.99, 0.6])
     inputs = [make_input(SIZE, [], [])]
 
+    # logit(a, b) = [a is the favoured] - [b is]
+    for parameter in (*model.srm_head.compare.parameters(), model.srm_head.class_embedding.weight):
+        torch.nn.init.zeros_(parameter)
+    for layer in model.srm_head.compare[::2]:
+        layer.weight.data[0, 0] = 1.0
+
     def owner_of_the_overlap(favoured, order):
+        model.srm_head.class_embedding.weight.data[:, 0] = 0.0
+        model.srm_head.class_embedding.weight.data[favoured, 0] = 1.0
         bias = torch.zeros(8)
         bias[favoured] = 5.0
         model.srm_head.predictor.weight.data.zero_()
@@ -127,7 +246,7 @@ def test_srm_decides_who_lies_on_top(tiny_cfg):
         segment = panoptic_seg[30, 24].item()
         return next(s["category_id"] for s in segments_info if s["id"] == segment)
 
-    for order in ("srm_mean", "srm_overlap"):
+    for order in ("srm_mean", "srm_overlap", "srm_pairs"):
         assert owner_of_the_overlap(TIE, order) == TIE
         assert owner_of_the_overlap(PERSON, order) == PERSON
     assert owner_of_the_overlap(TIE, "score") == PERSON
@@ -140,6 +259,7 @@ def test_instances_below_the_confidence_threshold_do_not_compete(tiny_cfg):
     with torch.no_grad():
         evidence = model([make_input(SIZE, [], [])])[0]["ranking_evidence"]
     assert evidence.masks[0].any() and not evidence.masks[1].any()
+    assert evidence.pair_margins.shape == (2, 2) and not evidence.pair_margins.any()
 
 
 def test_evidence_follows_instances_that_post_processing_drops(tiny_cfg):
@@ -153,6 +273,41 @@ def test_evidence_follows_instances_that_post_processing_drops(tiny_cfg):
     assert isinstance(evidence, RankingEvidence)
     assert evidence.classes.tolist() == result["instances"].pred_classes.tolist() == [PERSON, TIE]
     assert evidence.masks.flatten(1).sum(1).tolist() == [8 * 13, 2 * 6]
+    margins = evidence.pair_margins
+    assert margins.shape == (2, 2) and margins[0, 1] == -margins[1, 0] != 0
+
+
+def test_relative_boxes_of_a_padded_image_are_shares_of_the_image(tiny_cfg):
+    """The second image is larger, so the first is padded; its own size counts."""
+    model = build_model(tiny_cfg).eval()
+    with_detections(model, [[8, 8, 40, 60]], [PERSON], [0.9])
+    seen = []
+    evidence = model.srm_head.evidence
+
+    def spy(candidates, *maps, **kwargs):
+        seen.extend(candidates)
+        assert all(m.shape[-2:] == candidates[0].masks.shape[1:] for m in maps)
+        return evidence(candidates, *maps, **kwargs)
+
+    model.srm_head.evidence = spy
+    with torch.no_grad():
+        model([make_input(SIZE, [], []), make_input((96, 128), [], [])])
+    sizes = torch.tensor([[96.0, 64.0, 96.0, 64.0], [128.0, 96.0, 128.0, 96.0]])
+    for candidates, size in zip(seen, sizes):
+        expected = torch.tensor([[8.0, 8.0, 40.0, 60.0]]) / size
+        torch.testing.assert_close(candidates.boxes, expected)
+
+
+@pytest.mark.parametrize("stride", [2, 8])
+def test_the_maps_follow_the_stride(tiny_cfg, stride):
+    """p2 has 4 pixels per cell; the ranking grid may be finer or coarser."""
+    tiny_cfg.MODEL.SRM_HEAD.STRIDE = stride
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).train()
+    with EventStorage():
+        losses = model(make_batch("ordinary"))
+    assert torch.isfinite(losses["loss_srm_pairs"]) and losses["loss_srm_pairs"] > 0
 
 
 def panoptic_fpn_cfg(cfg):
@@ -166,6 +321,8 @@ def panoptic_fpn_cfg(cfg):
 def zoo_convention(tiny_cfg):
     tiny_cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = "stuff"
     tiny_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 7
+    # its semantic head knows no thing classes
+    tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "score_map", "features")
     return tiny_cfg
 
 
@@ -227,19 +384,61 @@ def test_evaluating_puts_every_mode_back(tiny_cfg):
     assert not model.roi_heads.mask_head.training
 
 
+def test_trains_by_the_zoo_convention(zoo_convention):
+    zoo_convention.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
+    batch = make_batch("ordinary")
+    for x in batch:
+        x["sem_seg"] = (x["panoptic_category"] - 7).clamp(min=0)
+    with EventStorage():
+        losses = build_model(zoo_convention).train()(batch)
+    assert torch.isfinite(losses["loss_srm_pairs"]) and losses["loss_srm_pairs"] > 0
+
+
 @pytest.mark.parametrize(
-    "key, value, words",
+    "opts, words",
     [
-        ("MODEL.OANET.ORDER", "oracle", ["MODEL.OANET.ORDER", "'oracle'", "srm_overlap"]),
-        ("MODEL.MASK_ON", False, ["MODEL.MASK_ON", "False", "True"]),
-        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "all", ["SUPERVISION", "'all'", "things_and_stuff"]),
+        (["MODEL.OANET.ORDER", "oracle"], ["MODEL.OANET.ORDER", "'oracle'", "srm_overlap"]),
+        (["MODEL.MASK_ON", False], ["MODEL.MASK_ON", "False", "True"]),
+        (
+            ["MODEL.SEM_SEG_HEAD.SUPERVISION", "all"],
+            ["SUPERVISION", "'all'", "things_and_stuff"],
+        ),
+        (
+            ["MODEL.SRM_HEAD.NAME", "SpatialRankingHead"],
+            ["MODEL.OANET.ORDER", "'srm_pairs'", "'PairwiseRankingHead'", "'SpatialRankingHead'"],
+        ),
+        (
+            ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7],
+            ["PAIRS.EVIDENCE", "'semantic'", "SUPERVISION", "'things_and_stuff'"],
+        ),
+        (
+            ["MODEL.SRM_HEAD.PAIRS.EVIDENCE", "('geometry', 'depth')"],
+            ["PAIRS.EVIDENCE", "'depth'", "'score_map'"],
+        ),
+        (["MODEL.SRM_HEAD.IN_FEATURE", "p9"], ["SRM_HEAD.IN_FEATURE", "'p9'", "'p2'"]),
+        (["MODEL.SRM_HEAD.TRAIN_MASKS", "('gt', 'all')"], ["TRAIN_MASKS", "'all'", "'pred'"]),
+        (["MODEL.SRM_HEAD.TRAIN_MASKS", "()"], ["TRAIN_MASKS", "()", "'pred'"]),
     ],
+    ids=str,
 )
-def test_refuses_wrong_configs_by_name(tiny_cfg, key, value, words):
-    tiny_cfg.merge_from_list([key, value])
+def test_refuses_wrong_configs_by_name(tiny_cfg, opts, words):
+    tiny_cfg.merge_from_list(opts)
     with pytest.raises(ValueError) as error:
         build_model(tiny_cfg)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_feature_that_no_head_looks_at_need_not_exist(spatial_cfg):
+    spatial_cfg.MODEL.SRM_HEAD.IN_FEATURE = "p9"
+    with EventStorage():
+        losses = build_model(spatial_cfg).train()(make_batch("ordinary"))
+    assert torch.isfinite(losses["loss_srm"])
+
+
+def test_orders_to_compare_that_the_head_cannot_give_are_refused_before_training(spatial_cfg):
+    spatial_cfg.TEST.ORDERS = ("score", "srm_pairs")
+    with pytest.raises(ValueError, match="TEST.ORDERS.*'srm_pairs'.*PairwiseRankingHead"):
+        build_model(spatial_cfg)
 
 
 @pytest.mark.parametrize("config", ["oanet_R_50_1x.yaml", "oanet_R_101_3x.yaml"])

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from oanet_d2.modeling.ranking import (
     RANKING_RULE_REGISTRY,
+    RankingEvidence,
     mean_scores,
     order_from_margins,
     overlap_margins,
 )
 
 PERSON, TIE = 0, 1
+RULES = ("score", "srm_mean", "srm_overlap", "srm_pairs")
 
 
 def rows(*text):
@@ -36,8 +38,10 @@ SCORE_MAP = torch.tensor(
 )
 
 
-def order(rule, scores=SCORES, classes=CLASSES, masks=MASKS, score_map=SCORE_MAP):
-    return RANKING_RULE_REGISTRY.get(rule)(scores, classes, masks, score_map).tolist()
+def order(
+    rule, scores=SCORES, classes=CLASSES, masks=MASKS, score_map=SCORE_MAP, pair_margins=None
+):
+    return RankingEvidence(scores, classes, masks, score_map, pair_margins).order(rule).tolist()
 
 
 def test_eq_3_by_hand():
@@ -82,8 +86,39 @@ def test_one_class_falls_back_to_the_score():
 
 def test_no_instance():
     empty = torch.zeros(0)
-    for rule in ("score", "srm_mean", "srm_overlap"):
-        assert order(rule, empty, empty.long(), torch.zeros(0, 2, 4, dtype=torch.bool)) == []
+    masks = torch.zeros(0, 2, 4, dtype=torch.bool)
+    assert sorted(name for name, _ in RANKING_RULE_REGISTRY) == sorted(RULES)
+    for rule in RULES:
+        assert order(rule, empty, empty.long(), masks, pair_margins=torch.zeros(0, 0)) == []
+
+
+def test_pair_margins_decide_where_no_score_map_can():
+    classes = torch.tensor([PERSON, PERSON])
+    behind = torch.tensor([[0.0, -0.5], [0.5, 0.0]])
+    assert order("srm_pairs", classes=classes, pair_margins=behind) == [1, 0]
+    assert order("srm_pairs", classes=classes, pair_margins=-behind) == [0, 1]
+    # nothing to compare: the score
+    assert order("srm_pairs", scores=SCORES.flip(0), pair_margins=torch.zeros(2, 2)) == [1, 0]
+
+
+def test_srm_pairs_without_a_pairwise_head_is_refused_by_name():
+    with pytest.raises(ValueError, match="srm_pairs.*SRM_HEAD.NAME.*PairwiseRankingHead"):
+        order("srm_pairs")
+
+
+def test_evidence_of_some_instances():
+    margins = torch.tensor([[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]])
+    masks = torch.stack([PERSON_MASK, TIE_MASK, TIE_MASK.flip(0)])
+    evidence = RankingEvidence(
+        torch.tensor([0.9, 0.8, 0.7]), torch.tensor([4, 5, 6]), masks, SCORE_MAP, margins
+    )
+    some = evidence[torch.tensor([2, 0])]
+    assert some.classes.tolist() == [6, 4]
+    torch.testing.assert_close(some.scores, torch.tensor([0.7, 0.9]))
+    assert torch.equal(some.masks, masks[[2, 0]])
+    assert some.score_map is SCORE_MAP
+    assert some.pair_margins.tolist() == [[0.0, -2.0], [2.0, 0.0]]
+    assert RankingEvidence(SCORES, CLASSES, MASKS)[torch.tensor([1])].pair_margins is None
 
 
 def test_a_cycle_is_broken_at_its_weakest_link():
@@ -176,4 +211,9 @@ def test_rules_against_plain_loops(seed, n):
     torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
     assert order("srm_overlap", scores, classes, masks, score_map) == slow_order_from_margins(
         margins.tolist(), scores.tolist()
+    )
+    pairs = torch.randn(n, n, generator=generator)
+    pairs = pairs - pairs.t()
+    assert order("srm_pairs", scores, classes, masks, None, pairs) == slow_order_from_margins(
+        pairs.tolist(), scores.tolist()
     )

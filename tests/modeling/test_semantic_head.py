@@ -43,6 +43,7 @@ def test_things_become_one_channel_at_inference():
     ours.eval()
     reduced, losses = ours(x)
     assert losses == {} and reduced.shape == (2, 3, 32, 48)
+    assert torch.equal(ours.train().predict(ours.layers(x)), reduced)
     # enlarging is linear, so the stuff channels are exactly the last two of the plain head
     torch.testing.assert_close(reduced[:, 1:], theirs.eval()(x)[0][:, 3:])
     # and channel 0 is the best thing, at the head's own resolution
@@ -53,6 +54,12 @@ def test_things_become_one_channel_at_inference():
     torch.testing.assert_close(
         reduced, torch.nn.functional.interpolate(reduced_small, scale_factor=4, mode="bilinear")
     )
+
+
+def test_losses_of_the_layers_are_those_of_the_head():
+    ours, _ = make_heads(num_classes=5, num_things=3)
+    x, targets = features(), torch.randint(0, 5, (2, 32, 48))
+    assert ours.losses(ours.layers(x), targets) == ours(x, targets)[1]
 
 
 def test_batch_without_a_label_has_zero_loss_and_gradients():

@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from oanet_d2.modeling import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
-from tests.conftest import load_config
+from oanet_d2.modeling.candidates import RankingTarget, build_instance_tensor
+from tests.conftest import box_mask, load_config, make_candidates
 
 
 def make_head(**kwargs):
     args = {"num_classes": 3, "conv_dim": 4, "num_blocks": 2, "kernel_size": 5, "stride": 2}
     return SpatialRankingHead(**{**args, **kwargs})
+
+
+def target(categories):
+    """What this head looks at: the categories alone."""
+    return RankingTarget(categories, torch.zeros_like(categories), [])
 
 
 def test_is_registered_and_reads_its_keys():
@@ -18,9 +24,11 @@ def test_is_registered_and_reads_its_keys():
         *["MODEL.SRM_HEAD.KERNEL_SIZE", "7", "MODEL.SRM_HEAD.NUM_BLOCKS", "3"],
         *["MODEL.SRM_HEAD.CONV_DIM", "24", "MODEL.SRM_HEAD.NORM", "GN", "MODEL.SRM_HEAD.STRIDE", "8"],
         *["MODEL.SRM_HEAD.MASK_THRESH", "0.4", "MODEL.SRM_HEAD.LOSS_WEIGHT", "0.3"],
+        *["MODEL.SRM_HEAD.NAME", "SpatialRankingHead"],
+        *["MODEL.SRM_HEAD.TRAIN_MASKS", "('pred', 'gt')", "MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "99"],
     )
     cfg.MODEL.SRM_HEAD.NORM = "BN"
-    head = build_srm_head(cfg)
+    head = build_srm_head(cfg, {})
     assert type(head) is SRM_HEAD_REGISTRY.get("SpatialRankingHead")
     convolutions = [m for m in head.blocks if isinstance(m, torch.nn.Conv2d)]
     # k x 1, then 1 x k
@@ -28,6 +36,7 @@ def test_is_registered_and_reads_its_keys():
     assert {c.out_channels for c in convolutions} == {24}
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in head.modules()) == 3
     assert (head.stride, head.mask_threshold, head.loss_weight) == (8, 0.4, 0.3)
+    assert (head.train_masks, head.ignore_value) == (("pred", "gt"), 99)
     assert head(torch.zeros(2, 8, 6, 9)).shape == (2, 8, 6, 9)
 
 
@@ -49,24 +58,46 @@ def test_score_map_is_a_distribution_over_classes():
 
 
 def test_loss_by_hand():
-    """Cells are labelled at their centres; stuff and void do not count."""
-    head = make_head(stride=2, loss_weight=0.5)
-    categories = torch.full((1, 4, 4), 255)
-    categories[0, 1, 1] = 2  # centre of cell (0, 0): class 2
-    categories[0, 1, 3] = 0  # centre of cell (0, 1): class 0
-    categories[0, 3, 1] = 3  # centre of cell (1, 0): the first stuff class
-    categories[0, 0, 0] = 1  # not a centre
+    """Stuff (3 is the first stuff class) and void do not count."""
+    categories = torch.tensor([[[2, 0], [3, 255]]])
     logits = torch.zeros(1, 3, 2, 2)
     logits[0, :, 0, 0] = torch.tensor([0.0, 0.0, math.log(2.0)])  # p(2) = 1/2
-    loss = head.losses(logits, categories)["loss_srm"]
+    loss = make_head().map_loss(logits, categories)
     # p(0) = 1/3 in cell (0, 1)
-    expected = 0.5 * (math.log(2) + math.log(3)) / 2
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx((math.log(2) + math.log(3)) / 2, rel=1e-6)
+
+
+def test_losses_are_over_all_images_and_weighted():
+    head = make_head(loss_weight=0.5)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    head.predictor.bias.data[2] = math.log(2.0)  # p = (1/4, 1/4, 1/2) everywhere
+    candidates = [make_candidates(box_mask(0, 0, 2, 1, (2, 2))[None], [c]) for c in (2, 0)]
+    targets = [target(torch.tensor(c)) for c in ([[2, 2], [3, 255]], [[0, 255], [255, 4]])]
+    losses = head.losses(candidates, targets)
+    assert set(losses) == {"loss_srm"}
+    expected = 0.5 * (2 * math.log(2) + math.log(4)) / 3
+    assert losses["loss_srm"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_evidence_is_the_score_map_of_the_instance_tensor():
+    torch.manual_seed(0)
+    head = make_head()
+    images = [
+        make_candidates(torch.stack([box_mask(0, 0, 5, 6), box_mask(3, 2, 9, 9)]), [2, 0]),
+        make_candidates(torch.zeros(0, 10, 12, dtype=torch.bool), []),
+    ]
+    for candidates, evidence in zip(images, head.evidence(images)):
+        assert evidence.masks is candidates.masks and evidence.pair_margins is None
+        assert evidence.classes is candidates.classes and evidence.scores is candidates.scores
+        tensor = build_instance_tensor(candidates.masks, candidates.classes, 3)
+        torch.testing.assert_close(evidence.score_map, head(tensor[None])[0].softmax(0))
 
 
 def test_loss_without_a_thing_is_zero_and_still_has_gradients():
     head = make_head()
-    loss = head.losses(head(torch.zeros(1, 3, 4, 4)), torch.full((1, 8, 8), 255))["loss_srm"]
+    nothing = make_candidates(torch.zeros(0, 4, 4, dtype=torch.bool), [])
+    loss = head.losses([nothing], [target(torch.full((4, 4), 255))])["loss_srm"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
@@ -79,20 +110,19 @@ def test_learns_who_lies_on_top_from_masks_alone():
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
 
     def scene():
-        tensor = torch.zeros(1, 2, 12, 12)
         x, y = torch.randint(0, 6, (2,)).tolist()
-        tensor[0, 0, y : y + 6, x : x + 6] = 1
-        tensor[0, 1, y + 2 : y + 4, x + 2 : x + 4] = 1
-        categories = torch.where(tensor[:, 1] > 0, 1, torch.where(tensor[:, 0] > 0, 0, 255))
-        return tensor, categories
+        below = box_mask(x, y, x + 6, y + 6, (12, 12))
+        top = box_mask(x + 2, y + 2, x + 4, y + 4, (12, 12))
+        categories = torch.where(top, 1, torch.where(below, 0, 255))
+        return make_candidates(torch.stack([below, top]), [0, 1]), categories
 
     for _ in range(60):
-        tensor, categories = scene()
+        candidates, categories = scene()
         optimizer.zero_grad()
-        head.losses(head(tensor), categories)["loss_srm"].backward()
+        head.losses([candidates], [target(categories)])["loss_srm"].backward()
         optimizer.step()
-    tensor, categories = scene()
-    predicted = head(tensor).argmax(1)
+    candidates, categories = scene()
+    predicted = head.evidence([candidates])[0].score_map.argmax(0)
     thing = categories < 2
     assert torch.equal(predicted[thing], categories[thing])
 
@@ -103,7 +133,8 @@ def test_learns_who_lies_on_top_from_masks_alone():
         ({"kernel_size": 4}, ["KERNEL_SIZE", "4", "odd"]),
         ({"stride": 0}, ["STRIDE", "0", "at least 1"]),
         ({"mask_threshold": 1.0}, ["MASK_THRESH", "1.0", "between 0 and 1"]),
-        ({"train_masks": "all"}, ["TRAIN_MASKS", "'all'", "'pred'"]),
+        ({"train_masks": ("gt", "all")}, ["TRAIN_MASKS", "'all'", "'pred'"]),
+        ({"train_masks": ()}, ["TRAIN_MASKS", "()", "'detections'"]),
     ],
 )
 def test_refuses_what_has_no_meaning(kwargs, words):

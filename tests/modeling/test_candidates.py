@@ -6,12 +6,18 @@ from hypothesis import strategies as st
 
 from detectron2.structures import BitMasks, PolygonMasks
 
-from oanet_d2.modeling.instance_tensor import (
+from oanet_d2.modeling.candidates import (
     build_instance_tensor,
     grid_size,
+    gt_candidates,
     gt_masks_to_grid,
+    labels_to_grid,
+    ranking_target,
+    relative_boxes,
     roi_masks_to_grid,
 )
+from oanet_d2.modeling.srm_head import SpatialRankingHead
+from tests.conftest import make_input, make_instances
 
 
 def test_instance_tensor_by_hand():
@@ -92,3 +98,49 @@ def test_polygons_agree_with_their_bitmask():
     from_bitmask = gt_masks_to_grid(bitmask, 8, (8, 12))
     assert torch.equal(from_polygon, from_bitmask)
     assert gt_masks_to_grid(PolygonMasks([]), 8, (8, 12)).shape == (0, 8, 12)
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 8), st.integers(1, 30), st.integers(1, 30))
+def test_labels_are_sampled_at_cell_centres(seed, stride, height, width):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 100, (height, width), generator=generator)
+    size = (height // stride + 2, max(width // stride - 1, 1))  # too high, too narrow
+    grid = labels_to_grid(labels, stride, size, outside=255)
+    assert grid.shape == size and grid.dtype == labels.dtype
+    for row, column in np.ndindex(*size):
+        y, x = row * stride + stride // 2, column * stride + stride // 2
+        inside = y < height and x < width
+        assert grid[row, column] == (labels[y, x] if inside else 255)
+
+
+def test_boxes_as_shares_of_the_image():
+    boxes = torch.tensor([[48.0, 16.0, 96.0, 64.0]])
+    assert relative_boxes(boxes, (64, 96)).tolist() == [[0.5, 0.25, 1.0, 1.0]]
+    assert relative_boxes(torch.zeros(0, 4), (64, 96)).shape == (0, 4)
+
+
+def test_ground_truth_as_candidates():
+    # the grid reaches beyond the image: boxes are shares of the image, not of the grid
+    instances = make_instances((32, 40), [[8, 0, 40, 16], [0, 8, 20, 32]], [3, 1])
+    candidates = gt_candidates(instances, stride=8, size=(6, 6))
+    expected = torch.zeros(2, 6, 6, dtype=torch.bool)
+    expected[0, 0:2, 1:5] = True
+    expected[1, 1:4, 0:2] = True  # the centre of column 2 is pixel 20, the first one outside
+    assert torch.equal(candidates.masks, expected)
+    assert candidates.classes.tolist() == [3, 1]
+    assert candidates.scores.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(
+        candidates.boxes, torch.tensor([[0.2, 0.0, 1.0, 0.5], [0.0, 0.25, 0.5, 1.0]])
+    )
+
+
+def test_target_is_sampled_and_padded_with_void():
+    head = SpatialRankingHead(
+        num_classes=8, conv_dim=4, num_blocks=1, kernel_size=3, stride=8, ignore_value=77
+    )
+    input = make_input((16, 24), [[0, 0, 24, 8], [8, 0, 16, 16]], [5, 2], stuff=3)
+    target = ranking_target(input, head, (3, 4), "cpu")
+    # category of stuff class 3: 8 + 3 - 1
+    assert target.categories.tolist() == [[5, 2, 5, 77], [10, 2, 10, 77], [77, 77, 77, 77]]
+    assert target.ids.tolist() == [[1, 2, 1, 0], [3, 2, 3, 0], [0, 0, 0, 0]]
+    assert target.segments_info == input["panoptic_seg"][1]

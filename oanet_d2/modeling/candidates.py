@@ -1,18 +1,65 @@
 """
-Instances onto the grid of the spatial ranking module: one cell is `stride` x `stride` pixels of
-the (padded) input image and is sampled at its centre.
+What is ranked: instances, and their ground truth, on the grid of the spatial ranking module. One
+cell is `stride` x `stride` pixels of the (padded) input image and is sampled at its centre.
 """
 
-from typing import Tuple, Union
+from dataclasses import dataclass
+from typing import Dict, List, Tuple, Union
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from detectron2.layers import paste_masks_in_image
-from detectron2.structures import BitMasks, PolygonMasks, polygons_to_bitmask
+from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
 
-__all__ = ["build_instance_tensor", "gt_masks_to_grid", "grid_size", "roi_masks_to_grid"]
+__all__ = [
+    "Candidates",
+    "RankingTarget",
+    "build_instance_tensor",
+    "grid_size",
+    "gt_candidates",
+    "gt_masks_to_grid",
+    "labels_to_grid",
+    "ranking_target",
+    "relative_boxes",
+    "roi_masks_to_grid",
+]
+
+
+@dataclass
+class Candidates:
+    """
+    The N instances of one image that compete for its pixels.
+
+    Attributes:
+        masks: (N, h, w) bool, on the grid.
+        classes: (N,) int64, thing classes.
+        scores: (N,) float in [0, 1], detection scores; 1 for ground truth.
+        boxes: (N, 4) float, XYXY as shares of the image's width and height.
+    """
+
+    masks: torch.Tensor
+    classes: torch.Tensor
+    scores: torch.Tensor
+    boxes: torch.Tensor
+
+
+@dataclass
+class RankingTarget:
+    """
+    Who is visible in one image, by its panoptic ground truth.
+
+    Attributes:
+        categories: (h, w) int64, panoptic category of every cell: things in [0, C), stuff from C
+            on, or the ignore value.
+        ids: (h, w) int64, segment id of every cell.
+        segments_info: list[dict], the segments.
+    """
+
+    categories: torch.Tensor
+    ids: torch.Tensor
+    segments_info: List[Dict]
 
 
 def grid_size(image_size: Tuple[int, int], stride: int) -> Tuple[int, int]:
@@ -81,9 +128,28 @@ def gt_masks_to_grid(
         masks = [polygons_to_bitmask(instance, *size) for instance in scaled]
         stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
         return torch.from_numpy(stacked.astype(bool))
-    sampled = gt_masks.tensor[:, stride // 2 :: stride, stride // 2 :: stride]
-    sampled = sampled[:, : size[0], : size[1]]
-    return F.pad(sampled, (0, size[1] - sampled.shape[2], 0, size[0] - sampled.shape[1]))
+    return labels_to_grid(gt_masks.tensor, stride, size, False)
+
+
+def labels_to_grid(
+    labels: torch.Tensor, stride: int, size: Tuple[int, int], outside: int
+) -> torch.Tensor:
+    """
+    Sample label maps at the centres of the grid's cells.
+
+    Args:
+        labels: (..., H, W), in pixels of the input image.
+        stride: pixels per cell.
+        size: (h, w) of the grid.
+        outside: the label of cells beyond the maps.
+
+    Returns:
+        (..., h, w) of the same dtype.
+    """
+    sampled = labels[..., stride // 2 :: stride, stride // 2 :: stride]
+    sampled = sampled[..., : size[0], : size[1]]
+    padding = (0, size[1] - sampled.shape[-1], 0, size[0] - sampled.shape[-2])
+    return F.pad(sampled, padding, value=outside)
 
 
 def build_instance_tensor(
@@ -105,3 +171,41 @@ def build_instance_tensor(
     tensor = torch.zeros((num_classes, *masks.shape[1:]), device=masks.device)
     index = classes[:, None, None].expand(masks.shape)
     return tensor.scatter_reduce(0, index, masks.to(tensor.dtype), reduce="amax")
+
+
+def gt_candidates(instances: Instances, stride: int, size: Tuple[int, int]) -> Candidates:
+    """
+    Candidates from ground-truth instances ("gt_boxes", "gt_classes", "gt_masks"), for a grid of
+    `size` cells.
+    """
+    device = instances.gt_classes.device
+    return Candidates(
+        gt_masks_to_grid(instances.gt_masks, stride, size).to(device),
+        instances.gt_classes,
+        torch.ones(len(instances), device=device),
+        relative_boxes(instances.gt_boxes.tensor, instances.image_size),
+    )
+
+
+def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Tensor:
+    """
+    Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
+    """
+    height, width = image_size
+    return boxes / boxes.new_tensor([width, height, width, height])
+
+
+def ranking_target(input: Dict, head, size: Tuple[int, int], device) -> RankingTarget:
+    """
+    Args:
+        input: a training input with "panoptic_seg" and "panoptic_category".
+        head: the ranking head, for its `stride` and `ignore_value`.
+        size: (h, w) of the grid.
+    """
+    ids, segments_info = input["panoptic_seg"]
+    categories = input["panoptic_category"].to(device)
+    return RankingTarget(
+        labels_to_grid(categories, head.stride, size, head.ignore_value),
+        labels_to_grid(ids.to(device), head.stride, size, 0),
+        segments_info,
+    )

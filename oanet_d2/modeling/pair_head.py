@@ -1,0 +1,248 @@
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec
+
+from .candidates import Candidates, RankingTarget
+from .matching import visible_margins
+from .pair_evidence import (
+    CLASS_EVIDENCE_DIM,
+    PAIR_GEOMETRY_DIM,
+    appearance_evidence,
+    class_evidence,
+    geometry_evidence,
+    overlapping_pairs,
+)
+from .ranking import RankingEvidence
+from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead
+
+__all__ = ["EVIDENCE", "PairwiseRankingHead"]
+
+EVIDENCE = ("geometry", "score_map", "semantic", "features")
+# A batch whose pairs weigh less than this all together counts for less than others.
+_LEAST_WEIGHT = 0.1
+
+
+@SRM_HEAD_REGISTRY.register()
+class PairwiseRankingHead(SpatialRankingHead):
+    """
+    The paper's spatial ranking module and, beyond it, a small network that looks at every two
+    instances that overlap and says which is visible where they meet.
+
+    The score map has one channel per class, so it cannot tell two persons apart, and it knows
+    masks only. This head is told of each pair
+
+    * "geometry": both boxes, mask sizes and detection scores, and how much of each is covered;
+    * "score_map": what the spatial ranking score map says of their classes, in the overlap and
+      beside it;
+    * "semantic": the same for the semantic branch, which is supervised on objects too;
+    * "features": whether the overlap looks, in p2, like the rest of the one or of the other;
+
+    and always their classes. The answer is antisymmetric by construction:
+    logit(a, b) = f(a, b) - f(b, a).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        evidence: Sequence[str],
+        feature_channels: int,
+        embed_dim: int = 16,
+        feature_dim: int = 32,
+        hidden_dim: int = 128,
+        pair_loss_weight: float = 1.0,
+        **kwargs,
+    ):
+        """
+        Args:
+            evidence: what the network is told of a pair, from EVIDENCE.
+            feature_channels: channels of the feature map; 0 if there is none.
+            embed_dim: numbers that stand for a class.
+            feature_dim: numbers that stand for a cell of the feature map.
+            hidden_dim: width of the two hidden layers.
+            pair_loss_weight: weight of the loss over pairs.
+
+        Other arguments are the same as :class:`SpatialRankingHead`.
+
+        Raises:
+            ValueError: `evidence` holds something unknown.
+        """
+        super().__init__(**kwargs)
+        unknown = [e for e in evidence if e not in EVIDENCE]
+        if unknown:
+            raise ValueError(
+                f"MODEL.SRM_HEAD.PAIRS.EVIDENCE holds {unknown[0]!r}; it may hold {EVIDENCE}."
+            )
+        self.kinds = tuple(evidence)
+        self.pair_loss_weight = pair_loss_weight
+        self.class_embedding = nn.Embedding(self.num_classes, embed_dim)
+        dims = {
+            "geometry": PAIR_GEOMETRY_DIM,
+            "score_map": CLASS_EVIDENCE_DIM,
+            "semantic": 2 * CLASS_EVIDENCE_DIM,
+            "features": 4 * feature_dim + 3,
+        }
+        if "features" in evidence:
+            self.feature_projection = Conv2d(feature_channels, feature_dim, kernel_size=1)
+        self.compare = nn.Sequential(
+            nn.Linear(2 * embed_dim + sum(dims[e] for e in self.kinds), hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, 1),
+        )
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec]):
+        ret = super().from_config(cfg, input_shape)
+        pairs = cfg.MODEL.SRM_HEAD.PAIRS
+        if "semantic" in pairs.EVIDENCE and cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff":
+            raise ValueError(
+                "MODEL.SRM_HEAD.PAIRS.EVIDENCE holds 'semantic', but with "
+                "MODEL.SEM_SEG_HEAD.SUPERVISION 'stuff' the semantic head knows no thing classes; "
+                "leave it out, or set SUPERVISION to 'things_and_stuff'."
+            )
+        channels = 0
+        if "features" in pairs.EVIDENCE:
+            if cfg.MODEL.SRM_HEAD.IN_FEATURE not in input_shape:
+                raise ValueError(
+                    f"MODEL.SRM_HEAD.IN_FEATURE is {cfg.MODEL.SRM_HEAD.IN_FEATURE!r}, but the "
+                    f"feature maps are {sorted(input_shape)}; name one of them, or leave "
+                    "'features' out of MODEL.SRM_HEAD.PAIRS.EVIDENCE."
+                )
+            channels = input_shape[cfg.MODEL.SRM_HEAD.IN_FEATURE].channels
+        return {
+            **ret,
+            "evidence": pairs.EVIDENCE,
+            "feature_channels": channels,
+            "feature_dim": pairs.FEATURE_DIM,
+            "hidden_dim": pairs.HIDDEN_DIM,
+            "pair_loss_weight": pairs.LOSS_WEIGHT,
+        }
+
+    def pair_logits(
+        self,
+        candidates: Candidates,
+        score_map: Optional[torch.Tensor] = None,
+        semantic: Optional[torch.Tensor] = None,
+        features: Optional[torch.Tensor] = None,
+    ):
+        """
+        Compare the instances of one image that overlap.
+
+        Args:
+            candidates: the N instances.
+            score_map: (C, h, w) float, S.
+            semantic: (C, h, w) float, logits of the semantic branch for the thing classes.
+            features: (channels, h, w) float.
+            (Each of the three is only needed where it is evidence.)
+
+        Returns:
+            pairs (:class:`Pairs`), and (P,) float logits: over 0 where a goes before b.
+        """
+        # Sums over many cells: not in half precision, whatever the network runs in.
+        with torch.autocast(candidates.masks.device.type, enabled=False):
+            maps = (x if x is None else x.float() for x in (score_map, semantic, features))
+            return self._compare(candidates, *maps)
+
+    def _compare(self, candidates: Candidates, score_map, semantic, features):
+        pairs = overlapping_pairs(candidates.masks)
+        classes = candidates.classes
+        found = []
+        if "geometry" in self.kinds:
+            found.append(geometry_evidence(candidates, pairs))
+        if "score_map" in self.kinds:
+            found.append(class_evidence(score_map, classes, pairs))
+        if "semantic" in self.kinds:
+            found.append(class_evidence(semantic.softmax(0), classes, pairs))
+            found.append(class_evidence(semantic / 4, classes, pairs))
+        if "features" in self.kinds:
+            projected = self.feature_projection(features[None])[0]
+            found.append(appearance_evidence(projected, pairs))
+        a, b = self.class_embedding(classes[pairs.a]), self.class_embedding(classes[pairs.b])
+        forward = self.compare(torch.cat([a, b, *(x["ab"] for x in found)], dim=1))
+        backward = self.compare(torch.cat([b, a, *(x["ba"] for x in found)], dim=1))
+        return pairs, (forward - backward)[:, 0]
+
+    def losses(
+        self,
+        candidates: List[Candidates],
+        targets: List[RankingTarget],
+        semantic: Optional[torch.Tensor] = None,
+        features: Optional[torch.Tensor] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """
+        As :meth:`SpatialRankingHead.losses`, and for every pair the binary cross entropy of its
+        logit against who is visible in the overlap. A pair weighs as the square root of what the
+        smaller instance loses if it is wrong, as a share of that instance: PQ counts instances,
+        not pixels.
+
+        Args:
+            candidates, targets: one of each for every image.
+            semantic: (B, C, h, w) float, logits of the semantic branch for the thing classes.
+            features: (B, channels, h, w) float.
+
+        Returns:
+            {"loss_srm", "loss_srm_pairs"}: scalars; 0 (with gradients, all 0) without a pair.
+        """
+        score_maps, loss_srm = [None] * len(candidates), 0.0
+        if self.loss_weight > 0 or "score_map" in self.kinds:
+            logits = self(self.instance_tensors(candidates))
+            categories = torch.stack([x.categories for x in targets])
+            loss_srm = self.map_loss(logits, categories) * self.loss_weight
+            # S is evidence here and learns from its own loss only.
+            score_maps = self.score_map(logits).detach()
+        # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
+        anchor = sum(p.sum() * 0 for p in self.parameters())
+        total, weights = 0.0, 0.0
+        for i, (instances, target) in enumerate(zip(candidates, targets)):
+            pairs, pair_logits = self.pair_logits(
+                instances, score_maps[i], _of_image(semantic, i), _of_image(features, i)
+            )
+            margins = visible_margins(
+                instances.masks, instances.classes, target.ids, target.segments_info
+            )[pairs.a, pairs.b]
+            smaller = torch.minimum(pairs.areas[pairs.a], pairs.areas[pairs.b])
+            weight = (margins.abs() / smaller).sqrt()
+            loss = F.binary_cross_entropy_with_logits(
+                pair_logits, (margins > 0).float(), weight=weight, reduction="sum"
+            )
+            total, weights = total + loss, weights + weight.sum()
+        return {
+            "loss_srm": anchor + loss_srm,
+            "loss_srm_pairs": anchor + total / weights.clamp(min=_LEAST_WEIGHT) * self.pair_loss_weight,
+        }
+
+    def evidence(
+        self,
+        candidates: List[Candidates],
+        semantic: Optional[torch.Tensor] = None,
+        features: Optional[torch.Tensor] = None,
+        with_map: bool = True,
+    ) -> List[RankingEvidence]:
+        """
+        As :meth:`SpatialRankingHead.evidence`, with `pair_margins`: the cells that two instances
+        share, times P(a before b) - P(b before a). The map is left out where neither a rule nor
+        the comparison of pairs looks at it.
+        """
+        if with_map or "score_map" in self.kinds:
+            ranked = super().evidence(candidates, semantic, features)
+        else:
+            ranked = [RankingEvidence(x.scores, x.classes, x.masks) for x in candidates]
+        for i, (instances, evidence) in enumerate(zip(candidates, ranked)):
+            pairs, logits = self.pair_logits(
+                instances, evidence.score_map, _of_image(semantic, i), _of_image(features, i)
+            )
+            margins = instances.scores.new_zeros(len(instances.scores), len(instances.scores))
+            margins[pairs.a, pairs.b] = torch.tanh(logits / 2) * pairs.cells
+            evidence.pair_margins = margins - margins.t()
+        return ranked
+
+
+def _of_image(maps: Optional[Sequence], i: int) -> Optional[torch.Tensor]:
+    return None if maps is None else maps[i]
