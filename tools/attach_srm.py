@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--output", required=True, help="the OANet checkpoint to write")
     parser.add_argument("opts", nargs="*", help="config overrides, after --")
     args = parser.parse_args()
-    setup_logger(name="fvcore").setLevel(logging.WARNING)
+    setup_logger(name="fvcore").setLevel(logging.ERROR)  # it warns of the other part
     cfg = get_cfg()
     add_oanet_config(cfg)
     cfg.merge_from_file(args.config_file)

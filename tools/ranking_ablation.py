@@ -17,11 +17,13 @@ import logging
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from panopticapi.utils import rgb2id
 from torch import nn
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.utils.logger import setup_logger
 
@@ -38,6 +40,7 @@ from oanet_d2 import add_oanet_config
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.engine import OANetTrainer, prepare_datasets
 from oanet_d2.evaluation.orderings import OrderingEvaluator, orderings_of
+from oanet_d2.evaluation.pair_accuracy import accuracy_by_kind, pair_decisions
 from oanet_d2.modeling import (
     RANKING_RULE_REGISTRY,
     PairwiseRankingHead,
@@ -50,7 +53,7 @@ from oanet_d2.modeling.matching import match_to_segments, visible_margins
 SOURCES = ("gt", "pred", "detections")
 DEFAULT_SOURCES = ("pred", "detections")
 EVIDENCE = ("geometry", "semantic", "features")
-TRAIN_IMAGES, ITERATIONS, BATCH = 2000, 800, 8
+TRAIN_IMAGES, ITERATIONS, BATCH = 1500, 600, 8
 
 
 # ---------------------------------------------------------------------------------- predictions
@@ -99,15 +102,19 @@ class ValImage:
         """What the network's own ranking head said."""
         return self.output["ranking_evidence"]
 
+    def ground_truth_ids(self) -> np.ndarray:
+        return rgb2id(utils.read_image(self.input["pan_seg_file_name"], "RGB"))
+
+    def painted_masks(self) -> torch.Tensor:
+        """(N, H, W) bool; empty where the instance is not painted."""
+        painted = self.candidates.masks.flatten(1).any(1)
+        return self.output["instances"].pred_masks & painted[:, None, None]
+
     def oracle(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """(N, N) margins in pixels by the ground truth, and (N,) matched segment or -1."""
-        instances = self.output["instances"]
-        painted = self.candidates.masks.flatten(1).any(1)
-        ids = torch.from_numpy(rgb2id(utils.read_image(self.input["pan_seg_file_name"], "RGB")))
-        masks = instances.pred_masks & painted[:, None, None]
-        info = self.input["segments_info"]
-        ground_truth = (instances.pred_classes, ids, info)
-        return visible_margins(masks, *ground_truth), match_to_segments(masks, *ground_truth)
+        ids = torch.from_numpy(self.ground_truth_ids())
+        given = (self.painted_masks(), self.candidates.classes, ids, self.input["segments_info"])
+        return visible_margins(*given), match_to_segments(*given)
 
 
 def load_model(folder: Path):
@@ -442,17 +449,60 @@ def score(cfg, model, val: List[ValImage], ranked: Ranked) -> Dict[str, float]:
     return orderings_of(evaluator.evaluate())[rule]
 
 
+def pair_report(val: List[ValImage], metadata) -> Dict:
+    """
+    How often the network's own order and the order by score are right about a pair.
+
+    Returns:
+        "accuracy": order -> kind of pair -> percent; "counts": kind -> pairs; "mistakes": image
+        id -> what the network's order has wrong there, in words, the worst first; "images", and
+        in how many of them the comparisons contradict each other ("cycles").
+    """
+    names, decided, mistakes = metadata.thing_classes, {"score": [], "srm_pairs": []}, {}
+    cycles = 0
+    for image in val:
+        ids, masks = image.ground_truth_ids(), image.painted_masks()
+        order = image.evidence.order("srm_pairs")
+        # No order agrees with comparisons that go round in a circle; this one does otherwise.
+        against = torch.tril(image.evidence.pair_margins[order][:, order], diagonal=-1)
+        cycles += bool((against > 0).any())
+        for order, decisions in decided.items():
+            found = pair_decisions(
+                masks,
+                image.candidates.classes,
+                image.evidence.order(order),
+                ids,
+                image.input["segments_info"],
+            )
+            decisions += found
+            if order == "srm_pairs":
+                wrong = sorted((d for d in found if not d.right), key=lambda d: -d.pixels)
+                mistakes[image.input["image_id"]] = [
+                    f"{names[d.behind]} over {names[d.front]} ({d.kind}, {d.pixels} pixels)"
+                    for d in wrong
+                ]
+    return {
+        "accuracy": {order: accuracy_by_kind(d) for order, d in decided.items()},
+        "counts": dict(Counter(d.kind for d in decided["score"])),
+        "mistakes": mistakes,
+        "images": len(val),
+        "cycles": cycles,
+    }
+
+
 def run(folder: Path, tables: Optional[Sequence[str]] = None) -> Dict:
     """
     Compute the rows that `folder` does not hold yet.
 
     Returns:
-        table -> row -> {"PQ", "PQ_th", ..., "seconds"}.
+        table -> row -> {"PQ", "PQ_th", ..., "seconds"}; and "pairs", see :func:`pair_report`.
     """
     path = folder / "ablation.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     cfg, model = load_model(folder)
     train, val = cached_predictions(cfg, model, folder / "predictions.pt")
+    if "pairs" not in results:
+        results["pairs"] = pair_report(val, MetadataCatalog.get(cfg.DATASETS.TEST[0]))
     for table, table_rows in rows(model, train, cfg.SEED).items():
         for row, make in table_rows.items():
             if row in results.get(table, {}) or (tables and table not in tables):

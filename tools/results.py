@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """
-Train the demo over several seeds, evaluate every run, and write docs/RESULTS.md and the picture of
-the README from what came out.
+Train the demo over several seeds, evaluate every run, ablate the ranking, train it from annotations
+alone, and write docs/RESULTS.md with its pictures from what came out.
 
     python tools/results.py --seeds 1 2 3
     python tools/results.py --seeds 1 2 3 -- SOLVER.MAX_ITER 2000    # any config override
@@ -11,101 +11,314 @@ A run whose result is there already is not repeated; remove its folder to repeat
 
 import argparse
 import json
+import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import matplotlib
+import ranking_ablation
 import torch
 from tabulate import tabulate
 
+from oanet_d2.engine import training_seconds
 from oanet_d2.evaluation.orderings import METRICS
 
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = "configs/OcclusionScenes/oanet_R_18.yaml"
+CONFIGS = "configs/OcclusionScenes/"
+BEST = "srm_pairs"
+COCO_TRAIN_IMAGES = 118_287
+# Rows of which the mean over the seeds matters; the other tables take the first seed alone.
+TABLES_OF_ALL_SEEDS = ["rules", "gap", "evidence", "order"]
 
 
-def train_net(output_dir: Path, *args: str) -> dict:
+# ------------------------------------------------------------------------------------ the runs
+
+
+def run(*command: str, env=None) -> dict:
+    """
+    Run a command in the repository.
+
+    Returns:
+        its "seconds" and the peak "memory" of its largest process, in bytes.
+    """
+    command = [sys.executable, *map(str, command)]
+    print("+", *command, flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(env or {})})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": time.perf_counter() - start, "memory": usage.ru_maxrss * unit}
+
+
+def train_net(output_dir: Path, config: str, *args: str) -> dict:
     """
     Run train_net.py unless `output_dir` holds its result; return orderings.json.
     """
     result = output_dir / "orderings.json"
     if not result.exists():
-        command = [sys.executable, "train_net.py", "--config-file", CONFIG, *args]
-        print("+", *command, flush=True)
-        subprocess.run([*command, "OUTPUT_DIR", str(output_dir)], cwd=ROOT, check=True)
+        run("train_net.py", "--config-file", CONFIGS + config, *args, "OUTPUT_DIR", output_dir)
     return json.loads(result.read_text())
 
 
-def closure(orderings: dict, order: str) -> float:
+def train_from_annotations(output_dir: Path, *args: str, env=None) -> dict:
+    """
+    Train the ranking alone.
+
+    Returns:
+        "train": seconds of the training steps, "seconds": of the whole command, "memory": bytes of
+        its largest process, "images": training images it took, "dataset": bytes of the annotations
+        in memory, for "dataset_images".
+    """
+    result = output_dir / "annotations.json"
+    if not result.exists():
+        config = CONFIGS + "srm_from_annotations.yaml"
+        usage = run("train_net.py", "--config-file", config, *args, "OUTPUT_DIR", output_dir, env=env)
+        checkpoint = torch.load(output_dir / "model_final.pth", weights_only=False)
+        log = (output_dir / "log.txt").read_text()
+        images = int(re.findall(r"Serializing (\d+) elements", log)[-1])
+        dataset = float(re.findall(r"Serialized dataset takes ([\d.]+) MiB", log)[-1])
+        batch = int(re.findall(r"IMS_PER_BATCH\D*(\d+)", (output_dir / "config.yaml").read_text())[0])
+        usage.update(
+            train=training_seconds(checkpoint),
+            images=(checkpoint["iteration"] + 1) * batch,
+            dataset=dataset * 2**20,
+            dataset_images=images,
+        )
+        result.write_text(json.dumps(usage))
+    return json.loads(result.read_text())
+
+
+def attach(base: Path, srm: Path, output_dir: Path, *args: str) -> dict:
+    """
+    Attach a ranking trained from annotations to the network of a run, and evaluate the result.
+    """
+    if not (output_dir / "orderings.json").exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config, weights = CONFIGS + "oanet_R_18_masks.yaml", output_dir / "oanet.pth"
+        files = ["--base", base / "model_final.pth", "--srm", srm / "model_final.pth"]
+        run("tools/attach_srm.py", "--config-file", config, *files, "--output", weights)
+        args = ("--eval-only", "MODEL.WEIGHTS", weights, "TEST.ORDER_PICTURES", "0", *args)
+    return train_net(output_dir, "oanet_R_18_masks.yaml", *args)
+
+
+# ---------------------------------------------------------------------------------- the tables
+
+
+def closure(orderings: dict, order: str, reference: dict = None) -> float:
     """
     Share of the gap in PQ_th between the orders "score" and "oracle" that `order` closes.
+
+    Args:
+        reference: where "score" and "oracle" come from, if not from `orderings`.
     """
-    score, oracle = orderings["score"]["PQ_th"], orderings["oracle"]["PQ_th"]
+    reference = reference or orderings
+    score, oracle = reference["score"]["PQ_th"], reference["oracle"]["PQ_th"]
     return (orderings[order]["PQ_th"] - score) / (oracle - score)
 
 
 def spread(values: list, digits: int = 1) -> str:
     """
-    "mean ± standard deviation" over the seeds.
+    "mean ± standard deviation" over the seeds, or the one value.
     """
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(rows: list, *headers: str) -> str:
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
 def orders_table(runs: list) -> str:
     rows = []
     for order in runs[0]["orderings"]:
         metrics = [spread([r["orderings"][order][m] for r in runs]) for m in METRICS]
-        rows.append([order, *metrics, spread([closure(r["orderings"], order) for r in runs], 2)])
-    return tabulate(rows, headers=["order", *METRICS, "closure"], tablefmt="pipe")
+        rows.append([order, *metrics, spread([closure(r["orderings"], order) for r in runs], 3)])
+    return table(rows, "order", *METRICS, "closure")
 
 
 def seeds_table(seeds: list, runs: list) -> str:
     rows = []
-    for seed, run in zip(seeds, runs):
-        o, s = run["orderings"], run["seconds"]
-        gain = o["srm_overlap"]["PQ_th"] - o["score"]["PQ_th"]
-        rows.append([seed, o["srm_overlap"]["PQ"], gain, s["train"] / 60, s["eval"] / 60])
-    headers = ["seed", "PQ", "PQ_th over score", "training, min", "evaluation, min"]
-    return tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".1f")
+    for seed, r in zip(seeds, runs):
+        o, s = r["orderings"], r["seconds"]
+        gain = o[BEST]["PQ_th"] - o["score"]["PQ_th"]
+        numbers = [o[BEST]["PQ"], gain, 100 * closure(o, BEST), s["train"] / 60, s["eval"] / 60]
+        rows.append([seed, *(f"{x:.1f}" for x in numbers)])
+    headers = ["seed", f"PQ ({BEST})", "PQ_th over score", "closure, %", "training, min", "evaluation, min"]
+    return table(rows, *headers)
 
 
 def free_pixels_table(free: list, stuff_only: list) -> str:
     rows = [
-        [name, *(spread([r["orderings"]["srm_overlap"][m] for r in runs]) for m in METRICS)]
+        [name, *(spread([r["orderings"][BEST][m] for r in runs]) for m in METRICS)]
         for name, runs in (("True", free), ("False", stuff_only))
     ]
-    return tabulate(rows, headers=["KEEP_THINGS_FREE", *METRICS], tablefmt="pipe")
+    return table(rows, "KEEP_THINGS_FREE", *METRICS)
+
+
+def ablation_table(ablations: list, name: str, header: str) -> str:
+    """
+    One table of tools/ranking_ablation.py, over the seeds that have it.
+    """
+    having = [a for a in ablations if name in a]
+    rows = []
+    for row in having[0][name]:
+        of_seeds = [a for a in having if row in a[name]]
+        metrics = [spread([a[name][row][m] for a in of_seeds]) for m in ("PQ", "PQ_th", "PQ_st")]
+        closures = [closure(a[name], row, a["rules"]) for a in of_seeds]
+        seconds = statistics.mean(a[name][row]["seconds"] for a in of_seeds)
+        rows.append([row, *metrics, spread(closures, 3), len(of_seeds), f"{seconds:.0f}"])
+    return table(rows, header, "PQ", "PQ_th", "PQ_st", "closure", "seeds", "seconds a row")
+
+
+def pair_table(ablations: list) -> str:
+    rows = []
+    for kind in ablations[0]["pairs"]["counts"]:
+        accuracy = [
+            spread([a["pairs"]["accuracy"][order][kind] for a in ablations])
+            for order in ("score", BEST)
+        ]
+        rows.append([kind, spread([a["pairs"]["counts"][kind] for a in ablations], 0), *accuracy])
+    return table(rows, "pair", "pairs", "right by score, %", f"right by {BEST}, %")
+
+
+def annotations_table(end_to_end: list, attached: list) -> str:
+    rows = []
+    for order in ("srm_mean", "srm_overlap", BEST):
+        alone = [closure(a["orderings"], order) for a in attached]
+        together = [e[order] for e in end_to_end]
+        ratios = [a / t for a, t in zip(alone, together)]
+        rows.append([order, spread(alone, 3), spread(together, 3), spread(ratios, 2)])
+    return table(rows, "order", "closure, from annotations", "closure, end to end", "ratio")
+
+
+# -------------------------------------------------------------------------------- the pictures
+
+
+def draw_closures(runs: list, path: Path) -> None:
+    """
+    A bar for every order: how much of the gap it closes, mean and spread over the seeds.
+    """
+    orders = list(runs[0]["orderings"])
+    closures = [[100 * closure(r["orderings"], order) for r in runs] for order in orders]
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    deviations = [statistics.stdev(c) if len(c) > 1 else 0 for c in closures]
+    bars = axes.barh(orders, [statistics.mean(c) for c in closures], xerr=deviations, color="#4878a8")
+    axes.bar_label(bars, fmt="%.0f %%", padding=6)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xlabel="share of the gap between score order and oracle, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def copy_pictures(source: Path, target: Path, prefix: str, count: int) -> list:
+    """
+    Copy the first pictures of an evaluation.
+
+    Returns:
+        (name of the copy, image id) of each.
+    """
+    copied = []
+    for i, picture in enumerate(sorted(source.glob("*.png"))[:count], start=1):
+        name = f"{prefix}_{i}.png"
+        shutil.copy(picture, target / name)
+        copied.append((name, int(picture.stem.split("_")[1])))
+    return copied
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--work", type=Path, default=Path("output/results"), help="runs go here")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "RESULTS.md")
     parser.add_argument("opts", nargs="*", help="config overrides, after --")
     args = parser.parse_args()
-    work = args.work.resolve()
+    work, opts = args.work.resolve(), args.opts
 
-    free, stuff_only = [], []
-    for seed in args.seeds:
+    free, stuff_only, ablations, attached = [], [], [], []
+    for i, seed in enumerate(args.seeds):
         folder = work / f"seed_{seed}"
-        free.append(train_net(folder, *args.opts, "SEED", str(seed)))
-        weights = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-        override = ["MODEL.OANET.KEEP_THINGS_FREE", "False", "TEST.ORDER_PICTURES", "0"]
+        of_seed = ["SEED", str(seed), *opts]
+        free.append(train_net(folder, "oanet_R_18.yaml", *of_seed))
+        weights = ["MODEL.WEIGHTS", str(folder / "model_final.pth"), "TEST.ORDER_PICTURES", "0"]
+        override = ["MODEL.OANET.KEEP_THINGS_FREE", "False", *of_seed]
+        name = f"seed_{seed}_stuff_only"
         stuff_only.append(
-            train_net(work / f"seed_{seed}_stuff_only", "--eval-only", *weights, *override, *args.opts)
+            train_net(work / name, "oanet_R_18.yaml", "--eval-only", *weights, *override)
         )
+        tables = None if i == 0 else TABLES_OF_ALL_SEEDS
+        ablations.append(ranking_ablation.run(folder, tables))
+        srm = work / f"seed_{seed}_annotations"
+        usage = train_from_annotations(srm, *of_seed)
+        attached.append(attach(folder, srm, work / f"seed_{seed}_attached", *of_seed))
+    visible = train_net(
+        work / f"seed_{args.seeds[0]}_visible",
+        "oanet_R_18.yaml",
+        *["DATASETS.TRAIN", "('occlusion_scenes_train_visible',)"],
+        *["DATASETS.TEST", "('occlusion_scenes_val_visible',)"],
+        *["SEED", str(args.seeds[0]), *opts],
+    )
+    # As large as a COCO image, to see how fast annotations are read and learned from there.
+    large = train_from_annotations(
+        work / "annotations_640",
+        *["DATASETS.OCCLUSION_SCENES.IMAGE_SIZE", "640"],
+        *["DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES", "200", "INPUT.MIN_SIZE_TRAIN", "(640,)"],
+        *["INPUT.MAX_SIZE_TRAIN", "1333", "SOLVER.MAX_ITER", "40", *opts],
+        env={"DETECTRON2_DATASETS": str(work / "datasets_640")},
+    )
+    benchmark = work / "benchmark_ranking.json"
+    if not benchmark.exists():
+        run("tools/benchmark_ranking.py", "--json", benchmark)
 
-    # The picture of the README: the scene of the first run where the order matters most.
-    picture = min((work / f"seed_{args.seeds[0]}" / "pictures").glob("*.png"))
-    (args.out.parent / "pictures").mkdir(parents=True, exist_ok=True)
-    shutil.copy(picture, args.out.parent / "pictures" / "order.png")
+    end_to_end = [
+        {
+            "srm_mean": closure(a["rules"], "srm_mean"),
+            "srm_overlap": closure(a["rules"], "srm_overlap"),
+            BEST: closure(a["evidence"], "geometry", a["rules"]),
+        }
+        for a in ablations
+    ]
+    pictures = args.out.parent / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    first = work / f"seed_{args.seeds[0]}"
+    draw_closures(free, pictures / "closure.png")
+    right = copy_pictures(first / "pictures", pictures, "right", 4)
+    wrong = copy_pictures(first / "pictures_still_wrong", pictures, "wrong", 4)
+    shutil.copy(pictures / right[0][0], pictures / "order.png")
+    mistakes = ablations[0]["pairs"]["mistakes"]
+    right_pictures = "\n\n".join(f"![](pictures/{name})" for name, _ in right)
+    wrong_pictures = "\n\n".join(
+        f"![](pictures/{name})\n\nWrong: {'; '.join(mistakes[str(image)]) or 'nothing clear'}."
+        for name, image in wrong
+    )
+    costs = json.loads(benchmark.read_text())
+    cost_rows = [
+        [name, f"{1000 * c['order']:.1f}", f"{1000 * c['ranking']:.0f}"]
+        + [f"{c['inference']:.2f}", f"{100 * c['ratio']:.1f}"]
+        for name, c in costs.items()
+    ]
+    o = visible["orderings"]
+    visible_rows = [[k, *(f"{o[k][m]:.2f}" for m in ("PQ", "PQ_th", "PQ_st"))] for k in o]
+    coco_hours = COCO_TRAIN_IMAGES / (large["images"] / large["train"]) / 3600
+    coco_memory = large["dataset"] / large["dataset_images"] * COCO_TRAIN_IMAGES / 2**20
 
     command = "python tools/results.py --seeds " + " ".join(map(str, args.seeds))
-    command += " -- " + " ".join(args.opts) if args.opts else ""
+    command += " -- " + " ".join(opts) if opts else ""
+    config = f"{CONFIGS}oanet_R_18.yaml"
     args.out.write_text(
         f"""# Results on OcclusionScenes
 
@@ -114,26 +327,121 @@ Everything on this page was written by
     {command}
 
 on {torch.get_num_threads()} CPU threads with PyTorch {torch.__version__}: {len(args.seeds)} trainings
-of `{CONFIG}` that differ in their seed (initial weights and the order of the training images),
-each evaluated on the same {free[0]["images"]} scenes, none of which is trained on. Numbers are mean
-± standard deviation over the seeds, in percent, by the official `panopticapi`.
+of `{config}` that differ in their seed (initial weights and the order of the
+training images), each evaluated on the same {free[0]["images"]} scenes, none of which is trained on. Numbers are mean
+± standard deviation over the seeds, in percent, by the official `panopticapi`; *closure* is a share.
 
 ## Painting orders
 
-One model, one set of predictions; only the order of painting changes. *closure* is the share of
-the gap in PQ_th between the orders *score* and *oracle* that an order closes.
+One model, one set of predictions; only the order of painting changes.
+
+    closure = (PQ_th(order) - PQ_th(score)) / (PQ_th(oracle) - PQ_th(score))
+
+*score*: detection score, Panoptic FPN's order. *srm_mean*: the paper's Eq. 3. *srm_overlap*: the
+paper's score map, asked who wins inside each overlap. *srm_pairs*: the comparison of pairs, the
+default. *oracle*: the order that the ground truth gives; it also puts a detection that matches
+nothing behind one that matches something, which no depth order could.
 
 {orders_table(free)}
 
+![closure by order](pictures/closure.png)
+
 {seeds_table(args.seeds, free)}
+
+## Where the rest of the gap is
+
+Pairs of overlapping instances that an order puts the right way round, by the ground truth:
+
+{pair_table(ablations)}
+
+And what the oracle's answer for one kind of pair alone would add to *srm_pairs*:
+
+{ablation_table(ablations, "gap", "the oracle for")}
+
+## Scenes
+
+The learned order is right where the detection score is wrong. Image, ground truth, by detection
+score, ranked; pixels that the order changes are outlined:
+
+{right_pictures}
+
+Still wrong. Image, ground truth, ranked, by the oracle:
+
+{wrong_pictures}
+
+## What the ranking rests on
+
+From here on the network's predictions are fixed and cached (`tools/ranking_ablation.py`): every row
+trains a ranking head anew, {ranking_ablation.ITERATIONS} steps on the predictions for {ranking_ablation.TRAIN_IMAGES} training images, or none,
+and paints the same instances. The time is that of training the head, painting and scoring.
+
+Rules, on the network's own ranking head:
+
+{ablation_table(ablations, "rules", "order")}
+
+The evidence that the comparison of pairs is given (`MODEL.SRM_HEAD.PAIRS.EVIDENCE`; S is the score
+map, trained along with it):
+
+{ablation_table(ablations, "evidence", "evidence")}
+
+The masks that it learns from (`MODEL.SRM_HEAD.TRAIN_MASKS`); rows "S" are the score map with
+*srm_overlap*:
+
+{ablation_table(ablations, "masks", "masks")}
+
+The paper's large kernels: score maps of different k and depth, trained on ground-truth masks,
+*srm_overlap*:
+
+{ablation_table(ablations, "kernel", "convolutions")}
+
+The loss of the score map: cells in which only one class has an instance, weighted down:
+
+{ablation_table(ablations, "loss", "weight")}
+
+More input for the score map than masks, *srm_overlap*:
+
+{ablation_table(ablations, "input", "input")}
+
+From comparisons to an order. The comparisons contradict each other (a over b over c over a) in
+{", ".join(str(a["pairs"]["cycles"]) for a in ablations)} of {ablations[0]["pairs"]["images"]} images, by seed; what the order costs is at the end of this page:
+
+{ablation_table(ablations, "order", "order")}
+
+## Masks that are cut to what is visible
+
+`occlusion_scenes_{{train,val}}_visible`: the same scenes, but the instance masks do not overlap, as
+in many real datasets. Ranking must not cost anything there. One training, seed {args.seeds[0]}:
+
+{table(visible_rows, "order", "PQ", "PQ_th", "PQ_st")}
+
+## The ranking from annotations alone
+
+`{CONFIGS}srm_from_annotations.yaml` trains the ranking without an image or a
+backbone, on ground-truth masks; `tools/attach_srm.py` puts it into the network of the run of the
+same seed. End to end: the score map of that run, and a comparison of pairs that is given the same
+evidence, geometry, but learns from predictions.
+
+{annotations_table(end_to_end, attached)}
+
+The training took {usage["train"]:.0f} s ({usage["seconds"]:.0f} s with start and data) for {usage["images"]} images, {usage["images"] / usage["train"]:.0f} images a second,
+with {usage["memory"] / 2**20:.0f} MiB in its largest process. On images of 640 x 640, about COCO's size, it takes
+{large["images"] / large["train"]:.0f} images a second: {coco_hours:.1f} hours for one pass over COCO's {COCO_TRAIN_IMAGES} training images, whose
+annotations would take about {coco_memory:.0f} MiB in memory, shared by the workers, if they were like
+these (they are kept serialized, by Detectron2's loader; PNGs are read as they are needed).
 
 ## Pixels that no instance claims
 
-With the order *srm_overlap*: `MODEL.OANET.KEEP_THINGS_FREE True` (default) leaves a pixel whose best
+With the order *{BEST}*: `MODEL.OANET.KEEP_THINGS_FREE True` (default) leaves a pixel whose best
 semantic class is a thing void; `False` gives it its best stuff class (the paper: only the stuff
 scores are used at inference).
 
 {free_pixels_table(free, stuff_only)}
+
+## What the ranking costs
+
+`python tools/benchmark_ranking.py`: 100 instances in an image of 800 x 1333 pixels, R-50 FPN, CPU.
+
+{table(cost_rows, "ranking", "order, ms", "ranking, ms", "whole inference, s", "share, %")}
 """
     )
     print(args.out.read_text())

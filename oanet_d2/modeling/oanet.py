@@ -218,9 +218,12 @@ class OANet(PanopticFPN):
         """
         Run the ranking module on what was detected.
         """
-        candidates = [self._detected(images, x) for x in detections]
         if self.order == "score" and not self.return_evidence:
-            return [RankingEvidence(x.scores, x.classes, x.masks) for x in candidates]
+            return [
+                RankingEvidence(x.scores, x.pred_classes, x.pred_masks.new_zeros(len(x), 0, 0))
+                for x in detections
+            ]
+        candidates = [self._detected(images, x) for x in detections]
         maps = self.ranking_maps(images, semantic, features)
         with_map = self.return_evidence or self.order != "srm_pairs"
         return self.srm_head.evidence(candidates, *maps, with_map=with_map)

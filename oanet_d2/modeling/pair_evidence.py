@@ -47,7 +47,7 @@ class Pairs:
         a, b: (P,) int64, indices of the two, a < b.
         cells: (P,) float, cells that the two share.
         areas: (N,) float, cells of every instance.
-        masks: (N, h * w) float, zeros and ones.
+        masks: (N, h * w) bool.
     """
 
     a: torch.Tensor
@@ -82,7 +82,7 @@ def overlapping_pairs(masks: torch.Tensor) -> Pairs:
     Args:
         masks: (N, h, w) bool.
     """
-    flat = masks.flatten(1).float()
+    flat = masks.flatten(1)
     # In double precision, which autocast leaves alone: cells are counted.
     shared = (flat.double() @ flat.double().t()).float()
     a, b = torch.nonzero(torch.triu(shared, diagonal=1), as_tuple=True)
@@ -128,8 +128,9 @@ def class_evidence(
     """
     own = class_map[classes].flatten(1)  # (N, h * w)
     # shown[i, j]: the class of i, summed over the cells of j; meeting[i, j]: over those of both
-    shown = own @ pairs.masks.t()
-    meeting = (own * pairs.masks) @ pairs.masks.t()
+    masks = pairs.masks.to(own.dtype)
+    shown = own @ masks.t()
+    meeting = (own * masks) @ masks.t()
     a, b = pairs.a, pairs.b
     parts_of_class = {}
     for name, cls, other in (("a", a, b), ("b", b, a)):
@@ -155,9 +156,9 @@ def appearance_evidence(features: torch.Tensor, pairs: Pairs) -> Dict[str, torch
         cosines between the means.
     """
     flat = features.flatten(1).t()  # (h * w, D)
-    whole = pairs.masks @ flat
+    whole = pairs.masks.to(flat.dtype) @ flat
     shared = [
-        (pairs.masks[a] * pairs.masks[b]) @ flat
+        (pairs.masks[a] & pairs.masks[b]).to(flat.dtype) @ flat
         for a, b in zip(pairs.a.split(PAIRS_AT_ONCE), pairs.b.split(PAIRS_AT_ONCE))
     ]
     sums = torch.stack([whole[pairs.a], whole[pairs.b]])

@@ -94,7 +94,7 @@ class PairwiseRankingHead(SpatialRankingHead):
             nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
             nn.ReLU(),
-            nn.Linear(hidden_dim, 1),
+            nn.Linear(hidden_dim, 1, bias=False),  # a bias would cancel in f(a, b) - f(b, a)
         )
 
     @classmethod

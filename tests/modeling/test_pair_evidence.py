@@ -144,7 +144,7 @@ def test_pairs_against_plain_loops(seed, n):
     assert pairs.areas.tolist() == [len(cells_of(m)) for m in masks]
     shared = [len(cells_of(masks[a]) & cells_of(masks[b])) for a, b in slow_pairs(masks)]
     assert pairs.cells.tolist() == shared
-    assert torch.equal(pairs.masks, masks.flatten(1).float())
+    assert torch.equal(pairs.masks, masks.flatten(1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ from detectron2.utils.events import EventStorage
 
 from oanet_d2 import OANet
 from oanet_d2.modeling import SRMFromAnnotations
-from tests.conftest import make_input
+from tests.conftest import load_config, make_input
 
 PERSON, TIE = 0, 1
 SIZE = (64, 96)
@@ -117,3 +117,14 @@ def test_predicts_nothing(srm_cfg):
     model = build_model(srm_cfg).eval()
     with pytest.raises(RuntimeError, match="only trains.*attach_srm"):
         model([worn_tie()])
+
+
+def test_the_coco_configs_belong_together():
+    oanet, alone = (
+        build_model(load_config(f"COCO-PanopticSegmentation/{name}.yaml")).state_dict()
+        for name in ("oanet_R_50_masks", "srm_from_annotations")
+    )
+    assert oanet["sem_seg_head.predictor.weight"].shape[0] == 54  # the model zoo's
+    assert {k: v.shape for k, v in alone.items()} == {
+        k: v.shape for k, v in oanet.items() if k.startswith("srm_head.")
+    }
