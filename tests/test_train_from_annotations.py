@@ -95,7 +95,8 @@ def test_resume_continues(train_net, first_part, tmp_path):
     assert "Starting training from iteration 3" in text
     before, after = load(first_part), load(folder)
     assert after["iteration"] == 4
-    steps = {int(s["step"]) for s in after["optimizer"]["state"].values()}
+    optimizer = after["trainer"]["_trainer"]["optimizer"]
+    steps = {int(s["step"]) for s in optimizer["state"].values()}
     assert steps == {5}  # 3 before and 2 after, with the optimizer's own state
     assert any(not torch.equal(v, after["model"][k]) for k, v in before["model"].items())
 

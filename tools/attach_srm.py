@@ -13,6 +13,8 @@ import argparse
 import logging
 import os
 
+import torch
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -26,13 +28,20 @@ PREFIX = "srm_head."
 
 class Checkpointer(DetectionCheckpointer):
     """
-    Remembers which of the model's parameters a file did not give.
+    Loads only some of a file's parameters, and remembers what did not fit.
     """
 
+    def __init__(self, model, ours):
+        super().__init__(model)
+        self.ours = ours
+
     def _load_model(self, checkpoint):
+        given = checkpoint["model"]
+        checkpoint["model"] = {name: x for name, x in given.items() if self.ours(name)}
         incompatible = super()._load_model(checkpoint)
-        wrong_shape = [key for key, *_ in incompatible.incorrect_shapes]
-        self.not_given = {*incompatible.missing_keys, *wrong_shape}
+        wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
+        self.not_given = sorted(filter(self.ours, {*incompatible.missing_keys, *wrong_shape}))
+        self.unknown = sorted(incompatible.unexpected_keys)
         return incompatible
 
 
@@ -41,30 +50,34 @@ def load(model, path: str, what: str, ours) -> None:
     Load a part of the model.
 
     Args:
-        ours: name of a parameter -> whether the file has to give it.
+        path: a file, or a URL that Detectron2 knows.
+        ours: name of a parameter -> whether it belongs to the part.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the file is missing, or does not hold exactly the part.
     """
-    if not PathManager.isfile(path):
+    if not os.path.isfile(PathManager.get_local_path(path)):
         raise ValueError(f"{what} {path} does not exist.")
-    checkpointer = Checkpointer(model)
+    checkpointer = Checkpointer(model, ours)
     checkpointer.load(path)
-    lacking = sorted(filter(ours, checkpointer.not_given))
-    if lacking:
-        raise ValueError(
-            f"{what} {path} does not give {len(lacking)} parameters of this config's model, or in "
-            f"another shape, such as {lacking[0]}. It belongs to another config."
-        )
+    for names, problem in (
+        (checkpointer.not_given, "does not give, or in another shape, {} of the parameters"),
+        (checkpointer.unknown, "gives {} parameters unknown to the model"),
+    ):
+        if names:
+            raise ValueError(
+                f"{what} {path} {problem.format(len(names))}, such as {names[0]}. It belongs to "
+                "another config."
+            )
 
 
 def attach(cfg, base: str, srm: str, output: str) -> None:
     """
     Args:
         cfg: config of the OANet.
-        base: checkpoint of a Panoptic FPN or OANet; its own ranking head, if any, is replaced.
-        srm: checkpoint with `srm_head.*`.
-        output: the file to write, .pth; it appears whole or not at all.
+        base: checkpoint of a Panoptic FPN or OANet; its own ranking head, if any, is left out.
+        srm: checkpoint with `srm_head.*`; anything else in it is left out.
+        output: the file to write; it appears whole or not at all.
 
     Raises:
         ValueError: a checkpoint does not fit the config.
@@ -72,10 +85,8 @@ def attach(cfg, base: str, srm: str, output: str) -> None:
     model = build_model(cfg)
     load(model, base, "--base", lambda name: not name.startswith(PREFIX))
     load(model, srm, "--srm", lambda name: name.startswith(PREFIX))
-    folder, name = os.path.split(os.path.abspath(output))
-    stem = os.path.splitext(name)[0]
-    DetectionCheckpointer(model, folder).save(stem + ".partial")
-    os.replace(os.path.join(folder, f"{stem}.partial.pth"), output)
+    torch.save({"model": model.state_dict()}, f"{output}.partial")
+    os.replace(f"{output}.partial", output)
 
 
 def main():

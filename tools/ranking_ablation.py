@@ -53,7 +53,7 @@ from oanet_d2.modeling.matching import match_to_segments, visible_margins
 SOURCES = ("gt", "pred", "detections")
 DEFAULT_SOURCES = ("pred", "detections")
 EVIDENCE = ("geometry", "semantic", "features")
-TRAIN_IMAGES, ITERATIONS, BATCH = 1500, 600, 8
+TRAIN_IMAGES, ITERATIONS, BATCH = 1000, 400, 8
 
 
 # ---------------------------------------------------------------------------------- predictions
@@ -399,6 +399,8 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             "geometry + semantic + features": pairs,
             "all of them + S": lambda: pairs((*EVIDENCE, "score_map")),
         },
+        # What the ranking from annotations alone is compared with.
+        "geometry": {"geometry": lambda: pairs(("geometry",))},
         "masks": {
             " + ".join(sources): partial(pairs, sources=sources)
             for sources in (("gt",), ("pred",), ("detections",), DEFAULT_SOURCES, SOURCES)
@@ -498,9 +500,12 @@ def run(folder: Path, tables: Optional[Sequence[str]] = None) -> Dict:
         table -> row -> {"PQ", "PQ_th", ..., "seconds"}; and "pairs", see :func:`pair_report`.
     """
     path = folder / "ablation.json"
+    settings = {"train_images": TRAIN_IMAGES, "iterations": ITERATIONS, "batch": BATCH}
     results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("settings") != settings:
+        results = {"settings": settings}
     cfg, model = load_model(folder)
-    train, val = cached_predictions(cfg, model, folder / "predictions.pt")
+    train, val = cached_predictions(cfg, model, folder / f"predictions_{TRAIN_IMAGES}.pt")
     if "pairs" not in results:
         results["pairs"] = pair_report(val, MetadataCatalog.get(cfg.DATASETS.TEST[0]))
     for table, table_rows in rows(model, train, cfg.SEED).items():

@@ -16,7 +16,7 @@ __all__ = ["KINDS", "PairDecision", "accuracy_by_kind", "pair_decisions"]
 # Kinds of pairs: both are in the ground truth and differ in class, or are of one class; or one is
 # a detection that matches nothing (a duplicate, a false positive).
 KINDS = ("different class", "same class", "one matches nothing")
-# Pairs in which the ground truth decides by fewer pixels than this share of the overlap are not
+# Pairs in which the ground truth decides by no more pixels than this share of the overlap are not
 # counted: neither order is wrong.
 CLEAR_SHARE = 0.3
 

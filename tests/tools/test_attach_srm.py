@@ -44,7 +44,7 @@ def weights(cfg, seed, *opts):
     cfg.merge_from_list(opts)
     torch.manual_seed(seed)
     state = build_model(cfg).state_dict()
-    return {k: v + torch.rand(v.shape) if v.is_floating_point() else v + 7 for k, v in state.items()}
+    return {k: v + (torch.rand(v.shape) if v.is_floating_point() else 7) for k, v in state.items()}
 
 
 def panoptic_fpn(cfg, *opts):
