@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -115,6 +116,11 @@ class ValImage:
         ids = torch.from_numpy(self.ground_truth_ids())
         given = (self.painted_masks(), self.candidates.classes, ids, self.input["segments_info"])
         return visible_margins(*given), match_to_segments(*given)
+
+
+# The cache names these classes; it is the same whether this file is imported or run.
+TrainImage.__module__ = ValImage.__module__ = "ranking_ablation"
+sys.modules.setdefault("ranking_ablation", sys.modules[__name__])
 
 
 def load_model(folder: Path):
@@ -409,11 +415,8 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             f"S ({source})": partial(maps, sources=(source,)) for source in ("pred", "detections")
         },
         "kernel": {
-            "1 x 1": lambda: maps(num_blocks=0),
-            **{
-                f"k = {k}, {n} block{'s'[: n > 1]}": partial(maps, kernel_size=k, num_blocks=n)
-                for k, n in ((3, 2), (7, 2), (15, 1), (15, 2), (15, 3), (31, 2))
-            },
+            f"k = {k}, {n} block{'s'[: n > 1]}": partial(maps, kernel_size=k, num_blocks=n)
+            for k, n in ((1, 2), (3, 2), (7, 2), (15, 1), (15, 2), (15, 3), (31, 2))
         },
         "loss": {
             f"uncontested cells count {w:g}": partial(
@@ -422,7 +425,7 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             for w in (1, 0.25, 0)
         },
         "input": {
-            "masks": maps,
+            "masks": lambda: maps(("detections",)),
             "masks + semantic logits": lambda: maps(
                 ("detections",), head=partial(InformedMap, semantic)
             ),
@@ -506,8 +509,14 @@ def run(folder: Path, tables: Optional[Sequence[str]] = None) -> Dict:
         results = {"settings": settings}
     cfg, model = load_model(folder)
     train, val = cached_predictions(cfg, model, folder / f"predictions_{TRAIN_IMAGES}.pt")
+
+    def save():
+        path.with_suffix(".tmp").write_text(json.dumps(results, indent=2))
+        os.replace(path.with_suffix(".tmp"), path)
+
     if "pairs" not in results:
         results["pairs"] = pair_report(val, MetadataCatalog.get(cfg.DATASETS.TEST[0]))
+        save()
     for table, table_rows in rows(model, train, cfg.SEED).items():
         for row, make in table_rows.items():
             if row in results.get(table, {}) or (tables and table not in tables):
@@ -517,10 +526,9 @@ def run(folder: Path, tables: Optional[Sequence[str]] = None) -> Dict:
             metrics = score(cfg, model, val, make())
             metrics["seconds"] = time.perf_counter() - start
             results.setdefault(table, {})[row] = metrics
-            path.with_suffix(".tmp").write_text(json.dumps(results, indent=2))
-            os.replace(path.with_suffix(".tmp"), path)
+            save()
             print(f"{folder.name}  {table:9s} {row:36s} PQ_th {metrics['PQ_th']:.2f}", flush=True)
-    return results
+    return json.loads(path.read_text())
 
 
 def main():
