@@ -120,7 +120,8 @@ class ValImage:
 
 # The cache names these classes; it is the same whether this file is imported or run.
 TrainImage.__module__ = ValImage.__module__ = "ranking_ablation"
-sys.modules.setdefault("ranking_ablation", sys.modules[__name__])
+if __name__ == "__main__":
+    sys.modules["ranking_ablation"] = sys.modules["__main__"]
 
 
 def load_model(folder: Path):
