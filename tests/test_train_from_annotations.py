@@ -70,7 +70,7 @@ def small_config(name):
 
 
 def load(folder):
-    return torch.load(folder / "model_final.pth", weights_only=False)
+    return torch.load(folder / "model_final.pth", weights_only=True)
 
 
 def test_trains_without_images(first_part, datasets_root):

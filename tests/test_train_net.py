@@ -76,7 +76,7 @@ def test_resume_continues(subprocess_env, datasets_root, tmp_path):
     train_net(subprocess_env, datasets_root, *common, "SOLVER.MAX_ITER", "2")
     text = train_net(subprocess_env, datasets_root, "--resume", *common, "SOLVER.MAX_ITER", "4")
     assert "Starting training from iteration 2" in text
-    assert torch.load(tmp_path / "model_final.pth", weights_only=False)["iteration"] == 3
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
 def test_two_processes_on_cpu(subprocess_env, datasets_root, tmp_path):

@@ -35,6 +35,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 
 from oanet_d2 import add_oanet_config
@@ -49,7 +50,7 @@ from oanet_d2.modeling import (
     SpatialRankingHead,
 )
 from oanet_d2.modeling.candidates import Candidates, RankingTarget
-from oanet_d2.modeling.matching import match_to_segments, visible_margins
+from oanet_d2.modeling.matching import margins_of_matched, match_to_segments
 
 SOURCES = ("gt", "pred", "detections")
 DEFAULT_SOURCES = ("pred", "detections")
@@ -114,14 +115,19 @@ class ValImage:
     def oracle(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """(N, N) margins in pixels by the ground truth, and (N,) matched segment or -1."""
         ids = torch.from_numpy(self.ground_truth_ids())
-        given = (self.painted_masks(), self.candidates.classes, ids, self.input["segments_info"])
-        return visible_margins(*given), match_to_segments(*given)
+        masks, segments_info = self.painted_masks(), self.input["segments_info"]
+        matched = match_to_segments(masks, self.candidates.classes, ids, segments_info)
+        return margins_of_matched(masks, matched, ids), matched
 
 
 # The cache names these classes; it is the same whether this file is imported or run.
 TrainImage.__module__ = ValImage.__module__ = "ranking_ablation"
 if __name__ == "__main__":
     sys.modules["ranking_ablation"] = sys.modules["__main__"]
+
+
+# All classes in a cache.
+CACHED = [TrainImage, ValImage, Candidates, RankingTarget, RankingEvidence, Instances, Boxes]
 
 
 def load_model(folder: Path):
@@ -181,7 +187,9 @@ def cached_predictions(cfg, model, path: Path):
     if not path.exists():
         torch.save(predict(cfg, model, TRAIN_IMAGES), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    return torch.load(path, weights_only=False)
+    # Only what the cache is made of is unpickled.
+    with torch.serialization.safe_globals(CACHED):
+        return torch.load(path, weights_only=True)
 
 
 # ------------------------------------------------------------------------------ heads to compare

@@ -94,7 +94,7 @@ def train_from_annotations(output_dir: Path, *args: str, env=None) -> dict:
     if not result.exists():
         config = CONFIGS + "srm_from_annotations.yaml"
         usage = run("train_net.py", "--config-file", config, *args, "OUTPUT_DIR", output_dir, env=env)
-        checkpoint = torch.load(output_dir / "model_final.pth", weights_only=False)
+        checkpoint = torch.load(output_dir / "model_final.pth", weights_only=True)
         log = (output_dir / "log.txt").read_text()
         images = int(re.findall(r"Serializing (\d+) elements", log)[-1])
         dataset = float(re.findall(r"Serialized dataset takes ([\d.]+) MiB", log)[-1])
@@ -308,7 +308,6 @@ def main():
     draw_closures(free, pictures / "closure.png")
     right = copy_pictures(first / "pictures", pictures, "right", 4)
     wrong = copy_pictures(first / "pictures_still_wrong", pictures, "wrong", 4)
-    shutil.copy(pictures / right[0][0], pictures / "order.png")
     mistakes = ablations[0]["pairs"]["mistakes"]
     right_pictures = "\n\n".join(f"![](pictures/{name})" for name, _ in right)
     wrong_pictures = "\n\n".join(

@@ -9,7 +9,7 @@ from typing import Dict, List
 import numpy as np
 import torch
 
-from ..modeling.matching import match_to_segments, visible_margins
+from ..modeling.matching import margins_of_matched, match_to_segments
 
 __all__ = ["KINDS", "PairDecision", "accuracy_by_kind", "pair_decisions"]
 
@@ -58,8 +58,8 @@ def pair_decisions(
         segments_info: the ground truth's segments.
     """
     ids = torch.from_numpy(ids)
-    margins = visible_margins(masks, classes, ids, segments_info)
-    matched = match_to_segments(masks, classes, ids, segments_info) >= 0
+    segments = match_to_segments(masks, classes, ids, segments_info)
+    margins, matched = margins_of_matched(masks, segments, ids), segments >= 0
     m = masks.flatten(1).float()
     shared = m @ m.t()
     position = torch.empty_like(order)

@@ -7,7 +7,7 @@ from typing import Dict, List
 import torch
 from scipy.optimize import linear_sum_assignment
 
-__all__ = ["match_to_segments", "visible_margins"]
+__all__ = ["margins_of_matched", "match_to_segments", "visible_margins"]
 
 # Pixels are counted by matrix products; autocast would round those of smaller types.
 _COUNT = torch.float64
@@ -61,6 +61,20 @@ def visible_margins(
         show b.
     """
     matched = match_to_segments(masks, classes, ids, segments_info)
+    return margins_of_matched(masks, matched, ids)
+
+
+def margins_of_matched(
+    masks: torch.Tensor, matched: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """
+    :func:`visible_margins` of instances whose segments are known.
+
+    Args:
+        masks: (N, H, W) bool.
+        matched: (N,) int64, see :func:`match_to_segments`.
+        ids: (H, W) integer, ground-truth segment ids.
+    """
     m = masks.flatten(1).to(_COUNT)
     shows = (ids.to(masks.device).flatten() == matched[:, None]).to(_COUNT) * m
     evidence = (shows @ m.t()).float()

@@ -138,11 +138,7 @@ class OANet(PanopticFPN):
             images, features, proposals, gt_instances, self.srm_head.train_masks
         )
         targets = self.ranking_targets(images, batched_inputs)
-        # What the image shows is evidence for the ranking module, not something it may change:
-        # attached, its loss lowers the quality of the semantic and the instance branch.
-        maps = self.ranking_maps(
-            images, semantic.detach(), {name: f.detach() for name, f in features.items()}
-        )
+        maps = self.ranking_maps(images, semantic, features)
         for source in sources:
             for name, loss in self.srm_head.losses(source, targets, *maps).items():
                 losses[name] = losses.get(name, 0) + loss / len(sources)
@@ -230,7 +226,9 @@ class OANet(PanopticFPN):
 
     def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict):
         """
-        The image's part of the evidence, on the grid of the ranking module.
+        The image's part of the evidence, on the grid of the ranking module. Detached: it is
+        evidence, not something that the ranking may change. (Attached, its loss lowers the
+        quality of the semantic and the instance branch.)
 
         Returns:
             logits of the semantic branch for the thing classes, (B, C, h, w), or None where it
@@ -241,7 +239,7 @@ class OANet(PanopticFPN):
         semantic = semantic[:, : self.sem_seg_head.num_things]
         semantic = semantic if self.sem_seg_head.num_things > 0 else None
         maps = (semantic, features.get(self.srm_in_feature))
-        return tuple(x if x is None else _resize(x, size) for x in maps)
+        return tuple(x if x is None else _resize(x.detach(), size) for x in maps)
 
     def _detected(self, images: ImageList, instances: Instances) -> Candidates:
         """

@@ -68,7 +68,7 @@ def save(path, state):
 
 def check_output(cfg, path, base, srm):
     """It is all that an OANet has, from where it belongs."""
-    state = torch.load(path, weights_only=False)["model"]
+    state = torch.load(path, weights_only=True)["model"]
     model = build_model(cfg)
     assert isinstance(model, OANet)
     model.load_state_dict(state)
