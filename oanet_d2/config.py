@@ -35,12 +35,16 @@ def add_oanet_config(cfg):
     cfg.MODEL.SRM_HEAD.LOSS_WEIGHT = 1.0
     # A cell belongs to an instance where its mask probability is at least this (paper, sec. 3.3).
     cfg.MODEL.SRM_HEAD.MASK_THRESH = 0.5
-    # Where the instances that it learns from come from; the loss is the mean over
+    # Where the instances that it learns from come from; every step takes one of these at random:
     #   "gt": ground-truth masks,
     #   "pred": the mask head's output on the ground-truth boxes,
     #   "detections": what inference would give, with its duplicates and mistakes.
     # At inference it always sees detections.
     cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("pred", "detections")
+    # "gt": probability that a ground-truth mask gets a made-up false positive beside it, a moved
+    # and stretched copy of lower score, so that a ranking that never sees a detector learns what
+    # a detection score is worth. 0: ground truth as it is, with scores of 1 (the paper's).
+    cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 1.0
     # The feature map that a head may look at.
     cfg.MODEL.SRM_HEAD.IN_FEATURE = "p2"
 

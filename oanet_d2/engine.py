@@ -71,8 +71,11 @@ class OANetTrainer(DefaultTrainer):
                 bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
                 weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             )
+            # One kernel for all parameters, where PyTorch has it for CPUs too: looping over them
+            # takes a twelfth of the demo's training step.
+            fused = {"fused": True} if torch.__version__ >= (2, 4) else {}
             return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
-                params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+                params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, **fused
             )
         raise ValueError(
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; it must be 'SGD' or 'ADAMW'."

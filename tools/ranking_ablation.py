@@ -50,9 +50,11 @@ from oanet_d2.modeling import (
     SpatialRankingHead,
 )
 from oanet_d2.modeling.candidates import Candidates, RankingTarget
+from oanet_d2.modeling.false_positives import with_false_positives
 from oanet_d2.modeling.matching import margins_of_matched, match_to_segments
 
 SOURCES = ("gt", "pred", "detections")
+FALSE_POSITIVES = "gt with false positives"
 DEFAULT_SOURCES = ("pred", "detections")
 EVIDENCE = ("geometry", "semantic", "features")
 TRAIN_IMAGES, ITERATIONS, BATCH = 1000, 400, 8
@@ -72,6 +74,11 @@ class TrainImage:
     target: RankingTarget
     semantic: torch.Tensor
     features: torch.Tensor
+
+    def instances(self, source: str, num_classes: int) -> Candidates:
+        if source == FALSE_POSITIVES:
+            return with_false_positives(self.sources["gt"], num_classes, 1.0)
+        return self.sources[source]
 
     def flipped(self) -> "TrainImage":
         target = RankingTarget(
@@ -157,16 +164,19 @@ def predict(cfg, model, num_train: int) -> Tuple[List[TrainImage], List[ValImage
         maps = model.ranking_maps(images, semantic, features)
         return images, features, [x[0].half() for x in maps]
 
+    # Ground truth is cached as it is; `fit` makes up the false positives.
+    model.srm_head.gt_false_positives = 0.0
     train, val = [], []
     mapper = PanopticDatasetMapper(cfg, is_train=True, augmentations=[])
     for d in tqdm(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[:num_train], "training images"):
         batch = [mapper(d)]
         images, features, maps = run(batch)
         proposals, _ = model.proposal_generator(images, features, None)
-        sources = model.training_candidates(
-            images, features, proposals, [batch[0]["instances"]], SOURCES
-        )
-        by_name = {name: source[0] for name, source in zip(SOURCES, sources)}
+        gt_instances = [batch[0]["instances"]]
+        by_name = {
+            kind: model.training_candidates(kind, images, features, proposals, gt_instances)[0]
+            for kind in SOURCES
+        }
         train.append(TrainImage(by_name, model.ranking_targets(images, batch)[0], *maps))
     for batch in tqdm(OANetTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), "val images"):
         _, _, maps = run(batch)
@@ -287,7 +297,7 @@ def fit(head: nn.Module, train: List[TrainImage], sources: Sequence[str], seed: 
     for _ in range(ITERATIONS):
         batch = [x.flipped() if rng.random() < 0.5 else x for x in rng.sample(train, BATCH)]
         losses = head.losses(
-            [x.sources[rng.choice(sources)] for x in batch],
+            [x.instances(rng.choice(sources), head.num_classes) for x in batch],
             [x.target for x in batch],
             torch.stack([x.semantic for x in batch]).float(),
             torch.stack([x.features for x in batch]).float(),
@@ -353,6 +363,18 @@ def oracle_where(
     return by_margins(margins)
 
 
+def depth_oracle(image: ValImage) -> torch.Tensor:
+    """
+    The oracle's answer where both instances match something, detection score otherwise: an oracle
+    of depth that does not know what is a false positive.
+    """
+    oracle, matched = image.oracle()
+    both = (matched >= 0)[:, None] & (matched >= 0)[None]
+    scores = image.candidates.scores
+    by_score = (scores[:, None] - scores[None]).sign() * image.evidence.pair_margins.ne(0)
+    return torch.where(both, oracle, by_score)
+
+
 @RANKING_RULE_REGISTRY.register()
 def pairs_by_wins(evidence: RankingEvidence) -> torch.Tensor:
     """
@@ -396,6 +418,7 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             "average of S and semantic softmax": lambda: by_map(
                 lambda image: image.evidence.score_map + semantic_map(image)
             ),
+            "oracle of depth, false positives by score": lambda: by_margins(depth_oracle),
             "oracle": lambda: by_margins(lambda image: image.oracle()[0]),
         },
         "gap": {
@@ -418,10 +441,18 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
         "geometry": {"geometry": lambda: pairs(("geometry",))},
         "masks": {
             " + ".join(sources): partial(pairs, sources=sources)
-            for sources in (("gt",), ("pred",), ("detections",), DEFAULT_SOURCES, SOURCES)
+            for sources in (
+                ("gt",),
+                (FALSE_POSITIVES,),
+                ("pred",),
+                ("detections",),
+                DEFAULT_SOURCES,
+                (*DEFAULT_SOURCES, FALSE_POSITIVES),
+            )
         }
         | {
-            f"S ({source})": partial(maps, sources=(source,)) for source in ("pred", "detections")
+            f"S ({source})": partial(maps, sources=(source,))
+            for source in (FALSE_POSITIVES, "pred", "detections")
         },
         "kernel": {
             f"k = {k}, {n} block{'s'[: n > 1]}": partial(maps, kernel_size=k, num_blocks=n)

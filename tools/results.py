@@ -259,7 +259,7 @@ def main():
     args = parser.parse_args()
     work, opts = args.work.resolve(), args.opts
 
-    free, stuff_only, ablations, attached = [], [], [], []
+    free, stuff_only, ablations, alone, attached = [], [], [], [], []
     for i, seed in enumerate(args.seeds):
         folder = work / f"seed_{seed}"
         of_seed = ["SEED", str(seed), *opts]
@@ -273,7 +273,7 @@ def main():
         tables = None if i == 0 else TABLES_OF_ALL_SEEDS
         ablations.append(ranking_ablation.run(folder, tables))
         srm = work / f"seed_{seed}_annotations"
-        usage = train_from_annotations(srm, *of_seed)
+        alone.append(train_from_annotations(srm, *of_seed))
         attached.append(attach(folder, srm, work / f"seed_{seed}_attached", *of_seed))
     visible = train_net(
         work / f"seed_{args.seeds[0]}_visible",
@@ -311,7 +311,7 @@ def main():
     mistakes = ablations[0]["pairs"]["mistakes"]
     right_pictures = "\n\n".join(f"![](pictures/{name})" for name, _ in right)
     wrong_pictures = "\n\n".join(
-        f"![](pictures/{name})\n\nWrong: {'; '.join(mistakes[str(image)]) or 'nothing clear'}."
+        f"![](pictures/{name})\n\nWrong: {'; '.join(mistakes[str(image)]) or 'only pairs of which the ground truth shows next to nothing'}."
         for name, image in wrong
     )
     costs = json.loads(benchmark.read_text())
@@ -349,7 +349,8 @@ One model, one set of predictions; only the order of painting changes.
 *score*: detection score, Panoptic FPN's order. *srm_mean*: the paper's Eq. 3. *srm_overlap*: the
 paper's score map, asked who wins inside each overlap. *srm_pairs*: the comparison of pairs, the
 default. *oracle*: the order that the ground truth gives; it also puts a detection that matches
-nothing behind one that matches something, which no depth order could.
+nothing behind one that matches something, which no depth order could (one that leaves those to the
+detection score has its row under "What the ranking rests on").
 
 {orders_table(free)}
 
@@ -426,13 +427,14 @@ in many real datasets. Ranking must not cost anything there. One training of {VI
 ## The ranking from annotations alone
 
 `{CONFIGS}srm_from_annotations.yaml` trains the ranking without an image or a
-backbone, on ground-truth masks; `tools/attach_srm.py` puts it into the network of the run of the
+backbone, on ground-truth masks and made-up false positives; `tools/attach_srm.py` puts it into the network of the run of the
 same seed. End to end: the score map of that run, and a comparison of pairs that is given the same
 evidence, geometry, but learns from predictions.
 
 {annotations_table(end_to_end, attached)}
 
-The training took {usage["train"]:.0f} s ({usage["seconds"]:.0f} s with start and data) for {usage["images"]} images, {usage["images"] / usage["train"]:.0f} images a second.
+The training took {spread([a["train"] for a in alone], 0)} s ({spread([a["seconds"] for a in alone], 0)} s with start and data)
+for {alone[0]["images"]} images, {spread([a["images"] / a["train"] for a in alone], 0)} images a second.
 On images of 640 x 640, about COCO's size, it takes {large["images"] / large["train"]:.0f} images a second, with {large["memory"] / 2**20:.0f} MiB in its largest
 process: {coco_hours:.1f} hours for one pass over COCO's {COCO_TRAIN_IMAGES} training images, whose
 annotations would take about {coco_memory:.0f} MiB in memory, shared by the workers, if they were like

@@ -1,5 +1,6 @@
+import random
 from contextlib import contextmanager
-from typing import Dict, List, Sequence
+from typing import Dict, List
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .candidates import (
     relative_boxes,
     roi_masks_to_grid,
 )
+from .false_positives import with_false_positives
 from .pair_head import PairwiseRankingHead
 from .panoptic_combiner import combine, semantic_labels
 from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
@@ -134,14 +136,11 @@ class OANet(PanopticFPN):
         losses.update(proposal_losses)
         losses.update(detector_losses)
 
-        sources = self.training_candidates(
-            images, features, proposals, gt_instances, self.srm_head.train_masks
-        )
+        kind = random.choice(self.srm_head.train_masks)
+        candidates = self.training_candidates(kind, images, features, proposals, gt_instances)
         targets = self.ranking_targets(images, batched_inputs)
         maps = self.ranking_maps(images, semantic, features)
-        for source in sources:
-            for name, loss in self.srm_head.losses(source, targets, *maps).items():
-                losses[name] = losses.get(name, 0) + loss / len(sources)
+        losses.update(self.srm_head.losses(candidates, targets, *maps))
         return losses
 
     def inference(self, batched_inputs: List[Dict], do_postprocess: bool = True):
@@ -178,9 +177,7 @@ class OANet(PanopticFPN):
             evidence_per_image = evidence_per_image[instances.kept]
             instances.remove("kept")
             semantic = semantic_labels(sem_seg, self.keep_things_free)
-            panoptic_seg = self.combine(
-                instances, semantic, evidence_per_image.order(self.order)
-            )
+            panoptic_seg = self.combine(instances, semantic, evidence_per_image.order(self.order))
             result = {"sem_seg": sem_seg, "instances": instances, "panoptic_seg": panoptic_seg}
             if self.return_evidence:
                 result["ranking_evidence"] = evidence_per_image
@@ -258,22 +255,25 @@ class OANet(PanopticFPN):
             self.srm_head.mask_threshold,
         )
         return Candidates(
-            masks, instances.pred_classes, instances.scores, relative_boxes(boxes, instances.image_size)
+            masks,
+            instances.pred_classes,
+            instances.scores,
+            relative_boxes(boxes, instances.image_size),
         )
 
     @torch.no_grad()
     def training_candidates(
-        self, images, features, proposals, gt_instances, kinds: Sequence[str]
-    ) -> List[List[Candidates]]:
+        self, kind: str, images, features, proposals, gt_instances
+    ) -> List[Candidates]:
         """
         The instances to learn the ranking from.
 
         Args:
+            kind: one of `MODEL.SRM_HEAD.TRAIN_MASKS`.
             images, features, proposals, gt_instances: as the ROI heads take them in training.
-            kinds: see `MODEL.SRM_HEAD.TRAIN_MASKS`.
 
         Returns:
-            for each kind a list, one of every image.
+            one for each image.
         """
         make = {
             "gt": self._ground_truth,
@@ -281,11 +281,17 @@ class OANet(PanopticFPN):
             "detections": self._detected_in_training,
         }
         with evaluating(self.roi_heads):
-            return [make[kind](images, features, proposals, gt_instances) for kind in kinds]
+            return make[kind](images, features, proposals, gt_instances)
 
     def _ground_truth(self, images, features, proposals, gt_instances) -> List[Candidates]:
-        size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
-        return [gt_candidates(x, self.srm_head.stride, size) for x in gt_instances]
+        head = self.srm_head
+        size = grid_size(images.tensor.shape[-2:], head.stride)
+        return [
+            with_false_positives(
+                gt_candidates(x, head.stride, size), head.num_classes, head.gt_false_positives
+            )
+            for x in gt_instances
+        ]
 
     def _predicted_on_gt_boxes(self, images, features, proposals, gt_instances):
         given = [
@@ -301,7 +307,9 @@ class OANet(PanopticFPN):
         return [self._detected(images, x) for x in predicted]
 
     def _detected_in_training(self, images, features, proposals, gt_instances):
-        detected, _ = self.roi_heads(images, features, proposals, None)
+        # As many proposals as there are at inference; they come with the best first.
+        most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
+        detected, _ = self.roi_heads(images, features, [x[:most] for x in proposals], None)
         return [self._detected(images, x) for x in detected]
 
     def ranking_targets(self, images: ImageList, batched_inputs) -> List[RankingTarget]:

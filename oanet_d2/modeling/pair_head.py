@@ -1,4 +1,4 @@
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from .matching import visible_margins
 from .pair_evidence import (
     CLASS_EVIDENCE_DIM,
     PAIR_GEOMETRY_DIM,
+    Pairs,
     appearance_evidence,
     class_evidence,
     geometry_evidence,
@@ -127,47 +128,58 @@ class PairwiseRankingHead(SpatialRankingHead):
 
     def pair_logits(
         self,
-        candidates: Candidates,
-        score_map: Optional[torch.Tensor] = None,
+        candidates: List[Candidates],
+        score_maps: Optional[Sequence[torch.Tensor]] = None,
         semantic: Optional[torch.Tensor] = None,
         features: Optional[torch.Tensor] = None,
-    ):
+    ) -> Tuple[List[Pairs], List[torch.Tensor]]:
         """
-        Compare the instances of one image that overlap.
+        Compare the instances of every image that overlap.
 
         Args:
-            candidates: the N instances.
-            score_map: (C, h, w) float, S.
-            semantic: (C, h, w) float, logits of the semantic branch for the thing classes.
-            features: (channels, h, w) float.
+            candidates: the instances of B images.
+            score_maps: B of (C, h, w) float, S.
+            semantic: (B, C, h, w) float, logits of the semantic branch for the thing classes.
+            features: (B, channels, h, w) float.
             (Each of the three is only needed where it is evidence.)
 
         Returns:
-            pairs (:class:`Pairs`), and (P,) float logits: over 0 where a goes before b.
+            for every image its pairs, and (P,) float logits: over 0 where a goes before b.
         """
         # Sums over many cells: not in half precision, whatever the network runs in.
-        with torch.autocast(candidates.masks.device.type, enabled=False):
-            maps = (x if x is None else x.float() for x in (score_map, semantic, features))
-            return self._compare(candidates, *maps)
+        with torch.autocast(candidates[0].masks.device.type, enabled=False):
+            if "features" in self.kinds:
+                features = self.feature_projection(features.float())
+            pairs, inputs = [], []
+            for i, instances in enumerate(candidates):
+                pairs.append(overlapping_pairs(instances.masks))
+                maps = (x if x is None else x[i] for x in (score_maps, semantic, features))
+                inputs.append(self._inputs(instances, pairs[-1], *maps))
+            # All images at once: the network is so small that calling it costs more than it does.
+            seen_from_a, seen_from_b = self.compare(torch.cat(inputs, dim=1))[..., 0]
+            logits = (seen_from_a - seen_from_b).split([len(x.a) for x in pairs])
+        return pairs, list(logits)
 
-    def _compare(self, candidates: Candidates, score_map, semantic, features):
-        pairs = overlapping_pairs(candidates.masks)
+    def _inputs(self, candidates: Candidates, pairs: Pairs, score_map, semantic, features):
+        """
+        Returns:
+            (2, P, D): what `compare` is told of the pairs, as (a, b) and as (b, a).
+        """
         classes = candidates.classes
-        found = []
+        embedded = self.class_embedding(classes)
+        a, b = embedded[pairs.a], embedded[pairs.b]
+        found = [{"ab": torch.cat([a, b], dim=1), "ba": torch.cat([b, a], dim=1)}]
         if "geometry" in self.kinds:
             found.append(geometry_evidence(candidates, pairs))
         if "score_map" in self.kinds:
-            found.append(class_evidence(score_map, classes, pairs))
+            found.append(class_evidence(score_map.float(), classes, pairs))
         if "semantic" in self.kinds:
+            semantic = semantic.float()
             found.append(class_evidence(semantic.softmax(0), classes, pairs))
             found.append(class_evidence(semantic / 4, classes, pairs))
         if "features" in self.kinds:
-            projected = self.feature_projection(features[None])[0]
-            found.append(appearance_evidence(projected, pairs))
-        a, b = self.class_embedding(classes[pairs.a]), self.class_embedding(classes[pairs.b])
-        forward = self.compare(torch.cat([a, b, *(x["ab"] for x in found)], dim=1))
-        backward = self.compare(torch.cat([b, a, *(x["ba"] for x in found)], dim=1))
-        return pairs, (forward - backward)[:, 0]
+            found.append(appearance_evidence(features, pairs))
+        return torch.stack([torch.cat([x[seen] for x in found], dim=1) for seen in ("ab", "ba")])
 
     def losses(
         self,
@@ -190,32 +202,32 @@ class PairwiseRankingHead(SpatialRankingHead):
         Returns:
             {"loss_srm", "loss_srm_pairs"}: scalars; 0 (with gradients, all 0) without a pair.
         """
-        score_maps, loss_srm = [None] * len(candidates), 0.0
+        score_maps, loss_srm = None, 0.0
         if self.loss_weight > 0 or "score_map" in self.kinds:
             logits = self(self.instance_tensors(candidates))
             categories = torch.stack([x.categories for x in targets])
             loss_srm = self.map_loss(logits, categories) * self.loss_weight
             # S is evidence here and learns from its own loss only.
             score_maps = self.score_map(logits).detach()
-        # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
-        anchor = sum(p.sum() * 0 for p in self.parameters())
-        total, weights = 0.0, 0.0
-        for i, (instances, target) in enumerate(zip(candidates, targets)):
-            pairs, pair_logits = self.pair_logits(
-                instances, score_maps[i], _of_image(semantic, i), _of_image(features, i)
-            )
+        pairs, pair_logits = self.pair_logits(candidates, score_maps, semantic, features)
+        shares = []
+        for instances, target, found in zip(candidates, targets, pairs):
             margins = visible_margins(
                 instances.masks, instances.classes, target.ids, target.segments_info
-            )[pairs.a, pairs.b]
-            smaller = torch.minimum(pairs.areas[pairs.a], pairs.areas[pairs.b])
-            weight = (margins.abs() / smaller).sqrt()
-            loss = F.binary_cross_entropy_with_logits(
-                pair_logits, (margins > 0).float(), weight=weight, reduction="sum"
             )
-            total, weights = total + loss, weights + weight.sum()
+            smaller = torch.minimum(found.areas[found.a], found.areas[found.b])
+            shares.append(margins[found.a, found.b] / smaller)
+        shares = torch.cat(shares)
+        weight = shares.abs().sqrt()
+        loss_pairs = F.binary_cross_entropy_with_logits(
+            torch.cat(pair_logits), (shares > 0).float(), weight=weight, reduction="sum"
+        )
+        loss_pairs = loss_pairs / weight.sum().clamp(min=_LEAST_WEIGHT)
+        # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
+        anchor = sum(p.sum() * 0 for p in self.parameters())
         return {
             "loss_srm": anchor + loss_srm,
-            "loss_srm_pairs": anchor + total / weights.clamp(min=_LEAST_WEIGHT) * self.pair_loss_weight,
+            "loss_srm_pairs": anchor + loss_pairs * self.pair_loss_weight,
         }
 
     def evidence(
@@ -234,15 +246,10 @@ class PairwiseRankingHead(SpatialRankingHead):
             ranked = super().evidence(candidates, semantic, features)
         else:
             ranked = [RankingEvidence(x.scores, x.classes, x.masks) for x in candidates]
-        for i, (instances, evidence) in enumerate(zip(candidates, ranked)):
-            pairs, logits = self.pair_logits(
-                instances, evidence.score_map, _of_image(semantic, i), _of_image(features, i)
-            )
+        score_maps = [x.score_map for x in ranked]
+        all_pairs, all_logits = self.pair_logits(candidates, score_maps, semantic, features)
+        for instances, evidence, pairs, logits in zip(candidates, ranked, all_pairs, all_logits):
             margins = instances.scores.new_zeros(len(instances.scores), len(instances.scores))
             margins[pairs.a, pairs.b] = torch.tanh(logits / 2) * pairs.cells
             evidence.pair_margins = margins - margins.t()
         return ranked
-
-
-def _of_image(maps: Optional[Sequence], i: int) -> Optional[torch.Tensor]:
-    return None if maps is None else maps[i]

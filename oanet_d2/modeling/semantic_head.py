@@ -94,9 +94,7 @@ class OANetSemSegFPNHead(SemSegFPNHead):
             logits, scale_factor=self.common_stride, mode="bilinear", align_corners=False
         )
 
-    def losses(
-        self, predictions: torch.Tensor, targets: torch.Tensor
-    ) -> Dict[str, torch.Tensor]:
+    def losses(self, predictions: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
         """
         As :meth:`SemSegFPNHead.losses`, but 0 instead of NaN if no pixel is labelled.
         """

@@ -7,6 +7,7 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .candidates import grid_size, gt_candidates, ranking_target
+from .false_positives import with_false_positives
 from .srm_head import build_srm_head
 
 __all__ = ["SRMFromAnnotations"]
@@ -74,6 +75,11 @@ class SRMFromAnnotations(nn.Module):
         height = max(x.image_size[0] for x in instances)
         width = max(x.image_size[1] for x in instances)
         size = grid_size((height, width), head.stride)
-        candidates = [gt_candidates(x, head.stride, size) for x in instances]
+        candidates = [
+            with_false_positives(
+                gt_candidates(x, head.stride, size), head.num_classes, head.gt_false_positives
+            )
+            for x in instances
+        ]
         targets = [ranking_target(x, head, size, self.device) for x in batched_inputs]
         return head.losses(candidates, targets)

@@ -57,6 +57,7 @@ class SpatialRankingHead(nn.Module):
         mask_threshold: float = 0.5,
         loss_weight: float = 1.0,
         train_masks: Sequence[str] = ("gt",),
+        gt_false_positives: float = 0.0,
         ignore_value: int = 255,
     ):
         """
@@ -72,6 +73,8 @@ class SpatialRankingHead(nn.Module):
             loss_weight: weight of L_srm.
             train_masks: where the instances come from in training, some of TRAIN_MASKS. Read by
                 the meta-architecture, which has them.
+            gt_false_positives: probability of a made-up false positive beside a ground-truth
+                mask, see :func:`with_false_positives`. Read by the meta-architecture, too.
             ignore_value: category of unlabelled pixels.
 
         Raises:
@@ -93,11 +96,17 @@ class SpatialRankingHead(nn.Module):
             raise ValueError(
                 f"MODEL.SRM_HEAD.TRAIN_MASKS is {train_masks!r}; it must be some of {TRAIN_MASKS}."
             )
+        if not 0 <= gt_false_positives <= 1:
+            raise ValueError(
+                f"MODEL.SRM_HEAD.GT_FALSE_POSITIVES is {gt_false_positives}; it is a probability "
+                "and must lie in [0, 1]."
+            )
         self.num_classes = num_classes
         self.stride = stride
         self.mask_threshold = mask_threshold
         self.loss_weight = loss_weight
         self.train_masks = tuple(train_masks)
+        self.gt_false_positives = gt_false_positives
         self.ignore_value = ignore_value
 
         half = kernel_size // 2
@@ -134,6 +143,7 @@ class SpatialRankingHead(nn.Module):
             "mask_threshold": cfg.MODEL.SRM_HEAD.MASK_THRESH,
             "loss_weight": cfg.MODEL.SRM_HEAD.LOSS_WEIGHT,
             "train_masks": cfg.MODEL.SRM_HEAD.TRAIN_MASKS,
+            "gt_false_positives": cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES,
             "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         }
 

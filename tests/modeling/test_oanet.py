@@ -88,7 +88,9 @@ def test_gradients_are_not_all_zero(tiny_cfg):
     assert dead <= {"srm_head.compare.4.bias"}
 
 
-def test_losses_are_the_mean_over_the_sources(tiny_cfg):
+def test_every_step_takes_one_of_the_sources(tiny_cfg):
+    tiny_cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 0.0  # those are random
+
     def losses(*sources):
         tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = sources
         torch.manual_seed(0)
@@ -98,11 +100,26 @@ def test_losses_are_the_mean_over_the_sources(tiny_cfg):
         with EventStorage(), torch.no_grad():
             return model(make_batch("ordinary"))
 
-    gt, pred, both = losses("gt"), losses("pred"), losses("gt", "pred")
+    gt, pred = losses("gt"), losses("pred")
+    both = [losses("gt", "pred") for _ in range(8)]
     for name in ("loss_srm", "loss_srm_pairs"):
         assert gt[name] != pred[name]
-        torch.testing.assert_close(both[name], (gt[name] + pred[name]) / 2)
-    assert both["loss_cls"] == gt["loss_cls"]
+        assert {x[name].item() for x in both} == {gt[name].item(), pred[name].item()}
+    assert both[0]["loss_cls"] == gt["loss_cls"]
+
+
+def test_ground_truth_gets_false_positives(tiny_cfg):
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
+    tiny_cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 1.0
+    model = build_model(tiny_cfg).train()
+    seen = []
+    model.srm_head.losses = lambda candidates, *args: seen.append(candidates) or {}
+    batch = make_batch("ordinary")
+    with EventStorage(), torch.no_grad():
+        model(batch)
+    for candidates, input in zip(seen[0], batch):
+        num = len(input["instances"])
+        assert num < len(candidates.classes) <= 2 * num
 
 
 def test_learns_from_what_it_detects(tiny_cfg):
@@ -196,7 +213,11 @@ DETECTIONS = {
     "no instance": ([], [], []),
     "one": ([[8, 8, 40, 60]], [PERSON], [0.9]),
     "one class": ([[8, 8, 40, 60], [20, 8, 60, 60]], [PERSON, PERSON], [0.9, 0.8]),
-    "several": ([[8, 8, 40, 60], [20, 20, 28, 44], [0, 40, 96, 64]], [PERSON, TIE, TABLE], [0.9, 0.8, 0.7]),
+    "several": (
+        [[8, 8, 40, 60], [20, 20, 28, 44], [0, 40, 96, 64]],
+        [PERSON, TIE, TABLE],
+        [0.9, 0.8, 0.7],
+    ),
     "an empty box": ([[8, 8, 40, 60], [50, 50, 50, 50]], [PERSON, TIE], [0.9, 0.8]),
     "none confident": ([[8, 8, 40, 60]], [PERSON], [0.1]),
 }

@@ -119,9 +119,7 @@ def slow_appearance(one, other, case):
     candidates, _, features = case
     cells = [cells_of(candidates.masks[i]) for i in (one, other)]
     both = mean(features, cells[0] & cells[1])
-    alone_one, alone_other = (
-        mean(features, x) for x in (cells[0] - cells[1], cells[1] - cells[0])
-    )
+    alone_one, alone_other = (mean(features, x) for x in (cells[0] - cells[1], cells[1] - cells[0]))
     cosines = [cosine(both, alone_one), cosine(both, alone_other), cosine(alone_one, alone_other)]
     like = [both * alone_one, both * alone_other]
     unlike = [(both - alone_one).abs(), (both - alone_other).abs()]

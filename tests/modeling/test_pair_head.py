@@ -96,8 +96,8 @@ def test_two_that_are_the_same_to_it_are_a_draw():
     mask = box_mask(2, 2, 8, 8, SIZE)
     candidates, _ = scene([mask, mask], [1, 1], [0.5, 0.5])
     with torch.no_grad():
-        pairs, logits = make_head().pair_logits(
-            candidates, torch.rand(CLASSES, *SIZE), *(x[0] for x in random_maps())
+        (pairs,), (logits,) = make_head().pair_logits(
+            [candidates], [torch.rand(CLASSES, *SIZE)], *random_maps()
         )
     assert pairs.cells.tolist() == [36] and logits.tolist() == [0]
 
@@ -233,9 +233,34 @@ def test_every_evidence_matters(kind):
     }
     head = make_head((kind,))
     with torch.no_grad():
-        before = head.pair_logits(candidates, score_map, semantic, features)[1]
+
+        def logits(candidates, *maps):
+            return head.pair_logits([candidates], *(x[None] for x in maps))[1][0]
+
+        before = logits(candidates, score_map, semantic, features)
         for what, args in changed.items():
-            assert torch.equal(head.pair_logits(*args)[1], before) == (what != kind)
+            assert torch.equal(logits(*args), before) == (what != kind)
+
+
+def test_images_of_a_batch_do_not_mix():
+    """Several images at once give what each gives alone, one without a pair among them."""
+    torch.manual_seed(0)
+    batch = [
+        scene(boxes(1, 2), [0, 1])[0],
+        scene([box_mask(2, 2, 8, 8, SIZE)], [1])[0],
+        scene(boxes(1, 2), [2, 1])[0],
+    ]
+    head, score_maps = make_head(), torch.rand(3, CLASSES, *SIZE)
+    semantic, features = torch.rand(3, CLASSES, *SIZE), random_maps()[1].repeat(3, 1, 1, 1)
+    with torch.no_grad():
+        _, together = head.pair_logits(batch, score_maps, semantic, features)
+        for i, logits in enumerate(together):
+            part = slice(i, i + 1)
+            _, (alone,) = head.pair_logits(
+                batch[part], score_maps[part], semantic[part], features[part]
+            )
+            torch.testing.assert_close(logits, alone)
+    assert [len(x) for x in together] == [1, 0, 1]
 
 
 def train(head, draw, steps=50, batch=8):
@@ -339,8 +364,8 @@ def test_semantic_evidence_of_one_sided_logits():
     semantic[1] = 8.0
     candidates, _ = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
     with torch.no_grad():
-        head.pair_logits(candidates, torch.rand(CLASSES, *SIZE), semantic)
-    forward, backward = (x[0, 8:] for x in seen)  # behind two embeddings of 4
+        head.pair_logits([candidates], semantic=semantic[None])
+    forward, backward = seen[0][:, 0, 8:]  # behind two embeddings of 4
     p = F.softmax(torch.tensor([0.0, 8.0, 0.0]), 0)
     mine, other = [p[0].item(), 0.0], [p[1].item(), 2.0]  # probability, logit / 4
     for numbers, (one, two) in ((forward, (mine, other)), (backward, (other, mine))):

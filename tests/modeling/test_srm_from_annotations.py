@@ -67,17 +67,21 @@ def test_edge_batches(srm_cfg, head):
 
 def test_same_losses_as_the_oanet(srm_cfg):
     """On one image without padding, ground-truth masks and targets are the same."""
+    srm_cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 0.0  # those are random
     torch.manual_seed(0)
     model = build_model(srm_cfg).train()
     srm_cfg.MODEL.META_ARCHITECTURE = "OANet"
     oanet = build_model(srm_cfg)
     oanet.load_state_dict(model.state_dict(), strict=False)
     candidates, targets = [], []
-    losses_of, oanet.srm_head.losses = oanet.srm_head.losses, lambda c, t, *_: (
-        candidates.extend(c),
-        targets.extend(t),
-        {},
-    )[-1]
+    losses_of, oanet.srm_head.losses = (
+        oanet.srm_head.losses,
+        lambda c, t, *_: (
+            candidates.extend(c),
+            targets.extend(t),
+            {},
+        )[-1],
+    )
     input = make_input(SIZE, [[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE], 2)
     with EventStorage():
         oanet.train()([input])

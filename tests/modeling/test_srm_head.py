@@ -22,7 +22,14 @@ def test_is_registered_and_reads_its_keys():
     cfg = load_config(
         "OcclusionScenes/oanet_R_18.yaml",
         *["MODEL.SRM_HEAD.KERNEL_SIZE", "7", "MODEL.SRM_HEAD.NUM_BLOCKS", "3"],
-        *["MODEL.SRM_HEAD.CONV_DIM", "24", "MODEL.SRM_HEAD.NORM", "GN", "MODEL.SRM_HEAD.STRIDE", "8"],
+        *[
+            "MODEL.SRM_HEAD.CONV_DIM",
+            "24",
+            "MODEL.SRM_HEAD.NORM",
+            "GN",
+            "MODEL.SRM_HEAD.STRIDE",
+            "8",
+        ],
         *["MODEL.SRM_HEAD.MASK_THRESH", "0.4", "MODEL.SRM_HEAD.LOSS_WEIGHT", "0.3"],
         *["MODEL.SRM_HEAD.NAME", "SpatialRankingHead"],
         *["MODEL.SRM_HEAD.TRAIN_MASKS", "('pred', 'gt')", "MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "99"],
