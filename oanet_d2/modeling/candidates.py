@@ -21,6 +21,7 @@ __all__ = [
     "gt_candidates",
     "gt_masks_to_grid",
     "labels_to_grid",
+    "mask_extents",
     "ranking_target",
     "relative_boxes",
     "roi_masks_to_grid",
@@ -187,12 +188,28 @@ def gt_candidates(instances: Instances, stride: int, size: Tuple[int, int]) -> C
     )
 
 
+def mask_extents(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        masks: (N, h, w) bool.
+
+    Returns:
+        (N, 4) int64: XYXY of the smallest box around each, in cells; of an empty one the whole grid.
+    """
+    edges = []
+    for occupied in (masks.any(1), masks.any(2)):  # (N, w), (N, h)
+        first = occupied.int().argmax(1)
+        edges.append((first, occupied.shape[1] - occupied.flip(1).int().argmax(1)))
+    (left, right), (top, bottom) = edges
+    return torch.stack([left, top, right, bottom], dim=1)
+
+
 def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Tensor:
     """
     Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
     """
     height, width = image_size
-    return boxes / boxes.new_tensor([width, height, width, height])
+    return boxes / torch.tensor([width, height, width, height], device=boxes.device)
 
 
 def ranking_target(input: Dict, head, size: Tuple[int, int], device) -> RankingTarget:

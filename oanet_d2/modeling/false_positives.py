@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from .candidates import Candidates
+from .candidates import Candidates, mask_extents, relative_boxes
 
 __all__ = ["with_false_positives"]
 
@@ -55,7 +55,7 @@ def with_false_positives(
         torch.cat([candidates.masks, masks]),
         torch.cat([candidates.classes, classes]),
         torch.cat([scores, scores[chosen][inside] * share]),
-        torch.cat([candidates.boxes, _boxes_around(masks)]),
+        torch.cat([candidates.boxes, relative_boxes(mask_extents(masks), masks.shape[1:])]),
     )
 
 
@@ -74,17 +74,3 @@ def _moved(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     grid = F.affine_grid(theta, [len(masks), 1, *masks.shape[1:]], align_corners=False)
     sampled = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)
     return sampled[:, 0] > 0.5
-
-
-def _boxes_around(masks: torch.Tensor) -> torch.Tensor:
-    """
-    (N, 4) XYXY boxes of masks (N, h, w) that are not empty, as shares of the grid.
-    """
-    edges = []
-    for occupied in (masks.any(1), masks.any(2)):  # (N, w), (N, h)
-        length = occupied.shape[1]
-        first = occupied.int().argmax(1)
-        last = length - occupied.flip(1).int().argmax(1)
-        edges.append((first / length, last / length))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], dim=1)

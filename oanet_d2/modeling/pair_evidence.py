@@ -10,7 +10,7 @@ from typing import Dict, List
 import torch
 from torch.nn import functional as F
 
-from .candidates import Candidates
+from .candidates import Candidates, mask_extents
 
 __all__ = [
     "Pairs",
@@ -23,8 +23,6 @@ __all__ = [
 GEOMETRY_DIM = 8  # numbers per instance, see geometry()
 PAIR_GEOMETRY_DIM = 3 * GEOMETRY_DIM + 4
 CLASS_EVIDENCE_DIM = 6
-# Overlaps whose masks are multiplied out at once; bounds the memory: PAIRS_AT_ONCE x h x w floats.
-PAIRS_AT_ONCE = 256
 
 
 def geometry(candidates: Candidates) -> torch.Tensor:
@@ -47,7 +45,7 @@ class Pairs:
         a, b: (P,) int64, indices of the two, a < b.
         cells: (P,) float, cells that the two share.
         areas: (N,) float, cells of every instance.
-        masks: (N, h * w) bool.
+        masks: (N, h * w) float, zeros and ones.
     """
 
     a: torch.Tensor
@@ -82,9 +80,10 @@ def overlapping_pairs(masks: torch.Tensor) -> Pairs:
     Args:
         masks: (N, h, w) bool.
     """
-    flat = masks.flatten(1)
-    # In double precision, which autocast leaves alone: cells are counted.
-    shared = (flat.double() @ flat.double().t()).float()
+    # Cells are counted: exact in single precision up to 2**24 of them, not in half.
+    with torch.autocast(masks.device.type, enabled=False):
+        flat = masks.flatten(1).float()
+        shared = flat @ flat.t()
     a, b = torch.nonzero(torch.triu(shared, diagonal=1), as_tuple=True)
     return Pairs(a, b, shared[a, b], shared.diagonal(), flat)
 
@@ -128,9 +127,8 @@ def class_evidence(
     """
     own = class_map[classes].flatten(1)  # (N, h * w)
     # shown[i, j]: the class of i, summed over the cells of j; meeting[i, j]: over those of both
-    masks = pairs.masks.to(own.dtype)
-    shown = own @ masks.t()
-    meeting = (own * masks) @ masks.t()
+    shown = own @ pairs.masks.t()
+    meeting = (own * pairs.masks) @ pairs.masks.t()
     a, b = pairs.a, pairs.b
     parts_of_class = {}
     for name, cls, other in (("a", a, b), ("b", b, a)):
@@ -141,6 +139,32 @@ def class_evidence(
         "ab": torch.stack([in_a, in_b, a_in_a, a_in_b, b_in_a, b_in_b], dim=1),
         "ba": torch.stack([in_b, in_a, b_in_b, b_in_a, a_in_b, a_in_a], dim=1),
     }
+
+
+def _sums_over_overlaps(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """
+    Sum a feature map over the cells that each pair shares. An overlap lies within the extent of its
+    first instance, and only there is it looked for.
+
+    Args:
+        features: (D, h, w) float.
+
+    Returns:
+        (P, D) float.
+    """
+    masks = pairs.masks.unflatten(1, features.shape[1:])
+    channels_last = features.permute(1, 2, 0).contiguous()
+    extents = mask_extents(masks > 0).tolist()
+    # The pairs are in the order of their first instance.
+    others = pairs.b.split(torch.bincount(pairs.a, minlength=len(masks)).tolist())
+    sums = [features.new_zeros(0, len(features))]
+    for mask, (left, top, right, bottom), b in zip(masks, extents, others):
+        if len(b) == 0:
+            continue
+        cells = slice(top, bottom), slice(left, right)
+        shared = masks[(slice(None), *cells)][b] * mask[cells]
+        sums.append(shared.flatten(1) @ channels_last[cells].flatten(0, 1))
+    return torch.cat(sums)
 
 
 def appearance_evidence(features: torch.Tensor, pairs: Pairs) -> Dict[str, torch.Tensor]:
@@ -156,13 +180,9 @@ def appearance_evidence(features: torch.Tensor, pairs: Pairs) -> Dict[str, torch
         cosines between the means.
     """
     flat = features.flatten(1).t()  # (h * w, D)
-    whole = pairs.masks.to(flat.dtype) @ flat
-    shared = [
-        (pairs.masks[a] & pairs.masks[b]).to(flat.dtype) @ flat
-        for a, b in zip(pairs.a.split(PAIRS_AT_ONCE), pairs.b.split(PAIRS_AT_ONCE))
-    ]
+    whole = pairs.masks @ flat
     sums = torch.stack([whole[pairs.a], whole[pairs.b]])
-    overlap, alone_a, alone_b = pairs.mean_over_parts(sums, torch.cat(shared))
+    overlap, alone_a, alone_b = pairs.mean_over_parts(sums, _sums_over_overlaps(features, pairs))
     like_a, unlike_a = overlap * alone_a, (overlap - alone_a).abs()
     like_b, unlike_b = overlap * alone_b, (overlap - alone_b).abs()
     cosine_a, cosine_b, cosine = (

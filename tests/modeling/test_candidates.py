@@ -12,6 +12,7 @@ from oanet_d2.modeling.candidates import (
     gt_candidates,
     gt_masks_to_grid,
     labels_to_grid,
+    mask_extents,
     ranking_target,
     relative_boxes,
     roi_masks_to_grid,
@@ -144,3 +145,16 @@ def test_target_is_sampled_and_padded_with_void():
     assert target.categories.tolist() == [[5, 2, 5, 77], [10, 2, 10, 77], [77, 77, 77, 77]]
     assert target.ids.tolist() == [[1, 2, 1, 0], [3, 2, 3, 0], [0, 0, 0, 0]]
     assert target.segments_info == input["panoptic_seg"][1]
+
+
+@given(st.integers(1, 5), st.integers(0, 2**31 - 1))
+def test_extents_are_those_of_detectron2(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(n, 7, 9, generator=generator) > 0.93
+    masks[:, 3, 4] = True  # Detectron2's box of an empty mask is another one
+    assert torch.equal(mask_extents(masks), BitMasks(masks).get_bounding_boxes().tensor.long())
+
+
+def test_extent_of_an_empty_mask_is_the_grid():
+    assert mask_extents(torch.zeros(1, 7, 9, dtype=torch.bool)).tolist() == [[0, 0, 9, 7]]
+    assert mask_extents(torch.zeros(0, 7, 9, dtype=torch.bool)).shape == (0, 4)

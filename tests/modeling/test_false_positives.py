@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oanet_d2.modeling.candidates import Candidates
-from oanet_d2.modeling.false_positives import _boxes_around, _moved, with_false_positives
+from oanet_d2.modeling.false_positives import _moved, with_false_positives
 
 SIZE = (24, 32)
 CLASSES = 5
@@ -75,8 +75,3 @@ def test_moved_by_hand(monkeypatch):
     monkeypatch.setattr("oanet_d2.modeling.false_positives._STRETCH", 0.0)
     real = rectangles([[4, 6, 14, 11]])
     assert torch.equal(_moved(real.masks, real.boxes), rectangles([[6, 7, 16, 12]]).masks)
-
-
-def test_boxes_around_rectangles():
-    real = rectangles([[3, 4, 11, 15], [0, 0, 32, 24], [31, 23, 32, 24]])
-    torch.testing.assert_close(_boxes_around(real.masks), real.boxes)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oanet_d2.modeling import pair_evidence
 from oanet_d2.modeling.candidates import Candidates
 from oanet_d2.modeling.pair_evidence import (
     CLASS_EVIDENCE_DIM,
@@ -186,17 +185,6 @@ def test_no_pair_is_an_empty_tensor(kind, masks):
     assert len(overlapping_pairs(masks).a) == 0
     found = evidence_of(kind, (candidates, *maps))
     assert {k: v.shape for k, v in found.items()} == dict.fromkeys(("ab", "ba"), (0, WIDTHS[kind]))
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_chunks_do_not_matter(monkeypatch, at_once):
-    case = random_case(3, 6)
-    assert len(slow_pairs(case[0].masks)) > 3
-    whole = evidence_of("appearance", case)
-    monkeypatch.setattr(pair_evidence, "PAIRS_AT_ONCE", at_once)
-    chunked = evidence_of("appearance", case)
-    for name in whole:
-        torch.testing.assert_close(chunked[name], whole[name])
 
 
 @settings(max_examples=20)
