@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from oanet_d2 import add_oanet_config, register_panoptic
+from oanet_d2 import add_oanet_config, complete_config, register_panoptic
 from oanet_d2.modeling.candidates import Candidates, relative_boxes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -27,6 +27,7 @@ def load_config(path, *opts):
     add_oanet_config(cfg)
     cfg.merge_from_file(str(CONFIGS / path))
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
+    complete_config(cfg)
     return cfg
 
 

@@ -1,5 +1,13 @@
 from . import builtin  # registers the datasets
+from .classes import check_classes, complete_config
 from .dataset_mapper import PanopticDatasetMapper
-from .register import register_panoptic
+from .register import register_from_config, register_panoptic
 
-__all__ = ["PanopticDatasetMapper", "builtin", "register_panoptic"]
+__all__ = [
+    "PanopticDatasetMapper",
+    "builtin",
+    "check_classes",
+    "complete_config",
+    "register_from_config",
+    "register_panoptic",
+]

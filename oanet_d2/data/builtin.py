@@ -7,6 +7,7 @@ import os
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
+from .cityscapes import register_cityscapes
 from .occlusion_scenes import CATEGORIES as OCCLUSION_SCENES_CATEGORIES
 from .register import register_panoptic
 
@@ -29,10 +30,11 @@ def occlusion_scenes_root() -> str:
 
 def register_builtin():
     """
-    Register `coco_2017_{train,val}_oanet`, `occlusion_scenes_{train,val}` and
-    `occlusion_scenes_{train,val}_visible`: the same scenes with instance masks that are cut to
-    what is visible, as many real datasets have them.
+    Register `coco_2017_{train,val}_oanet`, `cityscapes_fine_panoptic_{train,val}_oanet`,
+    `occlusion_scenes_{train,val}` and `occlusion_scenes_{train,val}_visible`: the same scenes with
+    instance masks that are cut to what is visible, as many real datasets have them.
     """
+    register_cityscapes(os.path.join(datasets_root(), "cityscapes"))
     coco, scenes = os.path.join(datasets_root(), "coco"), occlusion_scenes_root()
     for split in SPLITS:
         register_panoptic(

@@ -5,7 +5,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["register_panoptic"]
+__all__ = [
+    "category_metadata",
+    "load_panoptic",
+    "read_annotations",
+    "register_from_config",
+    "register_panoptic",
+]
+
+# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments.
+PATHS = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT")
+OPTIONAL_PATH = "INSTANCES_JSON"
 
 
 def register_panoptic(
@@ -33,27 +43,23 @@ def register_panoptic(
             visible parts, taken from the PNGs.
         categories: the "categories" of `panoptic_json`, for callers who know them; read from the
             file if not given.
+
+    Raises:
+        ValueError: `panoptic_json` is missing or is no panoptic annotation, or its categories
+            contradict each other.
     """
     if categories is None:
-        with PathManager.open(panoptic_json) as f:
-            categories = json.load(f)["categories"]
-    things = [c for c in categories if c["isthing"]]
-    stuff = [c for c in categories if not c["isthing"]]
-    thing_ids = {c["id"]: i for i, c in enumerate(things)}
-    stuff_ids = {c["id"]: i for i, c in enumerate(stuff, start=1)}
-    metadata = {
-        "thing_classes": [c["name"] for c in things],
-        "stuff_classes": ["things"] + [c["name"] for c in stuff],
-        "thing_dataset_id_to_contiguous_id": thing_ids,
-        "stuff_dataset_id_to_contiguous_id": stuff_ids,
-    }
-    if all("color" in c for c in categories):
-        metadata["thing_colors"] = [c["color"] for c in things]
-        metadata["stuff_colors"] = [[0, 0, 0]] + [c["color"] for c in stuff]
+        categories = read_annotations(panoptic_json, "categories")["categories"]
+    metadata = category_metadata(categories, panoptic_json)
     DatasetCatalog.register(
         name,
         lambda: load_panoptic(
-            image_root, panoptic_json, panoptic_root, instances_json, thing_ids, stuff_ids
+            image_root,
+            panoptic_json,
+            panoptic_root,
+            instances_json,
+            metadata["thing_dataset_id_to_contiguous_id"],
+            metadata["stuff_dataset_id_to_contiguous_id"],
         ),
     )
     MetadataCatalog.get(name).set(
@@ -67,6 +73,105 @@ def register_panoptic(
     )
 
 
+def register_from_config(cfg):
+    """
+    Register the datasets of `cfg.DATASETS.PANOPTIC`, so that a yaml is all that training on one's
+    own data needs. One that is registered already, from the same files, stays.
+
+    Raises:
+        ValueError: a dataset lacks a path, or its name is taken by another dataset.
+    """
+    for name, files in cfg.DATASETS.PANOPTIC.items():
+        key = f"DATASETS.PANOPTIC.{name}"
+        if not isinstance(files, dict):
+            raise ValueError(f"{key} is {files!r}; it must hold {', '.join(PATHS)}.")
+        unknown = set(files) - {*PATHS, OPTIONAL_PATH}
+        if unknown:
+            raise ValueError(
+                f"{key} holds {sorted(unknown)}; it may hold {', '.join(PATHS)} and {OPTIONAL_PATH}."
+            )
+        missing = [path for path in PATHS if not files.get(path)]
+        if missing:
+            raise ValueError(f"{key}.{missing[0]} is not set; {', '.join(PATHS)} are all needed.")
+        paths = [files[path] for path in PATHS] + [files.get(OPTIONAL_PATH) or None]
+        if name in DatasetCatalog:
+            known = MetadataCatalog.get(name)
+            fields = ("image_root", "panoptic_json", "panoptic_root", "json_file")
+            if [getattr(known, field, None) for field in fields] != paths:
+                raise ValueError(
+                    f"{key}: a dataset {name!r} from other files is registered already; choose "
+                    "another name."
+                )
+            continue
+        register_panoptic(name, *paths)
+
+
+def read_annotations(path: str, *keys: str) -> Dict:
+    """
+    Read a JSON annotation file.
+
+    Args:
+        keys: what it must hold.
+
+    Raises:
+        ValueError: it is missing, is not JSON, or lacks one of the keys.
+    """
+    try:
+        with PathManager.open(path) as f:
+            annotations = json.load(f)
+    except OSError as error:
+        raise ValueError(f"Cannot read the annotations {path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    missing = [k for k in keys if not isinstance(annotations, dict) or k not in annotations]
+    if missing:
+        raise ValueError(
+            f"{path} has no {missing[0]!r}; the COCO panoptic format has 'images', 'annotations' "
+            "and 'categories'. (An instances JSON goes into instances_json.)"
+        )
+    return annotations
+
+
+def category_metadata(categories: List[Dict], source: str) -> Dict:
+    """
+    What Detectron2 wants to know of a panoptic dataset's classes.
+
+    Args:
+        categories: "categories" of a COCO panoptic JSON.
+        source: where they come from, for error messages.
+
+    Returns:
+        "thing_classes", "stuff_classes", "{thing,stuff}_dataset_id_to_contiguous_id" and, where
+        every category has a color, "{thing,stuff}_colors".
+
+    Raises:
+        ValueError: a category lacks its id, name or isthing, or two have one id.
+    """
+    ids = set()
+    for c in categories:
+        for field in ("id", "name", "isthing"):
+            if field not in c:
+                raise ValueError(
+                    f"{source}: category {c} has no {field!r}; in the COCO panoptic format every "
+                    "category has 'id', 'name' and 'isthing' (1 for things, 0 for stuff)."
+                )
+        if c["id"] in ids:
+            raise ValueError(f"{source}: two categories have the id {c['id']}; ids are unique.")
+        ids.add(c["id"])
+    things = [c for c in categories if c["isthing"]]
+    stuff = [c for c in categories if not c["isthing"]]
+    metadata = {
+        "thing_classes": [c["name"] for c in things],
+        "stuff_classes": ["things"] + [c["name"] for c in stuff],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(things)},
+        "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(stuff, start=1)},
+    }
+    if all("color" in c for c in categories):
+        metadata["thing_colors"] = [c["color"] for c in things]
+        metadata["stuff_colors"] = [[0, 0, 0]] + [c["color"] for c in stuff]
+    return metadata
+
+
 def load_panoptic(
     image_root: str,
     panoptic_json: str,
@@ -78,13 +183,16 @@ def load_panoptic(
     """
     Read the annotation files of a dataset registered by :func:`register_panoptic`.
 
+    Raises:
+        ValueError: the files contradict each other; `python -m oanet_d2.data.check` finds
+            everything that is wrong with a dataset, this stops at the first thing.
+
     Returns:
         list[dict] in Detectron2's standard format: "file_name", "image_id", "height", "width",
         "pan_seg_file_name", "segments_info" (with contiguous "category_id" and "isthing") and,
         with an instances JSON, "annotations".
     """
-    with PathManager.open(panoptic_json) as f:
-        panoptic = json.load(f)
+    panoptic = read_annotations(panoptic_json, "images", "annotations")
     images = {image["id"]: image for image in panoptic["images"]}
     instances = {}
     if instances_json is not None:
@@ -95,7 +203,12 @@ def load_panoptic(
     dicts = []
     for annotation in panoptic["annotations"]:
         image_id = annotation["image_id"]
-        image = images[image_id]
+        image = images.get(image_id)
+        if image is None:
+            raise ValueError(
+                f"{panoptic_json}: {annotation.get('file_name')} annotates the image "
+                f"{image_id!r}, which is not among its 'images'."
+            )
         d = {
             "file_name": f"{image_root}/{image['file_name']}",
             "image_id": image_id,
@@ -103,19 +216,36 @@ def load_panoptic(
             "width": image["width"],
             "pan_seg_file_name": f"{panoptic_root}/{annotation['file_name']}",
             "segments_info": [
-                _contiguous_segment(s, thing_ids, stuff_ids) for s in annotation["segments_info"]
+                _contiguous_segment(s, thing_ids, stuff_ids, panoptic_json)
+                for s in annotation["segments_info"]
             ],
         }
         if instances_json is not None:
             d["annotations"] = [
-                {**a, "category_id": thing_ids[a["category_id"]]}
+                _contiguous_annotation(a, thing_ids, instances_json)
                 for a in instances.get(image_id, [])
             ]
         dicts.append(d)
     return dicts
 
 
-def _contiguous_segment(segment: Dict, thing_ids: Dict[int, int], stuff_ids: Dict[int, int]):
-    isthing = segment["category_id"] in thing_ids
+def _contiguous_segment(segment: Dict, thing_ids: Dict, stuff_ids: Dict, source: str):
+    category = segment["category_id"]
+    isthing = category in thing_ids
     ids = thing_ids if isthing else stuff_ids
-    return {**segment, "isthing": isthing, "category_id": ids[segment["category_id"]]}
+    if category not in ids:
+        raise ValueError(
+            f"{source}: segment {segment['id']} is of category {category}, which is not among "
+            f"its 'categories'."
+        )
+    return {**segment, "isthing": isthing, "category_id": ids[category]}
+
+
+def _contiguous_annotation(annotation: Dict, thing_ids: Dict, source: str):
+    category = annotation["category_id"]
+    if category not in thing_ids:
+        raise ValueError(
+            f"{source}: an instance is of category {category}, which is no thing in the panoptic "
+            f"annotation; its things are {sorted(thing_ids)}."
+        )
+    return {**annotation, "category_id": thing_ids[category]}

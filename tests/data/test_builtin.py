@@ -20,6 +20,7 @@ def scenes(tmp_path, monkeypatch):
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr(builtin, "register_panoptic", register)
+    monkeypatch.setattr(builtin, "register_cityscapes", lambda root: None)  # its names are taken
     write_split(tmp_path / "occlusion_scenes", "train", 3, image_size=96, seed=0, num_workers=0)
     try:
         builtin.register_builtin()

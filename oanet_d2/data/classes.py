@@ -1,0 +1,79 @@
+"""
+How many classes a model has follows from its datasets.
+"""
+
+from typing import Dict
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .register import register_from_config
+
+__all__ = ["check_classes", "complete_config"]
+
+
+def complete_config(cfg):
+    """
+    Register the datasets that the config describes (`DATASETS.PANOPTIC`), and fill in the class
+    counts that it leaves to its datasets (0). Call it before the config is frozen.
+
+    Args:
+        cfg (CfgNode): changed in place.
+
+    Raises:
+        ValueError: see :func:`register_from_config` and :func:`check_classes`.
+    """
+    register_from_config(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]:
+        for key, (found, right) in _class_counts(cfg, name).items():
+            if found == 0:
+                cfg.merge_from_list([key, right])
+    check_classes(cfg)
+
+
+def check_classes(cfg):
+    """
+    Compare the class counts of the config with those of its datasets.
+
+    Raises:
+        ValueError: they differ; the message names the key, both numbers and what would be right.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        for key, (found, right) in _class_counts(cfg, name).items():
+            if found != right:
+                metadata = MetadataCatalog.get(name)
+                raise ValueError(
+                    f"{key} is {found}, but dataset {name!r} has "
+                    f"{len(metadata.thing_dataset_id_to_contiguous_id)} thing and "
+                    f"{len(metadata.stuff_dataset_id_to_contiguous_id)} stuff classes: with "
+                    f"MODEL.SEM_SEG_HEAD.SUPERVISION {cfg.MODEL.SEM_SEG_HEAD.SUPERVISION!r} it "
+                    f"must be {right} (or 0, to follow the dataset)."
+                )
+
+
+def _class_counts(cfg, dataset: str) -> Dict:
+    """
+    Returns:
+        key -> (number in the config, number for the dataset).
+    """
+    if dataset not in DatasetCatalog:
+        raise ValueError(
+            f"There is no dataset {dataset!r}. Register it with oanet_d2.register_panoptic, or "
+            "describe it in DATASETS.PANOPTIC."
+        )
+    metadata = MetadataCatalog.get(dataset)
+    # Detectron2's own panoptic datasets of Cityscapes count things and stuff together.
+    if "things" not in getattr(metadata, "stuff_classes", ())[:1]:
+        raise ValueError(
+            f"Dataset {dataset!r} is not registered as a panoptic dataset; register it with "
+            "oanet_d2.register_panoptic."
+        )
+    num_things = len(metadata.thing_dataset_id_to_contiguous_id)
+    num_stuff = len(metadata.stuff_dataset_id_to_contiguous_id)
+    stuff_only = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
+    return {
+        "MODEL.ROI_HEADS.NUM_CLASSES": (cfg.MODEL.ROI_HEADS.NUM_CLASSES, num_things),
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": (
+            cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            num_stuff + (1 if stuff_only else num_things),
+        ),
+    }
