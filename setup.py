@@ -28,5 +28,8 @@ setup(
         # is installed already, `pip install --no-deps -e .`.
         "panopticapi-lite>=0.2.0",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis"],
+        "cityscapes": ["cityscapesscripts"],
+    },
 )

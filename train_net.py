@@ -5,21 +5,15 @@ OANet training script: trains, resumes or evaluates what a config describes.
 This script is a simplified version of the training script in detectron2/tools.
 """
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from oanet_d2 import add_oanet_config
-from oanet_d2.engine import (
-    OANetTrainer,
-    check_classes,
-    prepare_datasets,
-    report_orderings,
-    training_seconds,
-)
+from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2.checkpoint import OANetCheckpointer
+from oanet_d2.engine import OANetTrainer, prepare_datasets, report_orderings, training_seconds
 
 
 def setup(args):
@@ -30,6 +24,7 @@ def setup(args):
     add_oanet_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    complete_config(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="oanet_d2")
@@ -41,11 +36,11 @@ def main(args):
     cfg = setup(args)
 
     if args.eval_only:
-        check_classes(cfg)
         model = OANetTrainer.build_model(cfg)
-        checkpoint = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
+        checkpointer = OANetCheckpointer(
+            model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE
         )
+        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = OANetTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -4,7 +4,7 @@ OANet for Detectron2. Importing this package registers its modules and datasets.
 
 from . import data, modeling
 from .config import add_oanet_config
-from .data import register_panoptic
+from .data import complete_config, register_panoptic
 from .modeling import OANet, OANetSemSegFPNHead, SpatialRankingHead
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "OANetSemSegFPNHead",
     "SpatialRankingHead",
     "add_oanet_config",
+    "complete_config",
     "data",
     "modeling",
     "register_panoptic",

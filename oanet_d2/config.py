@@ -10,6 +10,12 @@ def add_oanet_config(cfg):
     Args:
         cfg (CfgNode): changed in place.
     """
+    # ---------------------------------------------------------------- classes
+    # 0: as many as the dataset has, filled in by :func:`oanet_d2.complete_config`. (Detectron2's
+    # defaults are COCO's 80 and 54.)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
+
     # ---------------------------------------------------------------- semantic head
     # What the semantic head is supervised on (OANetSemSegFPNHead):
     #   "things_and_stuff": L_seg(stuff+object) of the paper. SEM_SEG_HEAD.NUM_CLASSES is
@@ -71,6 +77,11 @@ def add_oanet_config(cfg):
     cfg.MODEL.OANET.KEEP_THINGS_FREE = True
 
     # ---------------------------------------------------------------- training
+    # True: everything but the ranking head is frozen, in evaluation mode and without gradients.
+    cfg.MODEL.OANET.TRAIN_SRM_ONLY = False
+    # Load checkpoints by unpickling whatever they hold. A pickle can run any code: leave this
+    # False unless you trust the file. Model zoo files and Detectron2's own load without it.
+    cfg.MODEL.ALLOW_PICKLE = False
     # "SGD" (Detectron2's) or "ADAMW", which learns a network from scratch in fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
@@ -85,6 +96,9 @@ def add_oanet_config(cfg):
     cfg.TEST.ORDER_PICTURES = 12
 
     # ---------------------------------------------------------------- data
+    # Panoptic datasets to register, by name; each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,
+    # if there is one, INSTANCES_JSON: the arguments of :func:`oanet_d2.register_panoptic`.
+    cfg.DATASETS.PANOPTIC = CN(new_allowed=True)
     # False: train without ever opening an image (MODEL.META_ARCHITECTURE "SRMFromAnnotations").
     cfg.INPUT.READ_IMAGE = True
     # Size of the synthetic dataset (occlusion_scenes_{train,val}*), made on first use.

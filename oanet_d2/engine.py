@@ -18,7 +18,8 @@ from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from .data import PanopticDatasetMapper
+from .checkpoint import OANetCheckpointer
+from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
 from .evaluation import OrderingEvaluator, orderings_of, orderings_table, write_orderings
@@ -26,7 +27,6 @@ from .visualization import OrderPictures
 
 __all__ = [
     "OANetTrainer",
-    "check_classes",
     "prepare_datasets",
     "report_orderings",
     "training_seconds",
@@ -41,7 +41,10 @@ class OANetTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
-        check_classes(cfg)
+        cfg = cfg.clone()
+        cfg.defrost()
+        complete_config(cfg)
+        cfg.freeze()
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
@@ -51,6 +54,13 @@ class OANetTrainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self):
+        # DefaultTrainer made its own checkpointer; the hooks that follow hold on to this one.
+        self.checkpointer = OANetCheckpointer(
+            self.checkpointer.model,
+            self.cfg.OUTPUT_DIR,
+            allow_pickle=self.cfg.MODEL.ALLOW_PICKLE,
+            **self.checkpointer.checkpointables,
+        )
         hooks = [TrainingClock(), *super().build_hooks()]
         if comm.is_main_process() and self.cfg.TEST.ORDERS:
             hooks.append(OrderingReport())
@@ -133,39 +143,6 @@ def build_ordering_evaluator(cfg, dataset_name: str, model) -> OrderingEvaluator
             path = os.path.join(folder, name)
             pictures.append(OrderPictures(dataset_name, path, cfg.TEST.ORDER_PICTURES, orders))
     return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures)
-
-
-def check_classes(cfg):
-    """
-    Compare the class counts of the config with those of its datasets.
-
-    Raises:
-        ValueError: they differ; the message names the key, both numbers and what would be right.
-    """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        metadata = MetadataCatalog.get(name)
-        if not hasattr(metadata, "stuff_dataset_id_to_contiguous_id"):
-            raise ValueError(
-                f"Dataset {name!r} is not registered as a panoptic dataset; register it with "
-                "oanet_d2.register_panoptic."
-            )
-        num_things = len(metadata.thing_dataset_id_to_contiguous_id)
-        num_stuff = len(metadata.stuff_dataset_id_to_contiguous_id)
-        stuff_only = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
-        expected = {
-            "MODEL.ROI_HEADS.NUM_CLASSES": (cfg.MODEL.ROI_HEADS.NUM_CLASSES, num_things),
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": (
-                cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-                num_stuff + (1 if stuff_only else num_things),
-            ),
-        }
-        for key, (found, right) in expected.items():
-            if found != right:
-                raise ValueError(
-                    f"{key} is {found}, but dataset {name!r} has {num_things} thing and "
-                    f"{num_stuff} stuff classes: with MODEL.SEM_SEG_HEAD.SUPERVISION "
-                    f"{cfg.MODEL.SEM_SEG_HEAD.SUPERVISION!r} it must be {right}."
-                )
 
 
 def prepare_datasets(cfg):

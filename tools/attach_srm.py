@@ -10,59 +10,60 @@ The config describes the OANet that comes out of it.
 """
 
 import argparse
-import logging
 import os
 
 import torch
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
-from oanet_d2 import add_oanet_config
+from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
 
 PREFIX = "srm_head."
 
 
-class Checkpointer(DetectionCheckpointer):
+class Checkpointer(OANetCheckpointer):
     """
-    Loads only some of a file's parameters, and remembers what did not fit.
+    Loads only some of a file's parameters, and leaves it to :func:`load` to say what did not fit.
     """
 
-    def __init__(self, model, ours):
-        super().__init__(model)
+    def __init__(self, model, ours, **kwargs):
+        super().__init__(model, **kwargs)
         self.ours = ours
 
     def _load_model(self, checkpoint):
         given = checkpoint["model"]
         checkpoint["model"] = {name: x for name, x in given.items() if self.ours(name)}
-        incompatible = super()._load_model(checkpoint)
-        wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
-        self.not_given = sorted(filter(self.ours, {*incompatible.missing_keys, *wrong_shape}))
-        self.unknown = sorted(incompatible.unexpected_keys)
-        return incompatible
+        return super()._load_model(checkpoint)
+
+    def _log_incompatible_keys(self, incompatible):
+        pass
 
 
-def load(model, path: str, what: str, ours) -> None:
+def load(model, path: str, what: str, ours, allow_pickle: bool = False) -> None:
     """
     Load a part of the model.
 
     Args:
         path: a file, or a URL that Detectron2 knows.
+        what: what it is to the user, for messages.
         ours: name of a parameter -> whether it belongs to the part.
+        allow_pickle: as for :class:`OANetCheckpointer`.
 
     Raises:
-        ValueError: the file is missing, or does not hold exactly the part.
+        ValueError: the file is missing or no checkpoint, or does not hold exactly the part.
     """
-    if not os.path.isfile(PathManager.get_local_path(path)):
-        raise ValueError(f"{what} {path} does not exist.")
-    checkpointer = Checkpointer(model, ours)
-    checkpointer.load(path)
+    checkpointer = Checkpointer(model, ours, allow_pickle=allow_pickle)
+    try:
+        checkpointer.load(path)
+    except CheckpointError as error:
+        raise ValueError(f"{what} {error}") from error
+    not_given = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
+    not_given = sorted(filter(ours, not_given))
     for names, problem in (
-        (checkpointer.not_given, "does not give, or in another shape, {} of the parameters"),
-        (checkpointer.unknown, "gives {} parameters unknown to the model"),
+        (not_given, "does not give, or in another shape, {} of the parameters"),
+        (sorted(checkpointer.unused), "gives {} parameters unknown to the model"),
     ):
         if names:
             raise ValueError(
@@ -83,8 +84,9 @@ def attach(cfg, base: str, srm: str, output: str) -> None:
         ValueError: a checkpoint does not fit the config.
     """
     model = build_model(cfg)
-    load(model, base, "--base", lambda name: not name.startswith(PREFIX))
-    load(model, srm, "--srm", lambda name: name.startswith(PREFIX))
+    allow_pickle = cfg.MODEL.ALLOW_PICKLE
+    load(model, base, "--base", lambda name: not name.startswith(PREFIX), allow_pickle)
+    load(model, srm, "--srm", lambda name: name.startswith(PREFIX), allow_pickle)
     torch.save({"model": model.state_dict()}, f"{output}.partial")
     os.replace(f"{output}.partial", output)
 
@@ -99,12 +101,12 @@ def main():
     parser.add_argument("--output", required=True, help="the OANet checkpoint to write")
     parser.add_argument("opts", nargs="*", help="config overrides, after --")
     args = parser.parse_args()
-    setup_logger(name="fvcore").setLevel(logging.ERROR)  # it warns of the other part
     cfg = get_cfg()
     add_oanet_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     try:
+        complete_config(cfg)
         attach(cfg, args.base, args.srm, args.output)
     except ValueError as error:
         parser.error(str(error))

@@ -24,7 +24,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from oanet_d2 import add_oanet_config
+from oanet_d2 import add_oanet_config, complete_config
 from oanet_d2.modeling import RankingEvidence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +92,7 @@ def measure(opts: list, repeats: int) -> dict:
     cfg.merge_from_list(["MODEL.PIXEL_STD", "[1e8, 1e8, 1e8]"])
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "TEST.ORDERS", "()"])
     cfg.merge_from_list(["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", *opts])
+    complete_config(cfg)
     model = build_model(cfg).eval()
     detections = make_detections(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     detect = model.roi_heads.forward

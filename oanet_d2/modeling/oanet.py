@@ -61,6 +61,7 @@ class OANet(PanopticFPN):
         srm_in_feature: str = "p2",
         order: str = "srm_overlap",
         keep_things_free: bool = True,
+        train_srm_only: bool = False,
         return_evidence: bool = False,
         **kwargs,
     ):
@@ -70,6 +71,8 @@ class OANet(PanopticFPN):
             srm_in_feature: the feature map that it is given.
             order: name of the rule in RANKING_RULE_REGISTRY that orders the instances.
             keep_things_free: see :func:`semantic_labels`.
+            train_srm_only: only the ranking head learns. Everything else is frozen: it gets no
+                gradient and stays in evaluation mode, so that no running statistic moves either.
             return_evidence: add a "ranking_evidence" (:class:`RankingEvidence`) to every result,
                 so that several orders can be compared on the same predictions.
 
@@ -80,7 +83,11 @@ class OANet(PanopticFPN):
         self.srm_in_feature = srm_in_feature
         self.order = order
         self.keep_things_free = keep_things_free
+        self.train_srm_only = train_srm_only
         self.return_evidence = return_evidence
+        if train_srm_only:
+            self.requires_grad_(False)
+            self.srm_head.requires_grad_(True)
 
     @classmethod
     def from_config(cls, cfg):
@@ -103,8 +110,16 @@ class OANet(PanopticFPN):
         ret["srm_in_feature"] = cfg.MODEL.SRM_HEAD.IN_FEATURE
         ret["order"] = cfg.MODEL.OANET.ORDER
         ret["keep_things_free"] = cfg.MODEL.OANET.KEEP_THINGS_FREE
+        ret["train_srm_only"] = cfg.MODEL.OANET.TRAIN_SRM_ONLY
         ret["return_evidence"] = len(cfg.TEST.ORDERS) > 0
         return ret
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and self.train_srm_only:
+            for name, module in self.named_children():
+                module.train(name == "srm_head")
+        return self
 
     def forward(self, batched_inputs: List[Dict]):
         """
@@ -120,21 +135,16 @@ class OANet(PanopticFPN):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        sem_seg = ImageList.from_tensors(
-            [x["sem_seg"].to(self.device) for x in batched_inputs],
-            self.backbone.size_divisibility,
-            self.sem_seg_head.ignore_value,
-            self.backbone.padding_constraints,
-        ).tensor
-
-        semantic = self.sem_seg_head.layers(features)
-        losses = self.sem_seg_head.losses(semantic, sem_seg)
-        proposals, proposal_losses = self.proposal_generator(images, features, gt_instances)
-        _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
-        losses.update(proposal_losses)
-        losses.update(detector_losses)
+        # With nothing to learn outside the ranking head, nothing is kept for a backward pass.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.train_srm_only):
+            features = self.backbone(images.tensor)
+            semantic = self.sem_seg_head.layers(features)
+            proposals, losses = self.proposal_generator(images, features, gt_instances)
+            if not self.train_srm_only:
+                _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
+                losses.update(detector_losses)
+                losses.update(self._semantic_losses(semantic, batched_inputs))
 
         kind = random.choice(self.srm_head.train_masks)
         candidates = self.training_candidates(kind, images, features, proposals, gt_instances)
@@ -142,6 +152,15 @@ class OANet(PanopticFPN):
         maps = self.ranking_maps(images, semantic, features)
         losses.update(self.srm_head.losses(candidates, targets, *maps))
         return losses
+
+    def _semantic_losses(self, semantic: torch.Tensor, batched_inputs: List[Dict]):
+        labels = ImageList.from_tensors(
+            [x["sem_seg"].to(self.device) for x in batched_inputs],
+            self.backbone.size_divisibility,
+            self.sem_seg_head.ignore_value,
+            self.backbone.padding_constraints,
+        )
+        return self.sem_seg_head.losses(semantic, labels.tensor)
 
     def inference(self, batched_inputs: List[Dict], do_postprocess: bool = True):
         """
