@@ -76,6 +76,16 @@ def add_oanet_config(cfg):
     # scores are used).
     cfg.MODEL.OANET.KEEP_THINGS_FREE = True
 
+    # What results hold beyond "panoptic_seg" and the instances' boxes, scores and classes:
+    #   "pred_masks": the instances' masks, N x H x W, which evaluators of instances want.
+    #   "sem_seg": the scores of the semantic branch, classes x H x W, which evaluators of semantic
+    #       segmentation want.
+    # Both are what PanopticFPN gives, and most of the time and memory after the network. Where
+    # only "panoptic_seg" is of interest set this to (): the masks are then painted without being
+    # made, with the same result, and the semantic labels are made without the scores, which
+    # differ only where two classes are equal up to rounding.
+    cfg.MODEL.OANET.OUTPUTS = ("pred_masks", "sem_seg")
+
     # ---------------------------------------------------------------- training
     # True: everything but the ranking head is frozen, in evaluation mode and without gradients.
     cfg.MODEL.OANET.TRAIN_SRM_ONLY = False

@@ -103,11 +103,13 @@ class OANetTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         """
-        Panoptic quality, and COCO's instance AP where the dataset has an instances JSON.
+        Panoptic quality, and COCO's instance AP where the dataset has an instances JSON and the
+        model gives masks (`cfg.MODEL.OANET.OUTPUTS`).
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators = [COCOPanopticEvaluator(dataset_name, output_folder)]
-        if MetadataCatalog.get(dataset_name).json_file:
+        has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
+        if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             evaluators.append(COCOEvaluator(dataset_name, output_dir=output_folder))
         return DatasetEvaluators(evaluators)
 

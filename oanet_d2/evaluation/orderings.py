@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..modeling import RANKING_RULE_REGISTRY, OANet
-from ..modeling.panoptic_combiner import semantic_labels
+from ..modeling.semantic_labels import semantic_labels
 from ..visualization import OrderPictures
 from .oracle import oracle_order
 
@@ -81,7 +81,9 @@ class OrderingEvaluator(DatasetEvaluator):
             panoptic = {}
             for name in self.evaluators:
                 order = self._order(name, input, output, gt_ids)
-                panoptic[name] = self.model.combine(output["instances"], semantic, order)
+                panoptic[name] = self.model.combine(
+                    output["instances"].pred_masks, output["instances"], semantic, order
+                )
             for pictures in self.pictures:
                 pictures.add(input, gt_ids, panoptic)
             for order, evaluator in self.evaluators.items():

@@ -1,6 +1,6 @@
 import random
 from contextlib import contextmanager
-from typing import Dict, List
+from typing import Dict, List, Sequence, Union
 
 import torch
 from torch import nn
@@ -21,12 +21,16 @@ from .candidates import (
     roi_masks_to_grid,
 )
 from .false_positives import with_false_positives
+from .instance_masks import BoxedMasks
 from .pair_head import PairwiseRankingHead
-from .panoptic_combiner import combine, semantic_labels
+from .panoptic_combiner import combine
 from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
+from .semantic_labels import resized_semantic_labels, semantic_labels
 from .srm_head import build_srm_head
 
 __all__ = ["OANet"]
+
+OUTPUTS = ("pred_masks", "sem_seg")
 
 
 @contextmanager
@@ -63,6 +67,7 @@ class OANet(PanopticFPN):
         keep_things_free: bool = True,
         train_srm_only: bool = False,
         return_evidence: bool = False,
+        outputs: Sequence[str] = OUTPUTS,
         **kwargs,
     ):
         """
@@ -75,6 +80,8 @@ class OANet(PanopticFPN):
                 gradient and stays in evaluation mode, so that no running statistic moves either.
             return_evidence: add a "ranking_evidence" (:class:`RankingEvidence`) to every result,
                 so that several orders can be compared on the same predictions.
+            outputs: which of PanopticFPN's outputs at full resolution results hold: "sem_seg",
+                and "pred_masks" of the instances. What is not asked for is never made.
 
         Other arguments are the same as :class:`PanopticFPN`.
         """
@@ -85,6 +92,7 @@ class OANet(PanopticFPN):
         self.keep_things_free = keep_things_free
         self.train_srm_only = train_srm_only
         self.return_evidence = return_evidence
+        self.outputs = outputs
         if train_srm_only:
             self.requires_grad_(False)
             self.srm_head.requires_grad_(True)
@@ -97,6 +105,16 @@ class OANet(PanopticFPN):
             rules = sorted(name for name, _ in RANKING_RULE_REGISTRY)
             raise ValueError(
                 f"MODEL.OANET.ORDER is {cfg.MODEL.OANET.ORDER!r}; it must be one of {rules}."
+            )
+        for name in cfg.MODEL.OANET.OUTPUTS:
+            if name not in OUTPUTS:
+                raise ValueError(
+                    f"MODEL.OANET.OUTPUTS holds {name!r}; it must be some or none of {OUTPUTS}."
+                )
+        if cfg.TEST.ORDERS and set(cfg.MODEL.OANET.OUTPUTS) != set(OUTPUTS):
+            raise ValueError(
+                f"MODEL.OANET.OUTPUTS is {cfg.MODEL.OANET.OUTPUTS}, but comparing the orders of "
+                f"TEST.ORDERS needs all of {OUTPUTS}. Set one or the other to ()."
             )
         ret = super().from_config(cfg)
         ret["srm_head"] = build_srm_head(cfg, ret["backbone"].output_shape())
@@ -112,6 +130,7 @@ class OANet(PanopticFPN):
         ret["keep_things_free"] = cfg.MODEL.OANET.KEEP_THINGS_FREE
         ret["train_srm_only"] = cfg.MODEL.OANET.TRAIN_SRM_ONLY
         ret["return_evidence"] = len(cfg.TEST.ORDERS) > 0
+        ret["outputs"] = cfg.MODEL.OANET.OUTPUTS
         return ret
 
     def train(self, mode: bool = True):
@@ -171,44 +190,75 @@ class OANet(PanopticFPN):
         Returns:
             as :meth:`PanopticFPN.inference`: a list of dicts with "sem_seg", "instances" and
             "panoptic_seg", plus "ranking_evidence" if `return_evidence` is set; or, without
-            post-processing, (list[Instances], list[Tensor]).
+            post-processing, (list[Instances], list[Tensor]). "sem_seg" and the instances'
+            "pred_masks" are there if `outputs` names them.
         """
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         semantic = self.sem_seg_head.layers(features)
-        sem_seg_results = self.sem_seg_head.predict(semantic)
         proposals, _ = self.proposal_generator(images, features, None)
         detector_results, _ = self.roi_heads(images, features, proposals, None)
         if not do_postprocess:
-            return detector_results, sem_seg_results
+            return detector_results, self.sem_seg_head.predict(semantic)
 
-        # Before post-processing, which replaces the mask head's output by full-image masks.
+        # Before post-processing, which scales the boxes.
         evidence = self._rank(images, semantic, features, detector_results)
+        del features  # the largest tensors that there are, and not needed any more
         results = []
-        for inputs, image_size, instances, sem_seg, evidence_per_image in zip(
-            batched_inputs, images.image_sizes, detector_results, sem_seg_results, evidence
+        for inputs, image_size, instances, logits, evidence_per_image in zip(
+            batched_inputs, images.image_sizes, detector_results, semantic, evidence
         ):
-            height, width = inputs.get("height", image_size[0]), inputs.get("width", image_size[1])
-            sem_seg = sem_seg_postprocess(sem_seg, image_size, height, width)
-            # Post-processing drops instances whose box is empty; the evidence has to follow.
-            instances.kept = torch.arange(len(instances), device=self.device)
-            instances = detector_postprocess(instances, height, width)
-            evidence_per_image = evidence_per_image[instances.kept]
-            instances.remove("kept")
-            semantic = semantic_labels(sem_seg, self.keep_things_free)
-            panoptic_seg = self.combine(instances, semantic, evidence_per_image.order(self.order))
-            result = {"sem_seg": sem_seg, "instances": instances, "panoptic_seg": panoptic_seg}
-            if self.return_evidence:
-                result["ranking_evidence"] = evidence_per_image
+            size = inputs.get("height", image_size[0]), inputs.get("width", image_size[1])
+            result = self._postprocess(image_size, size, instances, logits, evidence_per_image)
             results.append(result)
         return results
 
-    def combine(self, instances: Instances, semantic: torch.Tensor, order: torch.Tensor):
+    def _postprocess(self, image_size, size, instances, logits, evidence) -> Dict:
+        """
+        One image's result at `size` = (H, W), from what the network made of it at `image_size`.
+        """
+        # Not with its masks: Detectron2 would make a full image of each.
+        roi_masks = instances.pred_masks[:, 0]
+        instances.remove("pred_masks")
+        # Post-processing drops instances whose box is empty; the evidence has to follow.
+        instances.kept = torch.arange(len(instances), device=self.device)
+        instances = detector_postprocess(instances, *size)
+        kept = instances.kept
+        instances.remove("kept")
+        masks = BoxedMasks(roi_masks[kept], instances.pred_boxes.tensor, size)
+        evidence = evidence[kept]
+        result = {"instances": instances}
+        if "pred_masks" in self.outputs:
+            instances.pred_masks = masks.full()
+        if "sem_seg" in self.outputs:
+            sem_seg = self.sem_seg_head.predict(logits[None])[0]
+            result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
+            semantic = semantic_labels(result["sem_seg"], self.keep_things_free)
+        else:
+            scores = self.sem_seg_head.stuff_scores(logits[None])[0]
+            stride = self.sem_seg_head.common_stride
+            semantic = resized_semantic_labels(
+                scores, stride, image_size, size, self.keep_things_free
+            )
+        order = evidence.order(self.order)
+        result["panoptic_seg"] = self.combine(masks, instances, semantic, order)
+        if self.return_evidence:
+            result["ranking_evidence"] = evidence
+        return result
+
+    def combine(
+        self,
+        masks: Union[BoxedMasks, torch.Tensor],
+        instances: Instances,
+        semantic: torch.Tensor,
+        order: torch.Tensor,
+    ):
         """
         Fuse one image's post-processed instances and semantic labels in the given painting order.
 
         Args:
-            instances: "pred_masks" (N, H, W) bool, "scores" and "pred_classes".
+            masks: of the N instances.
+            instances: "scores" and "pred_classes".
             semantic: (H, W) int64, see :func:`semantic_labels`.
             order: (N,) int64, first painted first.
 
@@ -216,7 +266,7 @@ class OANet(PanopticFPN):
             panoptic_seg, segments_info: see :func:`combine`.
         """
         return combine(
-            instances.pred_masks,
+            masks,
             instances.scores,
             instances.pred_classes,
             order,

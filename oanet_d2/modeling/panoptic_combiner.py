@@ -2,33 +2,20 @@
 Fusion: paint instances in a given order, then fill what is left with stuff.
 """
 
-from typing import Dict, List, Tuple
+import itertools
+from typing import Dict, Iterator, List, Tuple, Union
 
 import torch
 
-__all__ = ["combine", "semantic_labels"]
+from .instance_masks import BoxedMasks
 
+__all__ = ["combine"]
 
-def semantic_labels(sem_seg: torch.Tensor, keep_things_free: bool) -> torch.Tensor:
-    """
-    Per-pixel label for the part of the image that no instance takes.
-
-    Args:
-        sem_seg: (1 + S, H, W) float scores; channel 0 is "any thing", channels 1..S are stuff
-            (Detectron2's convention for panoptic semantic segmentation).
-        keep_things_free: if True, a pixel whose best channel is 0 gets label 0 and stays free;
-            if False, every pixel takes its best stuff class.
-
-    Returns:
-        (H, W) int64 in [0, S]; 0 means no stuff.
-    """
-    if keep_things_free:
-        return sem_seg.argmax(dim=0)
-    return sem_seg[1:].argmax(dim=0) + 1
+PIXELS_AT_ONCE = 2**17
 
 
 def combine(
-    masks: torch.Tensor,
+    masks: Union[BoxedMasks, torch.Tensor],
     scores: torch.Tensor,
     classes: torch.Tensor,
     order: torch.Tensor,
@@ -45,8 +32,11 @@ def combine(
     every overlap threshold below 1 and stuff area limit above 0. (Outside of that Detectron2 lists
     segments of which no pixel is visible, which panopticapi refuses; here they are left out.)
 
+    An instance costs what its box does, not what the image does. What is painted is decided on the
+    device: the host waits for it a few times in all, however many instances there are.
+
     Args:
-        masks: (N, H, W) bool.
+        masks: N masks in their boxes, or an (N, H, W) bool tensor.
         scores: (N,) float, detection scores.
         classes: (N,) int64, contiguous thing ids.
         order: (N,) int64, indices of the instances, first painted first.
@@ -62,39 +52,81 @@ def combine(
             `masks`), for stuff "area" (pixels).
     """
     panoptic_seg = torch.zeros_like(semantic, dtype=torch.int32)
-    masks = masks.to(device=semantic.device, dtype=torch.bool)
-    areas = masks.flatten(1).sum(1).tolist()
     scores, classes = scores.tolist(), classes.tolist()
+    painted = [i for i in order.tolist() if scores[i] >= instances_score_thresh]
+    kept = _paint_instances(panoptic_seg, masks, painted, overlap_threshold)
     segments_info: List[Dict] = []
-
-    for index in order.tolist():
-        if scores[index] < instances_score_thresh or areas[index] == 0:
-            continue
-        visible = masks[index] & (panoptic_seg == 0)
-        visible_area = int(visible.sum())
-        taken_share = (areas[index] - visible_area) / areas[index]
-        if taken_share > overlap_threshold or visible_area == 0:
-            continue
-        segment_id = len(segments_info) + 1
-        panoptic_seg[visible] = segment_id
+    for index in itertools.compress(painted, kept):
         segments_info.append(
             {
-                "id": segment_id,
+                "id": len(segments_info) + 1,
                 "isthing": True,
                 "score": scores[index],
                 "category_id": classes[index],
                 "instance_id": index,
             }
         )
-
-    free_labels = semantic * (panoptic_seg == 0)
-    labels, label_areas = torch.unique(free_labels, return_counts=True)
-    for label, area in zip(labels.tolist(), label_areas.tolist()):
-        if label == 0 or area < stuff_area_thresh:
+    areas = _free_areas(panoptic_seg, semantic)
+    id_of_label = torch.zeros(len(areas), dtype=torch.int32)
+    for label, area in enumerate(areas):
+        if label == 0 or area < max(stuff_area_thresh, 1):
             continue
-        segment_id = len(segments_info) + 1
-        panoptic_seg[free_labels == label] = segment_id
+        id_of_label[label] = len(segments_info) + 1
         segments_info.append(
-            {"id": segment_id, "isthing": False, "category_id": label, "area": area}
+            {"id": len(segments_info) + 1, "isthing": False, "category_id": label, "area": area}
         )
+    id_of_label = id_of_label.to(panoptic_seg.device)
+    for part, labels in _strips(panoptic_seg, semantic):
+        part += id_of_label.take(labels) * (part == 0)
     return panoptic_seg, segments_info
+
+
+def _paint_instances(
+    panoptic_seg: torch.Tensor, masks, painted: List[int], overlap_threshold: float
+) -> List[bool]:
+    """
+    Paint instances into `panoptic_seg`, which is changed in place.
+
+    Returns:
+        which of `painted` were not dropped.
+    """
+    count = torch.zeros((), dtype=torch.int32, device=panoptic_seg.device)
+    kept = []
+    for index in painted:
+        mask, region = masks[index] if isinstance(masks, BoxedMasks) else (masks[index], ...)
+        free = panoptic_seg[region]
+        visible = mask.to(free.device, torch.bool) & (free == 0)
+        area, visible_area = mask.count_nonzero(), visible.count_nonzero()
+        taken_share = (area - visible_area).double() / area
+        keep = (visible_area > 0) & (taken_share <= overlap_threshold)
+        count = count + keep
+        # Where it is dropped, what is free gets the 0 that it has.
+        free.masked_fill_(visible, count * keep)
+        kept.append(keep)
+    return torch.stack(kept).tolist() if kept else []
+
+
+def _strips(
+    panoptic_seg: torch.Tensor, semantic: torch.Tensor
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Both maps in strips of so many rows that a CPU's cache holds them.
+    """
+    on_cpu = panoptic_seg.device.type == "cpu"
+    rows = max(1, PIXELS_AT_ONCE // panoptic_seg.shape[1]) if on_cpu else len(panoptic_seg)
+    return zip(panoptic_seg.split(rows), semantic.split(rows))
+
+
+def _free_areas(panoptic_seg: torch.Tensor, semantic: torch.Tensor) -> List[int]:
+    """
+    Returns:
+        the number of free pixels of every label from 0 on; what is not free counts as label 0.
+    """
+    num_labels = int(semantic.max()) + 1 if semantic.numel() else 1
+    areas = torch.zeros(num_labels, dtype=torch.int64, device=panoptic_seg.device)
+    for part, labels in _strips(panoptic_seg, semantic):
+        # Counted by runs: neighbours mostly have one label, and counting pixel after pixel into
+        # the same place takes several times as long.
+        free = (labels * (part == 0)).flatten()
+        areas.index_add_(0, *torch.unique_consecutive(free, return_counts=True))
+    return areas.tolist()

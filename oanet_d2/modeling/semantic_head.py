@@ -86,13 +86,24 @@ class OANetSemSegFPNHead(SemSegFPNHead):
         Returns:
             (B, 1 + #stuff, H, W) logits; channel 0 is "any thing".
         """
-        if self.num_things > 0:
-            things = logits[:, : self.num_things].amax(dim=1, keepdim=True)
-            # Reduced before it is enlarged: 54 channels at full resolution on COCO, not 133.
-            logits = torch.cat([things, logits[:, self.num_things :]], dim=1)
+        # Reduced before it is enlarged: 54 channels at full resolution on COCO, not 133.
+        scores = self.stuff_scores(logits)
         return F.interpolate(
-            logits, scale_factor=self.common_stride, mode="bilinear", align_corners=False
+            scores, scale_factor=self.common_stride, mode="bilinear", align_corners=False
         )
+
+    def stuff_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits: (B, classes, h, w), what :meth:`layers` returns.
+
+        Returns:
+            (B, 1 + #stuff, h, w) logits; channel 0 is "any thing".
+        """
+        if self.num_things == 0:
+            return logits
+        things = logits[:, : self.num_things].amax(dim=1, keepdim=True)
+        return torch.cat([things, logits[:, self.num_things :]], dim=1)
 
     def losses(self, predictions: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
         """

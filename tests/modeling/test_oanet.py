@@ -379,6 +379,30 @@ def test_order_by_score_equals_panoptic_fpn(zoo_convention):
             assert torch.equal(a["instances"].get(field), b["instances"].get(field))
 
 
+@pytest.mark.parametrize("outputs", [(), ("pred_masks",), ("sem_seg",)])
+def test_what_nobody_asks_for_is_not_made(tiny_cfg, outputs):
+    torch.manual_seed(0)
+    everything = build_model(tiny_cfg).eval()
+    tiny_cfg.MODEL.OANET.OUTPUTS = outputs
+    model = build_model(tiny_cfg).eval()
+    model.load_state_dict(everything.state_dict())
+    for m in (everything, model):
+        m.combine_instances_score_thresh = 0.05  # random weights are never confident
+        m.combine_stuff_area_thresh = 16
+        m.roi_heads.box_predictor.test_score_thresh = 0.05
+    # another size than the network's, and one that does not fill its padding
+    inputs = [{**make_input((SIZE[0] - 5, SIZE[1]), [], []), "height": 50, "width": 130}]
+    with torch.no_grad():
+        (expected,), (result,) = everything(copy.deepcopy(inputs)), model(copy.deepcopy(inputs))
+    assert ("sem_seg" in result) == ("sem_seg" in outputs)
+    assert result["instances"].has("pred_masks") == ("pred_masks" in outputs)
+    assert expected["instances"].pred_masks.shape[1:] == expected["sem_seg"].shape[1:] == (50, 130)
+    (theirs, their_info), (ours, our_info) = expected["panoptic_seg"], result["panoptic_seg"]
+    assert any(s["isthing"] for s in our_info) and any(not s["isthing"] for s in our_info)
+    assert [s["category_id"] for s in our_info] == [s["category_id"] for s in their_info]
+    assert (ours == theirs).float().mean() > 0.999
+
+
 def test_without_postprocessing_returns_what_panoptic_fpn_does(tiny_cfg):
     model = build_model(tiny_cfg).eval()
     with torch.no_grad():
@@ -435,6 +459,11 @@ def test_trains_by_the_zoo_convention(zoo_convention):
         (
             ["MODEL.SRM_HEAD.PAIRS.EVIDENCE", "('geometry', 'depth')"],
             ["PAIRS.EVIDENCE", "'depth'", "'score_map'"],
+        ),
+        (["MODEL.OANET.OUTPUTS", "('masks',)"], ["OANET.OUTPUTS", "'masks'", "'pred_masks'"]),
+        (
+            ["MODEL.OANET.OUTPUTS", "()", "TEST.ORDERS", "('score', 'oracle')"],
+            ["OANET.OUTPUTS", "TEST.ORDERS", "'sem_seg'"],
         ),
         (["MODEL.SRM_HEAD.IN_FEATURE", "p9"], ["SRM_HEAD.IN_FEATURE", "'p9'", "'p2'"]),
         (["MODEL.SRM_HEAD.TRAIN_MASKS", "('gt', 'all')"], ["TRAIN_MASKS", "'all'", "'pred'"]),

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from panopticapi.combine_semantic_and_instance_predictions import combine_to_panoptic_single_core
 from panopticapi.utils import rgb2id
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
-from oanet_d2.modeling.panoptic_combiner import combine, semantic_labels
+from oanet_d2.modeling.instance_masks import BoxedMasks
+from oanet_d2.modeling.panoptic_combiner import combine
 
 SIZE = (12, 16)
 
@@ -145,11 +147,70 @@ def test_equals_panopticapi_script(p, tmp_path_factory):
     json.dumps(info)  # plain Python numbers only
 
 
-def test_semantic_labels():
-    # pixels: thing best; stuff 2 best; thing best but stuff 1 the best stuff
-    sem_seg = torch.tensor([[[5.0, 0.0, 3.0]], [[1.0, 1.0, 2.0]], [[2.0, 4.0, 1.0]]])
-    assert semantic_labels(sem_seg, keep_things_free=True).tolist() == [[0, 2, 0]]
-    assert semantic_labels(sem_seg, keep_things_free=False).tolist() == [[2, 2, 1]]
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31 - 1))
+def test_masks_in_boxes_are_painted_like_full_ones(seed):
+    generator = torch.Generator().manual_seed(seed)
+    first, size = 40 * torch.rand(2, 6, 2, generator=generator)
+    boxes = torch.cat([first, first + size], dim=1).clamp(max=48)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+    masks = BoxedMasks(torch.rand(len(boxes), 4, 4, generator=generator), boxes, (40, 48))
+    semantic = torch.randint(0, 3, (40, 48), generator=generator)
+    results = [
+        combine(
+            m,
+            torch.ones(len(boxes)),
+            torch.zeros(len(boxes), dtype=torch.int64),
+            torch.randperm(len(boxes), generator=torch.Generator().manual_seed(seed)),
+            semantic,
+            overlap_threshold=0.5,
+            stuff_area_thresh=10,
+            instances_score_thresh=0.5,
+        )
+        for m in (masks, masks.full())
+    ]
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+class CountingWaits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: reading numbers, and results of unknown size."""
+
+    WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.waits = 0
+        to_list = torch.Tensor.tolist
+
+        def counting(tensor):
+            self.waits += 1
+            return to_list(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counting)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += func.name().split(".")[0] in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_for_every_instance(monkeypatch):
+    waits = {}
+    for n in (3, 60):
+        first = torch.rand(n, 2) * 20
+        boxes = torch.cat([first, first + 1 + torch.rand(n, 2) * 20], dim=1)
+        with monkeypatch.context() as patch, CountingWaits(patch) as counter:
+            combine(
+                BoxedMasks(torch.rand(n, 28, 28), boxes, (41, 41)),
+                torch.rand(n),
+                torch.zeros(n, dtype=torch.int64),
+                torch.randperm(n),
+                torch.randint(0, 3, (41, 41)),
+                overlap_threshold=0.5,
+                stuff_area_thresh=10,
+                instances_score_thresh=0.5,
+            )
+        waits[n] = counter.waits
+    assert 0 < waits[3] == waits[60] < 10
 
 
 @pytest.mark.parametrize("threshold", [1.0, 2.0])

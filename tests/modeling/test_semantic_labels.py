@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from oanet_d2.modeling.semantic_labels import resized_semantic_labels, semantic_labels
+
+
+def test_semantic_labels():
+    # pixels: thing best; stuff 2 best; thing best but stuff 1 the best stuff
+    sem_seg = torch.tensor([[[5.0, 0.0, 3.0]], [[1.0, 1.0, 2.0]], [[2.0, 4.0, 1.0]]])
+    assert semantic_labels(sem_seg, keep_things_free=True).tolist() == [[0, 2, 0]]
+    assert semantic_labels(sem_seg, keep_things_free=False).tolist() == [[2, 2, 1]]
+
+
+def test_the_first_of_equal_classes_wins_as_in_argmax():
+    sem_seg = torch.randint(0, 3, (5, 40, 50)).float()
+    assert torch.equal(semantic_labels(sem_seg, True), sem_seg.argmax(dim=0))
+
+
+@pytest.mark.parametrize("keep_things_free", [True, False])
+@pytest.mark.parametrize("stride", [4, 2, 1])
+@pytest.mark.parametrize(
+    "cells, image_size, output_size",
+    [
+        ((24, 40), (96, 160), (96, 160)),
+        # an image that does not fill the last cells, and padding beyond it
+        ((24, 40), (83, 130), (83, 130)),
+        # smaller, larger, another shape, more than a tile in both directions
+        ((24, 40), (90, 133), (48, 64)),
+        ((24, 40), (90, 133), (200, 301)),
+        ((24, 40), (96, 160), (31, 150)),
+        ((8, 8), (29, 32), (1, 1)),
+    ],
+)
+def test_equals_detectron2s_two_interpolations(
+    cells, image_size, output_size, stride, keep_things_free
+):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(7, *cells, generator=generator)
+    image_size = tuple(length * stride // 4 for length in image_size)
+    up = F.interpolate(scores[None], scale_factor=stride, mode="bilinear", align_corners=False)[0]
+    expected = sem_seg_postprocess(up, image_size, *output_size)
+    labels = resized_semantic_labels(scores, stride, image_size, output_size, keep_things_free)
+    assert labels.shape == output_size and labels.dtype == torch.int64
+    wrong = labels != semantic_labels(expected, keep_things_free)
+    assert wrong.float().mean() <= 0.001
+    # and there only by rounding
+    considered = expected if keep_things_free else expected[1:]
+    best = considered.amax(dim=0)
+    chosen = expected.gather(0, labels[None])[0]
+    torch.testing.assert_close(chosen, best, rtol=0, atol=1e-5)
+
+
+def test_half_precision_is_interpolated_in_float():
+    scores = torch.randn(5, 16, 16).bfloat16()
+    arguments = (4, (60, 64), (60, 64), True)
+    expected = resized_semantic_labels(scores.float(), *arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(resized_semantic_labels(scores, *arguments), expected)
