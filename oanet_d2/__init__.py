@@ -4,6 +4,7 @@ OANet for Detectron2. Importing this package registers its modules and datasets.
 
 from . import data, modeling
 from .config import add_oanet_config
+from .config_files import load_config
 from .data import complete_config, register_panoptic
 from .modeling import OANet, OANetSemSegFPNHead, SpatialRankingHead
 
@@ -16,6 +17,7 @@ __all__ = [
     "add_oanet_config",
     "complete_config",
     "data",
+    "load_config",
     "modeling",
     "register_panoptic",
 ]

@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.engine import OANetTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,10 +87,9 @@ def peak_of_a_step(config: str, opts: list) -> int:
     Returns:
         bytes by which a training step raises this process' peak memory.
     """
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(str(ROOT / CONFIGS / config))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
+    cfg = load_config(
+        ROOT / CONFIGS / config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts]
+    )
     complete_config(cfg)
     torch.manual_seed(0)
     batch = [make_input(cfg, seed) for seed in range(2)]

@@ -20,8 +20,14 @@ def complete_config(cfg):
         cfg (CfgNode): changed in place.
 
     Raises:
-        ValueError: see :func:`register_from_config` and :func:`check_classes`.
+        ValueError: see :func:`register_from_config` and :func:`check_classes`; or the config wants
+            files unpickled that are no checkpoints, without MODEL.ALLOW_PICKLE.
     """
+    if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.ALLOW_PICKLE:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is True: Detectron2 unpickles proposals, which can run any code. If "
+            "you trust the files, set MODEL.ALLOW_PICKLE True."
+        )
     register_from_config(cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]:
         for key, (found, right) in _class_counts(cfg, name).items():
