@@ -12,10 +12,11 @@ import torch
 from panopticapi.utils import rgb2id
 
 from detectron2.data import MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
+
+from .data.images import read_image
 
 __all__ = ["OrderPictures", "draw_order_comparison", "pixel_gain"]
 
@@ -195,8 +196,8 @@ class OrderPictures:
         paths = []
         best = sorted(collected, key=lambda x: x[:2], reverse=True)[: self.max_pictures]
         for rank, (_, _, input, before, after) in enumerate(best, start=1):
-            image = utils.read_image(input["file_name"], "RGB")
-            gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
+            image = read_image(input["file_name"], "RGB")
+            gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
             gt = (gt_ids.astype(np.int32), input["segments_info"])
             picture = draw_order_comparison(image, gt, before, after, self.metadata, self.orders)
             stem = os.path.splitext(os.path.basename(input["file_name"]))[0]

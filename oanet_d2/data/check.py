@@ -21,15 +21,12 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from panopticapi.utils import rgb2id
-from PIL import Image
 from tqdm import tqdm
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
-from detectron2.utils.file_io import PathManager
 
-from ..config import add_oanet_config
+from ..config_files import load_config
 from .check_annotations import (
     ANNOTATION,
     IMAGE,
@@ -39,9 +36,11 @@ from .check_annotations import (
     check_instances,
     check_panoptic,
     entries,
-    leads_outside,
+    outside,
     read_json,
 )
+from .files import Folder
+from .images import read_header
 from .register import register_from_config
 
 __all__ = ["Problem", "check", "format_report", "main"]
@@ -90,8 +89,9 @@ def _check(paths: List, workers: Optional[int], progress: bool) -> Tuple[List[Pr
     if panoptic is None:
         return problems, 0
 
-    samples = list(make_samples(panoptic, image_root, panoptic_root))
-    problems += check_panoptic(panoptic, panoptic_json)
+    folders = Folder(image_root), Folder(panoptic_root)
+    samples = list(make_samples(panoptic, *folders))
+    problems += check_panoptic(panoptic, panoptic_json, *folders)
     if instances is not None:
         problems += check_instances(instances, instances_json, panoptic)
     if workers is None:
@@ -147,7 +147,7 @@ class Picture(NamedTuple):
     is_16_bit: bool
 
 
-def make_samples(panoptic: Dict, image_root: str, panoptic_root: str) -> Iterator[Sample]:
+def make_samples(panoptic: Dict, image_root: Folder, panoptic_root: Folder) -> Iterator[Sample]:
     """A sample for every annotation of the panoptic JSON."""
     images = by_id(panoptic["images"], IMAGE)
     for annotation in entries(panoptic["annotations"], ANNOTATION):
@@ -156,7 +156,7 @@ def make_samples(panoptic: Dict, image_root: str, panoptic_root: str) -> Iterato
             segments = [s for s in entries(annotation["segments_info"], SEGMENT) if "id" in s]
             areas = {s["id"]: s.get("area") for s in segments if 0 < s["id"] < 256**3}
         names = (image_root, image.get("file_name")), (panoptic_root, annotation.get("file_name"))
-        paths = [None if not n or leads_outside(n) else f"{root}/{n}" for root, n in names]
+        paths = [None if not n or outside(root, n) else root.path(n) for root, n in names]
         size = (image["width"], image["height"]) if {"width", "height"} <= image.keys() else None
         yield Sample(*paths, size, areas)
 
@@ -200,19 +200,12 @@ def read_picture(path: str) -> Picture:
     Raises:
         FileNotFoundError: there is no such file. Anything else: it cannot be decoded.
     """
-    if not PathManager.isfile(path):  # opening a named pipe would wait forever
-        raise FileNotFoundError("there is no such file")
-    with PathManager.open(path, "rb") as f, warnings.catch_warnings():
+    header = read_header(path)
+    storage = f"{header.format} of mode {header.mode}" + " and 16 bits" * header.is_16_bit
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # PIL opens RGB PNGs of 16 bits per channel as if they had 8, and does not tell.
-        header = f.read(25)
-        f.seek(0)
-        image = Image.open(f)
-        is_16_bit = header.startswith(b"\x89PNG") and header[24:] == b"\x10"
-        is_16_bit = is_16_bit or image.mode.startswith(("I", "F"))
-        storage = f"{image.format} of mode {image.mode}" + " and 16 bits" * is_16_bit
         rgb = utils.read_image(path, "RGB")
-    return Picture(rgb, (rgb.shape[1], rgb.shape[0]), storage, is_16_bit)
+    return Picture(rgb, (rgb.shape[1], rgb.shape[0]), storage, header.is_16_bit)
 
 
 def check_png(png: Picture, path: str, areas: Optional[Dict]) -> Iterator[Problem]:
@@ -302,10 +295,8 @@ def find_dataset(name: str, config_file: Optional[str]) -> List[Optional[str]]:
         ValueError: it is neither, or the yaml is wrong.
     """
     if config_file is not None:
-        cfg = get_cfg()
-        add_oanet_config(cfg)
         try:
-            cfg.merge_from_file(config_file)
+            cfg = load_config(config_file)
             files = cfg.DATASETS.PANOPTIC.get(name, {})
             is_complete = isinstance(files, dict) and set(YAML_KEYS[:3]) <= set(files) <= set(
                 YAML_KEYS

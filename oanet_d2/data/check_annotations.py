@@ -4,12 +4,12 @@ anything at all; only fields that are what they must be are used.
 """
 
 import math
-import os
 import reprlib
-from pathlib import PurePath
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-from .register import read_annotations
+from .files import Folder
+from .masks import check_polygon, rle_runs
+from .register import MAX_SEGMENTS, read_annotations
 
 __all__ = [
     "Problem",
@@ -17,9 +17,7 @@ __all__ = [
     "check_instances",
     "check_panoptic",
     "entries",
-    "leads_outside",
     "read_json",
-    "rle_runs",
 ]
 
 LISTS = ("images", "annotations", "categories")
@@ -108,8 +106,10 @@ def check_entries(items: List, fields: Dict, where: str, what: str) -> Iterator[
             yield Problem(kind, entry["where"], detail)
 
 
-def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
-    """What is wrong within the panoptic JSON."""
+def check_panoptic(
+    panoptic: Dict, path: str, image_root: Folder, panoptic_root: Folder
+) -> Iterator[Problem]:
+    """What is wrong within the panoptic JSON. Its files are named, but not looked for."""
     for key, fields, what in (
         ("categories", PANOPTIC_CATEGORY, "category"),
         ("images", IMAGE, "image"),
@@ -126,10 +126,10 @@ def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
         elif image_id is not None and annotated.setdefault(image_id, where) != where:
             detail = f"image {image_id!r} is annotated by {annotated[image_id]}, too"
             yield Problem("several annotations of one image", where, detail)
-        for name in (annotation.get("file_name"), images.get(image_id, {}).get("file_name")):
-            if leads_outside(name):
-                detail = f"{name!r} is not opened; it must be a path within the folder"
-                yield Problem("file name leads outside its folder", where, detail)
+        for folder, entry in ((panoptic_root, annotation), (image_root, images.get(image_id, {}))):
+            detail = outside(folder, entry.get("file_name"))
+            if detail:
+                yield Problem("file name leads outside its folder", where, f"not opened: {detail}")
         yield from check_segments(annotation.get("segments_info", []), categories, where)
     for image in entries(panoptic["images"], IMAGE, f"{path}: images"):
         if "id" in image and image["id"] not in annotated:
@@ -137,9 +137,21 @@ def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
             yield Problem("image without annotation", image["where"], detail)
 
 
+def outside(folder: Folder, name: Optional[str]) -> Optional[str]:
+    """Why the file is not in the folder; None if it is, or has no name."""
+    try:
+        if name is not None:
+            folder.path(name)
+    except ValueError as error:
+        return str(error)
+
+
 def check_segments(segments: List, categories: Dict, where: str) -> Iterator[Problem]:
     """What is wrong with the segments_info of one annotation, as far as the JSON tells."""
     where += " segments_info"
+    if len(segments) > MAX_SEGMENTS:
+        detail = f"there are {len(segments)}; training takes {MAX_SEGMENTS} in an image"
+        yield Problem("too many segments", where, detail)
     yield from check_entries(segments, SEGMENT, where, "segment")
     for segment in entries(segments, SEGMENT, where):
         category = segment.get("category_id")
@@ -210,6 +222,11 @@ def check_mask(mask: Any, size: List, where: str) -> Iterator[Problem]:
                 yield Problem("malformed mask", where, detail)
             elif not all(map(_is_number, polygon)):
                 yield Problem("malformed mask", where, "a polygon holds what is no number")
+            elif None not in size:
+                try:
+                    check_polygon(polygon, *size)
+                except ValueError as error:
+                    yield Problem("malformed mask", where, str(error))
     else:
         try:
             (height, width), runs = mask["size"], rle_runs(mask["counts"])
@@ -227,28 +244,3 @@ def check_mask(mask: Any, size: List, where: str) -> Iterator[Problem]:
             yield Problem("malformed mask", where, detail)
         elif sum(runs[1::2]) == 0:
             yield Problem("instance without a mask", where, "the RLE covers no pixel")
-
-
-def rle_runs(counts: Any) -> List[int]:
-    """
-    The runs of an RLE, outside and inside in turn. pycocotools does not say where they are wrong.
-
-    Args:
-        counts: the runs, or pycocotools' string of them: 5 bits in a character, the sixth says that
-            more follow; from the fourth run on the difference to the last run but one.
-    """
-    if isinstance(counts, list):
-        return counts
-    runs, value, shift = [], 0, 0
-    for code in counts.encode():
-        value |= ((code - 48) & 31) << shift
-        shift += 5
-        if not (code - 48) & 32:
-            value -= ((code - 48) & 16) << (shift - 4)  # the sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
-
-
-def leads_outside(name: Optional[str]) -> bool:
-    return name is not None and (os.path.isabs(name) or ".." in PurePath(name).parts)

@@ -9,11 +9,11 @@ import numpy as np
 from panopticapi.utils import rgb2id
 from tabulate import tabulate
 
-from detectron2.data import detection_utils as utils
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..data.images import read_image
 from ..modeling import RANKING_RULE_REGISTRY, OANet
 from ..modeling.semantic_labels import semantic_labels
 from ..visualization import OrderPictures
@@ -76,7 +76,7 @@ class OrderingEvaluator(DatasetEvaluator):
         """
         for input, output in zip(inputs, outputs):
             self.num_images += 1
-            gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
+            gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
             semantic = semantic_labels(output["sem_seg"], self.model.keep_things_free)
             panoptic = {}
             for name in self.evaluators:

@@ -594,7 +594,7 @@ def test_faults_together_are_all_reported(dataset):
     [
         (None, "No such file"),
         ("{", "is not a JSON file"),
-        ("[" * 100000, "RecursionError"),
+        ("[" * 100000, "nested too deeply"),
         ("\udcff", "is not a JSON file"),
         ("[]", "has no 'images'"),
         ('{"images": [], "annotations": []}', "has no 'categories'"),

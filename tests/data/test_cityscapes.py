@@ -91,7 +91,7 @@ def test_metadata_agrees_with_detectron2s():
 
 
 def test_missing_files_say_what_makes_them(tmp_path):
-    with pytest.raises(AssertionError, match="createPanopticImgs.py"):
+    with pytest.raises(ValueError, match="createPanopticImgs.py"):
         load_cityscapes("x", "y", str(tmp_path / "none.json"))
 
 

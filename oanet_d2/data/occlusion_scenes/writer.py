@@ -244,7 +244,7 @@ def _read_parameters(panoptic_json: Path) -> dict | None:
         content = json.loads(panoptic_json.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     info = content.get("info") if isinstance(content, dict) else None
     parameters = info.get("parameters") if isinstance(info, dict) else None
