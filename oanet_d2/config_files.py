@@ -42,6 +42,8 @@ def load_config(config_file: str, opts: Sequence = ()) -> CfgNode:
         raise ValueError(f"overrides are KEY VALUE in turn; {opts[-1]!r} has no value.")
     for key, value in zip(opts[::2], opts[1::2]):
         try:
+            if isinstance(value, dict):  # yacs would put it in the place of all keys of the section
+                raise ValueError("a section cannot be replaced; override its keys")
             cfg.merge_from_list([key, value])
         except Exception as error:  # Detectron2 and yacs raise many kinds
             raise ValueError(f"override {key} {_short(value)}: {_reason(error)}") from error

@@ -116,6 +116,7 @@ def test_aliases_within_bounds(config):
         (["MODEL", "{}"], "override MODEL '{}': Type mismatch"),
         (["_BASE_", "x.yaml"], "override _BASE_"),
         (["SEED", "-" * 10**5 + "1"], "override SEED '-----"),
+        (["MODEL", {}], "override MODEL {}: a section cannot be replaced"),
         ([5, 6], "override 5 6: "),
     ],
 )

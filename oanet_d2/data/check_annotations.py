@@ -5,6 +5,7 @@ anything at all; only fields that are what they must be are used.
 
 import math
 import reprlib
+from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from .files import Folder
@@ -191,6 +192,11 @@ def check_instances(instances: Dict, path: str, panoptic: Dict) -> Iterator[Prob
         yield Problem("image only in the instances JSON", where, detail)
 
     annotations = instances["annotations"]
+    of_images = Counter(x["image_id"] for x in entries(annotations, INSTANCE) if "image_id" in x)
+    for image_id, number in of_images.items():
+        if number > MAX_SEGMENTS:
+            detail = f"there are {number} of the image {image_id!r}; training takes {MAX_SEGMENTS}"
+            yield Problem("too many instances", f"{path}: annotations", detail)
     yield from check_entries(annotations, INSTANCE, f"{path}: annotations", "instance")
     for instance in entries(annotations, INSTANCE, f"{path}: annotations"):
         image_id, category = instance.get("image_id"), instance.get("category_id")

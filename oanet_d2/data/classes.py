@@ -2,7 +2,7 @@
 How many classes a model has follows from its datasets.
 """
 
-from typing import Dict
+from typing import Dict, List
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -29,7 +29,7 @@ def complete_config(cfg):
             "you trust the files, set MODEL.ALLOW_PICKLE True."
         )
     register_from_config(cfg)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[:1]:
+    for name in _datasets(cfg)[:1]:
         for key, (found, right) in _class_counts(cfg, name).items():
             if found == 0:
                 cfg.merge_from_list([key, right])
@@ -43,7 +43,7 @@ def check_classes(cfg):
     Raises:
         ValueError: they differ; the message names the key, both numbers and what would be right.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in _datasets(cfg):
         for key, (found, right) in _class_counts(cfg, name).items():
             if found != right:
                 metadata = MetadataCatalog.get(name)
@@ -56,12 +56,19 @@ def check_classes(cfg):
                 )
 
 
+def _datasets(cfg) -> List[str]:
+    for key in ("TRAIN", "TEST"):
+        if not isinstance(cfg.DATASETS[key], (list, tuple)):
+            raise ValueError(f"DATASETS.{key} is {cfg.DATASETS[key]!r}; it must be a list of names.")
+    return [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+
+
 def _class_counts(cfg, dataset: str) -> Dict:
     """
     Returns:
         key -> (number in the config, number for the dataset).
     """
-    if dataset not in DatasetCatalog:
+    if not isinstance(dataset, str) or dataset not in DatasetCatalog:
         raise ValueError(
             f"There is no dataset {dataset!r}. Register it with oanet_d2.register_panoptic, or "
             "describe it in DATASETS.PANOPTIC."

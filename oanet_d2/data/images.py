@@ -73,15 +73,18 @@ def read_header(file_name: str) -> Header:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         start = f.read(25)
         f.seek(0)
+        too_many = f"more than {MAX_PIXELS:,} pixels, which are not decoded"
         try:
             image = Image.open(f, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{too_many}: {error}") from error
         except UnidentifiedImageError:
             raise UnidentifiedImageError(
                 f"cannot identify an image of the formats {', '.join(FORMATS)}"
             ) from None
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+            raise ValueError(f"{too_many}: {width} x {height}")
         # To PIL a PNG of 3 x 16 bits is of mode RGB; its header has the bit depth.
         is_16_bit = start.startswith(b"\x89PNG") and start[24:] == b"\x10"
         is_16_bit = is_16_bit or image.mode.startswith(("I", "F"))

@@ -1,3 +1,4 @@
+import json
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -248,7 +249,10 @@ def _entry(where: str) -> Iterator[None]:
 def _load_instances(instances_json: str, image_root: str) -> Dict[Any, List[Dict]]:
     check_json_file(instances_json)
     with _entry(instances_json):
-        dicts = load_coco_json(instances_json, image_root)
+        try:
+            dicts = load_coco_json(instances_json, image_root)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"it is not a JSON file: {error}") from error
         return {x["image_id"]: x["annotations"] for x in dicts}
 
 

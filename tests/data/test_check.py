@@ -230,6 +230,12 @@ def png_outside(d):
     return "panoptic.json: annotations[0] (../pngs/0.png)"
 
 
+def image_through_a_link(d):
+    d.images[0].rename(d.root / "0.jpg")
+    d.images[0].symlink_to(d.root / "0.jpg")
+    return "panoptic.json: annotations[0] (0.png)"
+
+
 def annotation_without_file_name(d):
     del d.panoptic["annotations"][1]["file_name"]
     return "panoptic.json: annotations[1]"
@@ -479,6 +485,7 @@ FAULTS = [
     (annotated_twice, {"several annotations of one image": 1}),
     (image_outside, {"file name leads outside its folder": 1}),
     (png_outside, {"file name leads outside its folder": 1}),
+    (image_through_a_link, {"file name leads outside its folder": 1}),
     (annotation_without_file_name, MALFORMED),
     (annotation_without_segments, MALFORMED),
     (unknown_category, {"unknown category id": 1}),
@@ -527,6 +534,7 @@ FAULTS = [
     (mask_as([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]]), BAD_MASK),
     (mask_as([[1, 2, 3, 4, 5, None]]), BAD_MASK),
     (mask_as([[1, 2, 3, 4, 5, float("nan")]]), BAD_MASK),
+    (mask_as([[1, 2, 3, 4, 1e9, 0]]), BAD_MASK),
     (mask_as([[]]), BAD_MASK),
     (mask_as({"counts": [14 * 9]}), BAD_MASK),
     (as_rle(counts=[1, -1, 14 * 9]), BAD_MASK),
@@ -543,6 +551,16 @@ def test_one_fault(dataset, change, expected):
     problems = dataset.check()
     assert kinds(problems) == expected, problems
     assert all(named in p.where for p in problems), problems
+
+
+def test_more_than_training_takes(dataset, monkeypatch):
+    monkeypatch.setattr("oanet_d2.data.check_annotations.MAX_SEGMENTS", 2)
+    assert dataset.check() == []
+    dataset.panoptic["annotations"][1]["segments_info"].append({"id": 5, "category_id": SKY})
+    instances = [{**dataset.instances["annotations"][0], "id": i} for i in (1, 2)]
+    dataset.instances["annotations"] += instances
+    found = kinds(dataset.check())
+    assert found["too many segments"] == found["too many instances"] == 1
 
 
 def test_warnings_of_pil_do_not_litter_the_report(dataset, monkeypatch, recwarn):
@@ -569,7 +587,7 @@ def test_details_name_what_was_found_and_what_would_be_right(dataset):
     assert details["segment id out of range"].startswith("the id is -3; it must be 1 to 16777215")
     assert details["PNG id not in segments_info"] == "1000 (42 pixels)"
     assert "segment 1001 has 51 pixels, the JSON says 52" in details["area differs from the PNG"]
-    assert "DecompressionBombError" in details["image unreadable"]
+    assert "more than 178,956,970 pixels" in details["image unreadable"]
     dataset.write_png(2, np.arange(1, 1025).reshape(32, 32))
     problem = next(p for p in dataset.check() if p.where == str(dataset.pngs[2]))
     assert problem.detail == "1 (1 pixels), 2 (1 pixels), 3 (1 pixels) and 1020 more"

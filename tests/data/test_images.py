@@ -33,7 +33,7 @@ def never_decoded(monkeypatch):
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, never_decoded, size):
     path = str(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(png_header(*size))
-    words = f"{path}: {size[0]} x {size[1]} pixels; at most 178,956,970 are decoded"
+    words = f"{path}: more than 178,956,970 pixels, which are not decoded: {size[0]} x {size[1]}"
     with pytest.raises(ValueError, match=re.escape(words)):
         read_image(path, "RGB")
 
