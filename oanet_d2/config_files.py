@@ -77,8 +77,8 @@ def _check_files(config_file: str) -> None:
         num_files += 1
         if num_files > MAX_FILES:
             raise ValueError(
-                f"{config_file} inherits from more than {MAX_FILES} files, last {_short(path)}; does "
-                f"a {BASE_KEY} lead back to itself?"
+                f"{config_file} inherits from more than {MAX_FILES} files, last {_short(path)}; "
+                f"does a {BASE_KEY} lead back to itself?"
             )
         if "\0" in path or not PathManager.isfile(path):  # a named pipe would be waited for forever
             raise ValueError(f"the config {path!r} is not there, or is not a file.")
@@ -104,8 +104,8 @@ def _parse(text: bytes, path: str) -> dict:
         content = None if root is None else loader.construct_document(root)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            f"{path}: {error.problem}{error.problem_mark or ''}; a config holds plain yaml (numbers, "
-            "strings, lists, mappings), and nothing in it is run."
+            f"{path}: {error.problem}{error.problem_mark or ''}; a config holds plain yaml "
+            "(numbers, strings, lists, mappings), and nothing in it is run."
         ) from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply.") from error

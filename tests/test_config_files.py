@@ -29,7 +29,7 @@ def config(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")))
+@pytest.mark.parametrize("path", sorted(x.relative_to(CONFIGS) for x in CONFIGS.rglob("*.yaml")))
 def test_as_detectron2_loads_it(path):
     expected = get_cfg()
     add_oanet_config(expected)

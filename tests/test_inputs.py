@@ -21,6 +21,7 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper, files
 from oanet_d2.data.cityscapes import load_cityscapes
 from oanet_d2.data.occlusion_scenes import ensure_split
+from oanet_d2.visualization import OrderPictures
 from tests.conftest import REPOSITORY, registered
 from tests.data.test_check import PERSON, SKY, Dataset
 from tests.data.test_images import png_header
@@ -408,3 +409,33 @@ def foreign_file(folder):
 @case("Cityscapes", "panoptic PNGs were not made")
 def no_cityscapes(folder):
     load_cityscapes(str(folder), str(folder), str(folder / "cityscapes_panoptic_train.json"))
+
+
+# --------------------------------------------------------------------------- files that are written
+
+
+def test_pictures_stay_in_their_folder(tmp_path):
+    """Whatever an image is called, and whatever links wait in the folder."""
+    dataset = Dataset(tmp_path / "data")
+    name = "sub/..jpg"
+    (tmp_path / "data/images/sub").mkdir()
+    dataset.images[0].rename(tmp_path / "data/images" / name)
+    for content in (dataset.panoptic, dataset.instances):
+        content["images"][0]["file_name"] = name
+    folder, victim = tmp_path / "pictures", tmp_path / "victim.png"
+    folder.mkdir()
+    victim.write_text("untouched")
+    (folder / "01_..png").symlink_to(victim)
+    with registered("mine", *dataset.paths()) as name:
+        d = DatasetCatalog.get(name)[0]
+        ids = dataset.ids(0)
+        segments = [
+            {**s, "instance_id": 0} if s["isthing"] else dict(s) for s in d["segments_info"]
+        ]
+        nothing = torch.zeros(ids.shape, dtype=torch.int32), []
+        truth = torch.tensor(ids), segments
+        pictures = OrderPictures(name, str(folder), 1, ("score", "oracle"))
+        pictures.add(d, ids, {"score": nothing, "oracle": truth})
+        (path,) = pictures.save()
+    assert os.listdir(folder) == [os.path.basename(path)]
+    assert victim.read_text() == "untouched" and not os.path.islink(path)

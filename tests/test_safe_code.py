@@ -21,6 +21,7 @@ BANNED = {
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.UnsafeLoader"),
     *("yaml.Loader", "yaml.FullLoader", "torch.jit.load", "pandas.read_pickle", "marshal.loads"),
 }
+SHARED_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def dotted(node):
@@ -34,10 +35,9 @@ def dotted(node):
 def faults(code):
     """What a source must not have, as (line, what)."""
     for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Constant) and str(node.value).startswith(SHARED_FOLDERS):
+            yield node.lineno, node.value
         if not isinstance(node, ast.Call):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if node.value.startswith(("/tmp", "/var/tmp", "/dev/shm")):
-                    yield node.lineno, node.value
             continue
         name, keywords = dotted(node.func), {k.arg: k.value for k in node.keywords}
         if name in BANNED:

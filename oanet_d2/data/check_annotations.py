@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from .files import Folder
+from .load import MAX_SEGMENTS, read_annotations
 from .masks import check_polygon, rle_runs
-from .register import MAX_SEGMENTS, read_annotations
 
 __all__ = [
     "Problem",

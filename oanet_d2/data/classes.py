@@ -25,8 +25,8 @@ def complete_config(cfg):
     """
     if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.ALLOW_PICKLE:
         raise ValueError(
-            "MODEL.LOAD_PROPOSALS is True: Detectron2 unpickles proposals, which can run any code. If "
-            "you trust the files, set MODEL.ALLOW_PICKLE True."
+            "MODEL.LOAD_PROPOSALS is True: Detectron2 unpickles proposals, which can run any code. "
+            "If you trust the files, set MODEL.ALLOW_PICKLE True."
         )
     register_from_config(cfg)
     for name in _datasets(cfg)[:1]:
@@ -59,7 +59,8 @@ def check_classes(cfg):
 def _datasets(cfg) -> List[str]:
     for key in ("TRAIN", "TEST"):
         if not isinstance(cfg.DATASETS[key], (list, tuple)):
-            raise ValueError(f"DATASETS.{key} is {cfg.DATASETS[key]!r}; it must be a list of names.")
+            found = cfg.DATASETS[key]
+            raise ValueError(f"DATASETS.{key} is {found!r}; it must be a list of names.")
     return [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
 
 

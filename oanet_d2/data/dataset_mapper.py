@@ -13,8 +13,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
 from .images import check_header, naming, read_image
+from .load import CHECK
 from .masks import check_rle, check_size
-from .register import CHECK
 
 __all__ = [
     "PanopticDatasetMapper",

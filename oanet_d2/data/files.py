@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["Folder", "MAX_JSON_BYTES", "check_json_file", "leads_outside", "read_json"]
+__all__ = ["MAX_JSON_BYTES", "Folder", "check_json_file", "leads_outside", "read_json"]
 
 # Of a JSON file. Python takes about five times as much memory for what is in it. (COCO's largest
 # is 0.5 GB, LVIS' 1.2 GB.)
@@ -78,8 +78,8 @@ class Folder:
         target = os.path.realpath(path)
         if not any(os.path.commonpath([target, folder]) == folder for folder in self._allowed):
             raise ValueError(
-                f"{path} is a symbolic link, or lies behind one, to {target}, out of {self.root}. If "
-                f"that is meant, name the folder it leads to in the environment variable "
+                f"{path} is a symbolic link, or lies behind one, to {target}, out of {self.root}. "
+                "If that is meant, name the folder that it leads to in the environment variable "
                 f"{LINKED_FOLDERS}."
             )
 

@@ -13,7 +13,15 @@ from PIL import Image, UnidentifiedImageError
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["FORMATS", "Header", "MAX_PIXELS", "check_header", "naming", "read_header", "read_image"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "Header",
+    "check_header",
+    "naming",
+    "read_header",
+    "read_image",
+]
 
 # Where PIL refuses an image as a decompression bomb, whatever PIL's own setting is. Decoded, it is
 # 0.5 GB of RGB.

@@ -95,6 +95,22 @@ def test_missing_files_say_what_makes_them(tmp_path):
         load_cityscapes("x", "y", str(tmp_path / "none.json"))
 
 
+@pytest.mark.parametrize("name", ["../../x.png", "/etc/x.png", "link.png"])
+def test_names_that_lead_outside_are_refused(cityscapes, tmp_path, name):
+    images, panoptic, json_file = cityscapes
+    content = json.loads(json_file.read_text())
+    link = panoptic / "link.png"
+    link.symlink_to("/etc/hosts")
+    # Detectron2 asks whether the first one is there.
+    content["annotations"].append({**content["annotations"][0], "file_name": name})
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    try:
+        with pytest.raises(ValueError, match="x.json: .*(leads out of|is a symbolic link)"):
+            load_cityscapes(str(images), str(panoptic), str(tmp_path / "x.json"))
+    finally:
+        link.unlink()
+
+
 def test_registered_once_under_clear_names():
     assert {f"cityscapes_fine_panoptic_{s}_oanet" for s in ("train", "val")} <= set(DatasetCatalog)
     with pytest.raises(AssertionError, match="already registered"):

@@ -15,7 +15,8 @@ def png_header(width, height):
     """The beginning of a PNG of any size; no pixel follows."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     crc = struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + crc + struct.pack(">I", 9) + b"IDAT"
+    chunks = struct.pack(">I", 13) + header + crc + struct.pack(">I", 9) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @pytest.fixture

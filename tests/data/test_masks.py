@@ -18,7 +18,7 @@ def annotation(segmentation, bbox=(0, 0, 5, 5)):
     [
         (annotation([], [0, 0, 5]), "a 'bbox' is [0, 0, 5]; it must be four numbers"),
         (annotation([], [0, 0, float("nan"), 5]), "it must be four numbers"),
-        (annotation({"size": [9, 9], "counts": b""}), "of [height, width] [9, 9], the image of [20, 30]"),
+        (annotation({"size": [9, 9], "counts": b""}), "width] [9, 9], the image of [20, 30]"),
         (annotation([[0, 0, 1e9, 0, 1e9, 1e9]]), "from 0 to 1000000000.0 in an image of 30 x 20"),
         (annotation([[0, 0, float("nan"), 0, 5, 5]]), "in an image of 30 x 20"),
         (annotation([[0, 0, -301, 0, 5, 5]]), "from -301 to 5"),
