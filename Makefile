@@ -6,6 +6,9 @@ ITERS      ?=
 ARGS       ?=
 PYTEST_ARGS ?=
 
+# Of another length it is another training, which does not go into the folder of the first.
+DEMO_OPTS = $(if $(ITERS),SOLVER.MAX_ITER $(ITERS) OUTPUT_DIR output/occlusion_scenes_$(ITERS))
+
 # With VENV=none, $(PYTHON) itself is used as it is.
 PY    = $(if $(filter none,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 SETUP = @$(PYTHON) tools/setup_env.py --venv "$(VENV)" --detectron2 "$(DETECTRON2)"
@@ -23,7 +26,7 @@ help:  ## print this
 
 demo:  ## train and evaluate a small OANet on made-up scenes with occlusion
 	$(SETUP)
-	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_R_18.yaml $(if $(ITERS),SOLVER.MAX_ITER $(ITERS)) $(ARGS)
+	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_R_18.yaml $(DEMO_OPTS) $(ARGS)
 
 test:  ## run the tests
 	$(SETUP)

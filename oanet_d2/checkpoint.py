@@ -3,9 +3,10 @@ import logging
 import os
 import pickle
 import re
+import shutil
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-__all__ = ["CheckpointError", "OANetCheckpointer"]
+from .whole_files import WholeFiles
+
+__all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite", "read_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ class OANetCheckpointer(DetectionCheckpointer):
     """
     Reads what :class:`DetectionCheckpointer` reads, with three differences: no code in a file is
     run unless `allow_pickle` is set, a file that is of no use is an error that says why, and what
-    became of every tensor is told in three lines.
+    became of every tensor is told in three lines. It writes the same files, but whole or not at
+    all: what was there stays until the new one is on the disk.
 
     Attributes:
         loaded, new (list[str]): the model's tensors that came from the file that was loaded last,
@@ -49,11 +53,40 @@ class OANetCheckpointer(DetectionCheckpointer):
         Other arguments are the same as :class:`DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.path_manager = WholeFiles(self.path_manager)
         self.allow_pickle = allow_pickle
         self.loaded, self.new, self.left_out, self.unused = [], [], [], []
         self._path = ""  # of the file being loaded, as it was given
         self._names = []  # of its tensors, as they are in it
         self._given = {}  # its tensors, as they are compared with the model
+
+    def save(self, name: str, **kwargs) -> None:
+        """
+        As :meth:`DetectionCheckpointer.save`.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            FloatingPointError: a tensor of the model is not finite; it would be of no use.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        broken = first_not_finite(self.model)
+        if broken is not None:
+            raise FloatingPointError(
+                f"{name}.pth is not saved: {broken} holds NaN or infinite numbers. The last "
+                f"checkpoint is {self.get_checkpoint_file() or 'none yet'}."
+            )
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
+            while not isinstance(error, OSError) and error.__context__ is not None:
+                error = error.__context__
+            free = shutil.disk_usage(self.save_dir).free
+            raise CheckpointError(
+                f"{os.path.join(self.save_dir, name)}.pth cannot be written: {error}. What was "
+                f"there stays; the last checkpoint is {self.get_checkpoint_file() or 'none yet'}. "
+                f"({free / 1e6:,.0f} MB are free.) Go on by --resume when there is room."
+            ) from error
 
     def load(self, path: str, *args, **kwargs) -> Dict:
         """
@@ -175,6 +208,31 @@ class OANetCheckpointer(DetectionCheckpointer):
         names = [name for name, *_ in self.left_out]
         shapes = f": {_shapes(self.left_out)}" if names else ""
         logger.info(f"Left out for their shape: {_count(len(names), names)}{shapes}")
+
+
+def first_not_finite(model: torch.nn.Module) -> Optional[str]:
+    """
+    Returns:
+        the name of the first tensor in its state that holds NaN or infinite numbers; None if all
+        are finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def read_checkpoint(path: str) -> Dict:
+    """
+    What a .pth holds, to look at what is beside its tensors: those stay on the disk until they are
+    used. Empty if the file cannot be read like this.
+    """
+    try:
+        with _numpy_scalars():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a broken file makes torch raise anything
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _refuse(what: str):

@@ -104,6 +104,9 @@ def add_oanet_config(cfg):
     # OUTPUT_DIR/pictures, and of those where "oracle" gains most over it, to
     # OUTPUT_DIR/pictures_still_wrong, as far as TEST.ORDERS holds the two. So many of each.
     cfg.TEST.ORDER_PICTURES = 12
+    # Pictures of panoptic results for TensorBoard, at every evaluation within a training. So many,
+    # always of the same images; 0 for none.
+    cfg.TEST.TENSORBOARD_PICTURES = 4
 
     # ---------------------------------------------------------------- data
     # Panoptic datasets to register, by name; each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,

@@ -18,7 +18,7 @@ from detectron2.utils.visualizer import Visualizer
 
 from .data.images import read_image
 
-__all__ = ["OrderPictures", "draw_order_comparison", "pixel_gain"]
+__all__ = ["OrderPictures", "draw_order_comparison", "draw_result", "pixel_gain"]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
 PanopticSeg = Tuple[torch.Tensor, List[Dict]]
@@ -99,6 +99,30 @@ def draw_order_comparison(
             for order, x in zip(orders, (before, after))
         ),
     ]
+    return _side_by_side(panels)
+
+
+def draw_result(image: np.ndarray, gt: PanopticSeg, result: PanopticSeg, metadata) -> np.ndarray:
+    """
+    Image, ground truth and a result side by side.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        gt, result: panoptic results of the image.
+        metadata: of the dataset.
+
+    Returns:
+        uint8 RGB picture.
+    """
+    panels = [
+        _titled("image", _enlarge(image)),
+        _titled("ground truth", _draw_panoptic(image, gt, metadata)),
+        _titled("result", _draw_panoptic(image, result, metadata)),
+    ]
+    return _side_by_side(panels)
+
+
+def _side_by_side(panels: List[np.ndarray]) -> np.ndarray:
     gap = np.full((panels[0].shape[0], 6, 3), 255, dtype=np.uint8)
     return np.concatenate([x for panel in panels for x in (panel, gap)][:-1], axis=1)
 

@@ -19,6 +19,7 @@ from .pair_evidence import (
     overlapping_pairs,
 )
 from .ranking import RankingEvidence
+from .ranking_metrics import put_ranking_scalars
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead
 
 __all__ = ["EVIDENCE", "PairwiseRankingHead"]
@@ -223,6 +224,7 @@ class PairwiseRankingHead(SpatialRankingHead):
             torch.cat(pair_logits), (shares > 0).float(), weight=weight, reduction="sum"
         )
         loss_pairs = loss_pairs / weight.sum().clamp(min=_LEAST_WEIGHT)
+        put_ranking_scalars(candidates, targets, score_maps, torch.cat(pair_logits), shares)
         # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
         anchor = sum(p.sum() * 0 for p in self.parameters())
         return {
