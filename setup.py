@@ -21,6 +21,7 @@ setup(
         "iopath>=0.1.9",
         "tabulate",
         "tqdm",
+        "jinja2",
         "scipy",
         "shapely",  # what fvcore's crop of polygon masks imports and does not declare
         # The module `panopticapi`. It asks for numpy<2, though it works with numpy 2: to keep a
@@ -29,7 +30,8 @@ setup(
         "panopticapi-lite>=0.2.0",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis"],
+        "test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis", "playwright"],
+        "lint": ["ruff", "mypy"],
         "cityscapes": ["cityscapesscripts"],
     },
 )

@@ -63,6 +63,7 @@ def add_oanet_config(cfg):
     # Channels that IN_FEATURE is projected to, and width of the two hidden layers.
     cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 32
     cfg.MODEL.SRM_HEAD.PAIRS.HIDDEN_DIM = 128
+    # Weight of the loss over pairs.
     cfg.MODEL.SRM_HEAD.PAIRS.LOSS_WEIGHT = 1.0
 
     # ---------------------------------------------------------------- fusion
@@ -120,4 +121,5 @@ def add_oanet_config(cfg):
     cfg.DATASETS.OCCLUSION_SCENES.VAL_IMAGES = 200
     # Side of the square images in pixels.
     cfg.DATASETS.OCCLUSION_SCENES.IMAGE_SIZE = 192
+    # What all of them are drawn from; another seed, other scenes.
     cfg.DATASETS.OCCLUSION_SCENES.SEED = 0

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Optional
 
 import matplotlib
 import ranking_ablation
@@ -30,7 +31,7 @@ from oanet_d2.engine import training_seconds
 from oanet_d2.evaluation.orderings import METRICS
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "configs/OcclusionScenes/"
@@ -126,7 +127,7 @@ def attach(base: Path, srm: Path, output_dir: Path, *args: str) -> dict:
 # ---------------------------------------------------------------------------------- the tables
 
 
-def closure(orderings: dict, order: str, reference: dict = None) -> float:
+def closure(orderings: dict, order: str, reference: Optional[dict] = None) -> float:
     """
     Share of the gap in PQ_th between the orders "score" and "oracle" that `order` closes.
 

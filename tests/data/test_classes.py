@@ -4,8 +4,8 @@ from detectron2.config import get_cfg
 
 from oanet_d2 import add_oanet_config, complete_config
 from oanet_d2.data import check_classes
-from tests.conftest import load_config, registered, scenes_paths
 from oanet_d2.data.occlusion_scenes import write_split
+from tests.conftest import load_config, registered, scenes_paths
 
 
 def config(*opts):

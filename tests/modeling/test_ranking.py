@@ -205,7 +205,7 @@ def test_rules_against_plain_loops(seed, n):
     means = mean_scores(score_map, masks, classes)
     torch.testing.assert_close(means, torch.tensor([mean(i) for i in range(n)]))
     ranked = order("srm_mean", scores, classes, masks, score_map)
-    assert all(means[a] >= means[b] for a, b in zip(ranked, ranked[1:]))
+    assert all(means[a] >= means[b] for a, b in itertools.pairwise(ranked))
     margins = overlap_margins(score_map, masks, classes)
     expected = torch.tensor([[margin(a, b) for b in range(n)] for a in range(n)]).reshape(n, n)
     torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)

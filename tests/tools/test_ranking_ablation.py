@@ -248,7 +248,7 @@ def test_every_head_trains_on_what_is_cached(ablation, model, monkeypatch):
     train = []
     for seed in range(3):
         candidates, target, semantic, features = scene(seed)
-        sources = {name: candidates for name in ablation.SOURCES}
+        sources = dict.fromkeys(ablation.SOURCES, candidates)
         train.append(ablation.TrainImage(sources, target, semantic.half(), features.half()))
     informed = partial(ablation.InformedMap, CLASSES, CHANNELS)
     torch.manual_seed(0)
