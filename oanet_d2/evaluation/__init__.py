@@ -1,8 +1,17 @@
 from .oracle import oracle_order
-from .orderings import OrderingEvaluator, orderings_of, orderings_table, write_orderings
+from .orderings import (
+    OrderingEvaluator,
+    closure,
+    orderings_of,
+    orderings_table,
+    write_orderings,
+)
+from .report_data import ReportRecorder
 
 __all__ = [
     "OrderingEvaluator",
+    "ReportRecorder",
+    "closure",
     "oracle_order",
     "orderings_of",
     "orderings_table",
