@@ -22,7 +22,15 @@ from .checkpoint import OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
-from .evaluation import OrderingEvaluator, orderings_of, orderings_table, write_orderings
+from .evaluation import (
+    OrderingEvaluator,
+    ReportRecorder,
+    orderings_of,
+    orderings_table,
+    write_orderings,
+)
+from .evaluation.report_data import FOLDER as REPORT_FOLDER
+from .report import write_report
 from .visualization import OrderPictures
 
 __all__ = [
@@ -144,7 +152,19 @@ def build_ordering_evaluator(cfg, dataset_name: str, model) -> OrderingEvaluator
         if cfg.TEST.ORDER_PICTURES > 0 and set(orders) <= set(cfg.TEST.ORDERS):
             path = os.path.join(folder, name)
             pictures.append(OrderPictures(dataset_name, path, cfg.TEST.ORDER_PICTURES, orders))
-    return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures)
+    report = None
+    if _has_report(cfg):
+        path, compared = os.path.join(folder, REPORT_FOLDER), ("score", model.order)
+        report = ReportRecorder(dataset_name, path, cfg.TEST.ORDER_PICTURES, compared)
+    return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures, report)
+
+
+def _has_report(cfg) -> bool:
+    """
+    Whether there is something to report: MODEL.OANET.ORDER against the detection score.
+    """
+    order = cfg.MODEL.OANET.ORDER
+    return order != "score" and {"score", order} <= set(cfg.TEST.ORDERS)
 
 
 def prepare_datasets(cfg):
@@ -167,7 +187,7 @@ def prepare_datasets(cfg):
 
 def report_orderings(cfg, results: Dict, train_seconds: Optional[float]):
     """
-    Print the table of orders and write `orderings.json` into the output folder.
+    Print the table of orders, write `orderings.json` into the output folder, and the report.
 
     Args:
         cfg: the config of the evaluation.
@@ -181,6 +201,8 @@ def report_orderings(cfg, results: Dict, train_seconds: Optional[float]):
         write_orderings(path, result, seconds)
         table = orderings_table(orderings_of(result))
         logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
+        if _has_report(cfg):
+            logger.info(f"Report, for a browser: {write_report(_report_folder(cfg, name))}")
 
 
 def training_seconds(checkpoint: Dict) -> Optional[float]:
