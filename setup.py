@@ -7,6 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["oanet_d2", "oanet_d2.*"]),
+    package_data={"oanet_d2.report": ["template/*"]},
     # Detectron2 is missing here on purpose: it is not on the package index under its own name, and
     # its users bring a build that fits their torch and CUDA. `make` installs one (see Makefile).
     # No upper bounds: what is already installed stays as it is.
@@ -22,6 +23,7 @@ setup(
         "tabulate",
         "tqdm",
         "jinja2",
+        "matplotlib>=3.6",
         "scipy",
         "shapely",  # what fvcore's crop of polygon masks imports and does not declare
         # The module `panopticapi`. It asks for numpy<2, though it works with numpy 2: to keep a

@@ -103,7 +103,8 @@ def add_oanet_config(cfg):
     cfg.TEST.ORDERS = ()
     # Pictures of the images where MODEL.OANET.ORDER gains most over "score", written to
     # OUTPUT_DIR/pictures, and of those where "oracle" gains most over it, to
-    # OUTPUT_DIR/pictures_still_wrong, as far as TEST.ORDERS holds the two. So many of each.
+    # OUTPUT_DIR/pictures_still_wrong, as far as TEST.ORDERS holds the two. So many of each, and of
+    # each kind of case in the report.
     cfg.TEST.ORDER_PICTURES = 12
     # Pictures of panoptic results for TensorBoard, at every evaluation within a training. So many,
     # always of the same images; 0 for none.

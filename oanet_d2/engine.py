@@ -24,12 +24,15 @@ from .data.training_stream import TrainingStream, build_train_loader
 from .evaluation import (
     OrderingEvaluator,
     PanopticPictures,
+    ReportRecorder,
     orderings_of,
     orderings_table,
     write_orderings,
 )
+from .evaluation.report_data import FOLDER as REPORT_FOLDER
 from .hooks import DataOrder, NonFiniteLoss, RunConfig
 from .output_folder import check_free_space
+from .report import write_report
 from .visualization import OrderPictures
 
 __all__ = [
@@ -198,7 +201,19 @@ def build_ordering_evaluator(cfg, dataset_name: str, model) -> OrderingEvaluator
         if cfg.TEST.ORDER_PICTURES > 0 and set(orders) <= set(cfg.TEST.ORDERS):
             path = os.path.join(folder, name)
             pictures.append(OrderPictures(dataset_name, path, cfg.TEST.ORDER_PICTURES, orders))
-    return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures)
+    report = None
+    if _has_report(cfg):
+        path, compared = os.path.join(folder, REPORT_FOLDER), ("score", model.order)
+        report = ReportRecorder(dataset_name, path, cfg.TEST.ORDER_PICTURES, compared)
+    return OrderingEvaluator(dataset_name, model, cfg.TEST.ORDERS, pictures, report)
+
+
+def _has_report(cfg) -> bool:
+    """
+    Whether there is something to report: MODEL.OANET.ORDER against the detection score.
+    """
+    order = cfg.MODEL.OANET.ORDER
+    return order != "score" and {"score", order} <= set(cfg.TEST.ORDERS)
 
 
 def prepare_datasets(cfg):
@@ -221,7 +236,7 @@ def prepare_datasets(cfg):
 
 def report_orderings(cfg, results: Dict, train_seconds: Optional[float]):
     """
-    Print the table of orders and write `orderings.json` into the output folder.
+    Print the table of orders, write `orderings.json` into the output folder, and the report.
 
     Args:
         cfg: the config of the evaluation.
@@ -235,6 +250,8 @@ def report_orderings(cfg, results: Dict, train_seconds: Optional[float]):
         write_orderings(path, result, seconds)
         table = orderings_table(orderings_of(result))
         logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
+        if _has_report(cfg):
+            logger.info(f"Report, for a browser: {write_report(_report_folder(cfg, name))}")
 
 
 def training_seconds(checkpoint: Dict) -> Optional[float]:

@@ -22,7 +22,6 @@ from tests.conftest import load_config, registered, scenes_paths
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    names = []
     for split, n in (("train", 6), ("val", 3)):
         write_split(root, split, n, image_size=64, seed=0, num_workers=0)
     with registered("test_hooks_train", *scenes_paths(root, "train")) as train:

@@ -54,7 +54,9 @@ def test_trains_evaluates_and_evaluates_again(subprocess_env, datasets_root, tmp
     """What `make demo` does, very small; then `--eval-only` on the checkpoint it leaves."""
     out = ["OUTPUT_DIR", str(tmp_path)]
     text = train_net(subprocess_env, datasets_root, *SMALL, *out, "SOLVER.MAX_ITER", "3")
-    assert "| srm_overlap" in text and text.rstrip().endswith(str(tmp_path / "orderings.json"))
+    assert "| srm_overlap" in text and f"Written to {tmp_path / 'orderings.json'}" in text
+    assert text.rstrip().endswith(f"Report, for a browser: {tmp_path / 'report.html'}")
+    assert "occlusion_scenes_val" in (tmp_path / "report.html").read_text()
     after_training = json.loads((tmp_path / "orderings.json").read_text())
     assert list(after_training["orderings"]) == ORDERS
     assert after_training["images"] == 4
@@ -63,10 +65,12 @@ def test_trains_evaluates_and_evaluates_again(subprocess_env, datasets_root, tmp
     assert (tmp_path / "last_checkpoint").read_text() == checkpoint.name
 
     (tmp_path / "orderings.json").unlink()
+    (tmp_path / "report.html").unlink()
     weights = ["MODEL.WEIGHTS", str(checkpoint)]
     text = train_net(subprocess_env, datasets_root, "--eval-only", *SMALL, *out, *weights)
     again = json.loads((tmp_path / "orderings.json").read_text())
     assert again["orderings"] == after_training["orderings"]
+    assert (tmp_path / "report.html").exists()
     # read from the checkpoint
     assert again["seconds"]["train"] == pytest.approx(after_training["seconds"]["train"])
 
@@ -85,6 +89,7 @@ def test_two_processes_on_cpu(subprocess_env, datasets_root, tmp_path):
     text = train_net(subprocess_env, datasets_root, *args, "SOLVER.MAX_ITER", "2")
     assert "| srm_overlap" in text
     assert json.loads((tmp_path / "orderings.json").read_text())["images"] == 4
+    assert "4 images" in (tmp_path / "report.html").read_text()
 
 
 def test_a_short_training_lowers_the_loss(datasets_root, tmp_path):

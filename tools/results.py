@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 import matplotlib
 import ranking_ablation
@@ -28,7 +27,7 @@ from tabulate import tabulate
 
 from oanet_d2.data.files import read_json
 from oanet_d2.engine import training_seconds
-from oanet_d2.evaluation.orderings import METRICS
+from oanet_d2.evaluation.orderings import METRICS, closure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -125,18 +124,6 @@ def attach(base: Path, srm: Path, output_dir: Path, *args: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------- the tables
-
-
-def closure(orderings: dict, order: str, reference: Optional[dict] = None) -> float:
-    """
-    Share of the gap in PQ_th between the orders "score" and "oracle" that `order` closes.
-
-    Args:
-        reference: where "score" and "oracle" come from, if not from `orderings`.
-    """
-    reference = reference or orderings
-    score, oracle = reference["score"]["PQ_th"], reference["oracle"]["PQ_th"]
-    return (orderings[order]["PQ_th"] - score) / (oracle - score)
 
 
 def spread(values: list, digits: int = 1) -> str:

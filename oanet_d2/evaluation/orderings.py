@@ -17,9 +17,11 @@ from ..data.images import read_image
 from ..modeling import RANKING_RULE_REGISTRY, OANet
 from ..modeling.semantic_labels import semantic_labels
 from ..visualization import OrderPictures
+from .class_counts import class_counts
 from .oracle import oracle_order
+from .report_data import ReportRecorder
 
-__all__ = ["OrderingEvaluator", "orderings_table"]
+__all__ = ["OrderingEvaluator", "closure", "orderings_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class OrderingEvaluator(DatasetEvaluator):
         model: OANet,
         orders: Sequence[str],
         pictures: Sequence[OrderPictures] = (),
+        report: Optional[ReportRecorder] = None,
     ):
         """
         Args:
@@ -48,6 +51,8 @@ class OrderingEvaluator(DatasetEvaluator):
             orders: names of ranking rules, and "oracle".
             pictures: collect the images where the order matters most; theirs must be among
                 `orders`.
+            report: collects what `python -m oanet_d2.report` shows; the orders that it compares
+                must be among `orders`.
 
         Raises:
             ValueError: an order is not known.
@@ -58,6 +63,7 @@ class OrderingEvaluator(DatasetEvaluator):
                 raise ValueError(f"TEST.ORDERS holds {order!r}; it must be one of {known}.")
         self.model = model
         self.pictures = pictures
+        self.report = report
         self.evaluators = {order: COCOPanopticEvaluator(dataset_name) for order in orders}
 
     def reset(self):
@@ -67,6 +73,8 @@ class OrderingEvaluator(DatasetEvaluator):
             evaluator.reset()
         for pictures in self.pictures:
             pictures.reset()
+        if self.report is not None:
+            self.report.reset()
 
     def process(self, inputs: List[Dict], outputs: List[Dict]):
         """
@@ -78,22 +86,25 @@ class OrderingEvaluator(DatasetEvaluator):
             self.num_images += 1
             gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
             semantic = semantic_labels(output["sem_seg"], self.model.keep_things_free)
-            panoptic = {}
+            instances = output["instances"]
+            painted = instances.scores >= self.model.combine_instances_score_thresh
+            orders, panoptic = {}, {}
             for name in self.evaluators:
-                order = self._order(name, input, output, gt_ids)
+                orders[name] = self._order(name, input, output, painted, gt_ids)
                 panoptic[name] = self.model.combine(
-                    output["instances"].pred_masks, output["instances"], semantic, order
+                    instances.pred_masks, instances, semantic, orders[name]
                 )
+            if self.report is not None:
+                self.report.add(input, instances, painted, orders, gt_ids, panoptic)
             for pictures in self.pictures:
                 pictures.add(input, gt_ids, panoptic)
             for order, evaluator in self.evaluators.items():
                 evaluator.process([input], [{"panoptic_seg": panoptic[order]}])
 
-    def _order(self, order: str, input: Dict, output: Dict, gt_ids: np.ndarray):
+    def _order(self, order: str, input: Dict, output: Dict, painted, gt_ids: np.ndarray):
         if order != ORACLE:
             return output["ranking_evidence"].order(order)
         instances = output["instances"]
-        painted = instances.scores >= self.model.combine_instances_score_thresh
         return oracle_order(
             instances.pred_masks & painted[:, None, None],
             instances.scores,
@@ -112,12 +123,16 @@ class OrderingEvaluator(DatasetEvaluator):
         num_images = sum(comm.gather(self.num_images))
         for pictures in self.pictures:
             pictures.save()
-        results = OrderedDict()
+        results, counts = OrderedDict(), {}
         for order, evaluator in self.evaluators.items():
             logger.info(f"Scoring the order '{order}' with panopticapi ...")
-            result = evaluator.evaluate()
+            with class_counts() as counts[order]:
+                result = evaluator.evaluate()
             if comm.is_main_process():
                 results[f"panoptic_seg/{order}"] = result["panoptic_seg"]
+        if self.report is not None:
+            so_far = time.perf_counter() - self.start
+            self.report.save(num_images, so_far, orderings_of(results), counts)
         if comm.is_main_process():
             seconds = time.perf_counter() - self.start
             results["evaluation"] = {"images": num_images, "seconds": seconds}
@@ -130,6 +145,26 @@ def orderings_of(results: Dict) -> Dict[str, Dict[str, float]]:
     """
     prefix = "panoptic_seg/"
     return {k[len(prefix) :]: dict(v) for k, v in results.items() if k.startswith(prefix)}
+
+
+def closure(
+    orderings: Dict[str, Dict[str, float]], order: str, reference: Optional[Dict] = None
+) -> Optional[float]:
+    """
+    Share of the gap in PQ_th between the orders "score" and "oracle" that `order` closes.
+
+    Args:
+        orderings: order -> metrics.
+        reference: where "score" and "oracle" come from, if not from `orderings`.
+
+    Returns:
+        1 for the oracle; None where one of the two is missing or there is no gap.
+    """
+    reference = reference or orderings
+    if not {"score", ORACLE} <= set(reference):
+        return None
+    score, oracle = reference["score"]["PQ_th"], reference[ORACLE]["PQ_th"]
+    return (orderings[order]["PQ_th"] - score) / (oracle - score) if oracle > score else None
 
 
 def orderings_table(orderings: Dict[str, Dict[str, float]]) -> str:

@@ -11,7 +11,14 @@ import torch
 
 from ..modeling.matching import margins_of_matched, match_to_segments
 
-__all__ = ["KINDS", "PairDecision", "accuracy_by_kind", "pair_decisions"]
+__all__ = [
+    "CLEAR_SHARE",
+    "KINDS",
+    "PairDecision",
+    "accuracy_by_kind",
+    "decisions_by_order",
+    "pair_decisions",
+]
 
 # Kinds of pairs: both are in the ground truth and differ in class, or are of one class; or one is
 # a detection that matches nothing (a duplicate, a false positive).
@@ -57,29 +64,47 @@ def pair_decisions(
         ids: (H, W) ground-truth segment ids.
         segments_info: the ground truth's segments.
     """
+    return decisions_by_order(masks, classes, {"": order}, ids, segments_info)[""]
+
+
+def decisions_by_order(
+    masks: torch.Tensor,
+    classes: torch.Tensor,
+    orders: Dict[str, torch.Tensor],
+    ids: np.ndarray,
+    segments_info: List[Dict],
+) -> Dict[str, List[PairDecision]]:
+    """
+    :func:`pair_decisions` of several orders, for the cost of one.
+
+    Returns:
+        order -> what it made of the pairs, which are the same for all and come in one sequence.
+    """
     ids = torch.from_numpy(ids)
     segments = match_to_segments(masks, classes, ids, segments_info)
     margins, matched = margins_of_matched(masks, segments, ids), segments >= 0
     m = masks.flatten(1).float()
     shared = m @ m.t()
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order), device=order.device)
     clear = (margins > CLEAR_SHARE * shared) & (shared > 0)
-    decisions = []
-    for front, behind in torch.nonzero(clear).tolist():
-        kind = KINDS[int(classes[front] == classes[behind])]
-        if not (matched[front] and matched[behind]):
-            kind = KINDS[2]
-        decisions.append(
-            PairDecision(
-                front=int(classes[front]),
-                behind=int(classes[behind]),
-                kind=kind,
-                pixels=int(margins[front, behind]),
-                right=bool(position[front] < position[behind]),
+    found: Dict[str, List[PairDecision]] = {}
+    for name, order in orders.items():
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device)
+        found[name] = []
+        for front, behind in torch.nonzero(clear).tolist():
+            kind = KINDS[int(classes[front] == classes[behind])]
+            if not (matched[front] and matched[behind]):
+                kind = KINDS[2]
+            found[name].append(
+                PairDecision(
+                    front=int(classes[front]),
+                    behind=int(classes[behind]),
+                    kind=kind,
+                    pixels=int(margins[front, behind]),
+                    right=bool(position[front] < position[behind]),
+                )
             )
-        )
-    return decisions
+    return found
 
 
 def accuracy_by_kind(decisions: List[PairDecision]) -> Dict[str, float]:

@@ -4,10 +4,10 @@ import numpy as np
 from panopticapi.utils import rgb2id
 
 from detectron2.data import MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 
+from ..data.images import read_image
 from ..visualization import draw_result
 
 __all__ = ["PanopticPictures"]
@@ -44,8 +44,8 @@ class PanopticPictures(DatasetEvaluator):
     def evaluate(self):
         # Every process draws its own; the main one's are written.
         for i, (input, result) in enumerate(self._kept):
-            image = utils.read_image(input["file_name"], "RGB")
-            gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
+            image = read_image(input["file_name"], "RGB")
+            gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
             gt = (gt_ids.astype(np.int32), input["segments_info"])
             picture = draw_result(image, gt, result, self.metadata)
             name = f"{self.dataset_name}/{i}"
