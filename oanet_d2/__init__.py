@@ -7,12 +7,15 @@ from .config import add_oanet_config
 from .config_files import load_config
 from .data import complete_config, register_panoptic
 from .modeling import OANet, OANetSemSegFPNHead, SpatialRankingHead
+from .predictor import PanopticPredictor, PanopticResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "OANet",
     "OANetSemSegFPNHead",
+    "PanopticPredictor",
+    "PanopticResult",
     "SpatialRankingHead",
     "add_oanet_config",
     "complete_config",

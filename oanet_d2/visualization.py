@@ -4,7 +4,7 @@ Pictures of what the painting order changes.
 
 import heapq
 import os
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -18,7 +18,13 @@ from detectron2.utils.visualizer import Visualizer
 
 from .data.images import read_image
 
-__all__ = ["OrderPictures", "draw_order_comparison", "draw_result", "pixel_gain"]
+__all__ = [
+    "OrderPictures",
+    "changed_pixels",
+    "draw_order_comparison",
+    "draw_result",
+    "pixel_gain",
+]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
 PanopticSeg = Tuple[torch.Tensor, List[Dict]]
@@ -71,11 +77,12 @@ def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
 
 def draw_order_comparison(
     image: np.ndarray,
-    gt: PanopticSeg,
+    gt: Optional[PanopticSeg],
     before: PanopticSeg,
     after: PanopticSeg,
     metadata,
     orders: Tuple[str, str],
+    side: int = PANEL_SIDE,
 ) -> np.ndarray:
     """
     Image, ground truth, and the results of two orders side by side; in the last two the pixels
@@ -83,22 +90,22 @@ def draw_order_comparison(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        gt, before, after: panoptic results of the image.
+        gt, before, after: panoptic results of the image; without ground truth (None), its panel is
+            left out.
         metadata: of the dataset.
         orders: names of the two orders, for the titles.
+        side: of every panel the longer one, in pixels.
 
     Returns:
         uint8 RGB picture.
     """
     changed = changed_pixels(before, after)
-    panels = [
-        _titled("image", _enlarge(image)),
-        _titled("ground truth", _draw_panoptic(image, gt, metadata)),
-        *(
-            _titled(_TITLES.get(order, order), _outline(_draw_panoptic(image, x, metadata), changed))
-            for order, x in zip(orders, (before, after))
-        ),
-    ]
+    panels = [_titled("image", _resize(image, side))]
+    if gt is not None:
+        panels.append(_titled("ground truth", _draw_panoptic(image, gt, metadata, side)))
+    for order, x in zip(orders, (before, after)):
+        drawn = _outline(_draw_panoptic(image, x, metadata, side), changed)
+        panels.append(_titled(_TITLES.get(order, order), drawn))
     return _side_by_side(panels)
 
 
@@ -115,9 +122,9 @@ def draw_result(image: np.ndarray, gt: PanopticSeg, result: PanopticSeg, metadat
         uint8 RGB picture.
     """
     panels = [
-        _titled("image", _enlarge(image)),
-        _titled("ground truth", _draw_panoptic(image, gt, metadata)),
-        _titled("result", _draw_panoptic(image, result, metadata)),
+        _titled("image", _resize(image, PANEL_SIDE)),
+        _titled("ground truth", _draw_panoptic(image, gt, metadata, PANEL_SIDE)),
+        _titled("result", _draw_panoptic(image, result, metadata, PANEL_SIDE)),
     ]
     return _side_by_side(panels)
 
@@ -127,9 +134,11 @@ def _side_by_side(panels: List[np.ndarray]) -> np.ndarray:
     return np.concatenate([x for panel in panels for x in (panel, gap)][:-1], axis=1)
 
 
-def _enlarge(image: np.ndarray) -> np.ndarray:
-    scale = PANEL_SIDE / max(image.shape[:2])
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+def _resize(image: np.ndarray, side: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 class _Visualizer(Visualizer):
@@ -139,14 +148,14 @@ class _Visualizer(Visualizer):
         return color
 
 
-def _draw_panoptic(image: np.ndarray, panoptic: PanopticSeg, metadata) -> np.ndarray:
-    scale = PANEL_SIDE / max(image.shape[:2])
+def _draw_panoptic(image: np.ndarray, panoptic: PanopticSeg, metadata, side: int) -> np.ndarray:
+    scale = side / max(image.shape[:2])
     # without the scores, which would crowd a small picture
     info = [{k: v for k, v in s.items() if k != "score"} for s in panoptic[1]]
     drawn = _Visualizer(image, metadata, scale=scale).draw_panoptic_seg(
         torch.as_tensor(panoptic[0]), info, alpha=0.6
     )
-    return cv2.resize(drawn.get_image(), _enlarge(image).shape[1::-1])
+    return cv2.resize(drawn.get_image(), _resize(image, side).shape[1::-1])
 
 
 def _outline(panel: np.ndarray, changed: np.ndarray) -> np.ndarray:

@@ -3,37 +3,64 @@ Files that appear whole or not at all.
 """
 
 import os
-from contextlib import contextmanager, suppress
-from typing import IO, Iterator
+from contextlib import contextmanager
+from typing import IO, Iterator, Optional
 
-__all__ = ["WholeFiles", "whole_file"]
+__all__ = ["WholeFiles", "whole_file", "whole_path"]
+
+
+@contextmanager
+def whole_path(path: str, temporary: Optional[str] = None) -> Iterator[str]:
+    """
+    For what writes a file by its name. The block writes it under a temporary name in the same
+    folder; it gets its own, in place of a file that has it, when all is written. After an error or
+    an interruption nothing is left of it and what `path` held before stays. (Of a process that is
+    killed, the temporary file may remain.)
+
+    Args:
+        path: the file; its folder is made if it is not there.
+        temporary: the temporary name. Not given: one with the same extension.
+
+    Yields:
+        the temporary name.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    root, extension = os.path.splitext(path)
+    temporary = temporary or f"{root}.partial{extension}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:  # of a full disk Python's own names no file
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(error.errno, error.strerror, path) from error
+    finally:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
 
 
 @contextmanager
 def whole_file(path: str, mode: str = "w") -> Iterator[IO]:
     """
-    Open a file for writing, under a temporary name beside it. At the end of the block it is on the
-    disk and takes its own name in one step. If the block fails, the temporary file is removed and
-    what `path` held before stays. (Of a process that is killed, `path` + ".tmp" may remain.)
+    Open a file for writing, as :func:`whole_path` writes it, as `path` + ".tmp" at first. At the end
+    of the block it is on the disk.
 
     Args:
         path: a local path.
-        mode: "w" or "wb".
+        mode: "w" (UTF-8) or "wb".
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; names `path`.
     """
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, mode) as f:
+    encoding = None if "b" in mode else "utf-8"
+    with whole_path(path, path + ".tmp") as temporary:
+        with open(temporary, mode, encoding=encoding) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 class WholeFiles:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
-from oanet_d2.whole_files import whole_file
+from oanet_d2.whole_files import whole_file, whole_path
 
 
 def test_appears_whole_at_the_end(tmp_path):
@@ -21,6 +21,33 @@ def test_appears_whole_at_the_end(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_writes_by_name(tmp_path):
+    path = str(tmp_path / "new" / "a.txt")
+    with whole_path(path) as temporary:
+        assert temporary.endswith(".txt") and not os.path.exists(path)
+        with open(temporary, "w") as f:
+            f.write("first")
+    with pytest.raises(KeyboardInterrupt), whole_path(path) as temporary:
+        with open(temporary, "w") as f:
+            f.write("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "new") == ["a.txt"] and (tmp_path / "new" / "a.txt").read_text() == "first"
+
+
+def test_errors_name_the_file(tmp_path):
+    path = str(tmp_path / "a.txt")
+    full = OSError(28, "No space left"), "No space left: .*a.txt"
+    for error, words in (full, (OSError("x"), "a.txt: x")):
+        with pytest.raises(OSError, match=words), whole_path(path):
+            raise error
+    with pytest.raises(OSError, match="a.txt"), whole_path(path):
+        pass  # nothing is written
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/a.txt"), whole_path(str(tmp_path / "file" / "a.txt")):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.fixture

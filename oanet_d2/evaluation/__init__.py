@@ -8,10 +8,12 @@ from .orderings import (
 )
 from .panoptic_pictures import PanopticPictures
 from .report_data import ReportRecorder
+from .submission import PanopticSubmission
 
 __all__ = [
     "OrderingEvaluator",
     "PanopticPictures",
+    "PanopticSubmission",
     "ReportRecorder",
     "closure",
     "oracle_order",

@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import time
 from collections import OrderedDict
 from typing import Dict, List, Optional, Sequence
@@ -11,12 +10,12 @@ from tabulate import tabulate
 
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from ..data.images import read_image
 from ..modeling import RANKING_RULE_REGISTRY, OANet
 from ..modeling.semantic_labels import semantic_labels
 from ..visualization import OrderPictures
+from ..whole_files import whole_file
 from .class_counts import class_counts
 from .oracle import oracle_order
 from .report_data import ReportRecorder
@@ -189,6 +188,5 @@ def write_orderings(path: str, results: Dict, seconds: Dict[str, Optional[float]
         "images": results["evaluation"]["images"],
         "seconds": seconds,
     }
-    with PathManager.open(path + ".tmp", "w") as f:
+    with whole_file(path) as f:
         json.dump(content, f, indent=2)
-    os.replace(path + ".tmp", path)
