@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
-from oanet_d2.whole_files import whole_file
+from oanet_d2.whole_files import drop_unfinished_line, whole_file
 
 
 def test_appears_whole_at_the_end(tmp_path):
@@ -21,6 +21,18 @@ def test_appears_whole_at_the_end(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "before, after", [("a\nb\n", "a\nb\n"), ("a\nb\n{c", "a\nb\n"), ("{c", ""), ("", "")]
+)
+def test_unfinished_line(tmp_path, before, after):
+    path = tmp_path / "metrics.json"
+    drop_unfinished_line(str(path))
+    assert not path.exists()
+    path.write_text(before)
+    drop_unfinished_line(str(path))
+    assert path.read_text() == after
 
 
 @pytest.fixture
