@@ -24,7 +24,7 @@ def setup(args):
     cfg = load_config(args.config_file, args.opts)
     complete_config(cfg)
     cfg.freeze()
-    prepare_output_folder(cfg, resume=args.resume or args.eval_only)
+    prepare_output_folder(cfg, args.resume, args.eval_only)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="oanet_d2")
     prepare_datasets(cfg)

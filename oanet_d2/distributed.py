@@ -2,6 +2,7 @@
 Several processes that end together, and say whose fault it was.
 """
 
+import time
 from datetime import timedelta
 from typing import Callable, List, Optional, Tuple
 
@@ -15,8 +16,10 @@ from detectron2.utils import comm
 
 __all__ = ["LostRankError", "launch"]
 
-# How long to listen to every other process after one is gone.
+# How long to listen to every other process after one is gone, and then to stay for those that do
+# the same, or they would take this one for dead, too.
 PROBE_TIME = timedelta(seconds=1)
+STAY_TIME = timedelta(seconds=5)
 
 
 class LostRankError(RuntimeError):
@@ -69,6 +72,7 @@ def _run(main_func: Callable, args: Tuple):
         if comm.get_world_size() == 1 or not _is_lost_connection(error):
             raise
         lost = _lost_ranks()
+        time.sleep(STAY_TIME.total_seconds())
         whom = f"rank {', '.join(map(str, lost))}" if lost else "the others"
         raise LostRankError(
             f"Rank {comm.get_rank()} cannot go on: it has lost the connection to {whom}. What "

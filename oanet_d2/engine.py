@@ -1,6 +1,5 @@
 import logging
 import os
-import sys
 import time
 from functools import partial
 from typing import Dict, Optional
@@ -34,6 +33,7 @@ from .hooks import DataOrder, NonFiniteLoss, RunConfig
 from .output_folder import check_free_space
 from .report import write_report
 from .visualization import OrderPictures
+from .whole_files import drop_unfinished_line
 
 __all__ = [
     "OANetTrainer",
@@ -80,6 +80,11 @@ class OANetTrainer(DefaultTrainer):
             hooks.append(OrderingReport())
         return hooks
 
+    def build_writers(self):
+        # which append to it, whatever ended the training before
+        drop_unfinished_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return super().build_writers()
+
     def resume_or_load(self, resume=True):
         """
         As :meth:`DefaultTrainer.resume_or_load`.
@@ -109,11 +114,11 @@ class OANetTrainer(DefaultTrainer):
         return super().train()
 
     def after_train(self):
-        failed = sys.exc_info()[1]
+        finished = self.iter >= self.max_iter
         try:
             super().after_train()
         except Exception as error:
-            if failed is None:
+            if finished:
                 raise
             # What ended the training is what the user has to know.
             logger.warning(f"After that error, writing what was left failed too: {error}")

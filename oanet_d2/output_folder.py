@@ -45,22 +45,26 @@ class OutputFolderError(ValueError):
     """
 
 
-def prepare_output_folder(cfg, resume: bool = False):
+def prepare_output_folder(cfg, resume: bool = False, eval_only: bool = False):
     """
     Check `cfg.OUTPUT_DIR`, before anything is written there.
 
     Args:
-        cfg: the config of a training that will start.
-        resume: whether it is to go on from a checkpoint that is there. (The two are compared when
-            it is loaded, see :class:`RunConfig`.)
+        cfg: the config of what will start.
+        resume: whether that is to go on from the last checkpoint, if there is one. (The configs
+            are compared when it is loaded, see :class:`RunConfig`.)
+        eval_only: whether nothing will be trained.
 
     Raises:
         OutputFolderError: see :func:`check_output_folder`.
     """
     if not comm.is_main_process():
         return
-    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    config = None if resume else flat_config(scaled.dump())
+    config = None
+    resumes = resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if not (eval_only or resumes):
+        scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        config = flat_config(scaled.dump())
     replaced = check_output_folder(cfg.OUTPUT_DIR, config)
     if replaced:
         logger.warning(

@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from typing import IO, Iterator, Optional
 
-__all__ = ["WholeFiles", "whole_file", "whole_path"]
+__all__ = ["WholeFiles", "drop_unfinished_line", "whole_file", "whole_path"]
 
 
 @contextmanager
@@ -61,6 +61,20 @@ def whole_file(path: str, mode: str = "w") -> Iterator[IO]:
             yield f
             f.flush()
             os.fsync(f.fileno())
+
+
+def drop_unfinished_line(path: str):
+    """
+    Cut what comes after the last end of a line off a text file: of a log to which lines are
+    appended, what was not written to the end. Nothing happens where there is no such file.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb+") as f:
+        unfinished = len(f.read().rpartition(b"\n")[2])
+        if unfinished:
+            f.seek(-unfinished, os.SEEK_END)
+            f.truncate()
 
 
 class WholeFiles:

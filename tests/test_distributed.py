@@ -4,6 +4,7 @@ Two processes on the CPU (gloo) against one.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -179,5 +180,6 @@ def test_a_process_that_died_on_another_machine_is_named(subprocess_env):
     errors = [x.communicate(timeout=240)[1] for x in machines]
     assert all(x.returncode for x in machines)
     assert "The process of rank 1" in errors[1] and "was killed by SIGKILL" in errors[1]
-    for rank in (0, 2):
-        assert f"Rank {rank} cannot go on: it has lost the connection to rank 1." in errors[rank]
+    # Where the machine is slow, the other one may have noticed and ended before.
+    assert re.search(r"Rank 0 cannot go on: .* connection to rank 1(, 2)?\.", errors[0])
+    assert re.search(r"Rank 2 cannot go on: .* connection to rank (0, )?1\.", errors[2])

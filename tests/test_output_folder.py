@@ -105,9 +105,12 @@ def test_config_of_checkpoints_by_others(trained, config, tmp_path):
     (tmp_path / "config.yaml").write_text(cfg.dump())
     prepare_output_folder(cfg)
     (tmp_path / "config.yaml").write_text(config(tmp_path, "SOLVER.MAX_ITER", "9").dump())
-    with pytest.raises(OutputFolderError, match="SOLVER.MAX_ITER is 2, there 9"):
-        prepare_output_folder(cfg)
-    prepare_output_folder(cfg, resume=True)  # replaces nothing
+    for resume in (False, True):  # without a last_checkpoint it would not be resumed
+        with pytest.raises(OutputFolderError, match="SOLVER.MAX_ITER is 2, there 9"):
+            prepare_output_folder(cfg, resume)
+    prepare_output_folder(cfg, eval_only=True)  # replaces nothing
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    prepare_output_folder(cfg, resume=True)
 
 
 def test_a_folder_with_other_files_is_free(tmp_path, config):

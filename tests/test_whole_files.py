@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
-from oanet_d2.whole_files import whole_file, whole_path
+from oanet_d2.whole_files import drop_unfinished_line, whole_file, whole_path
 
 
 def test_appears_whole_at_the_end(tmp_path):
@@ -48,6 +48,16 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(OSError, match="file/a.txt"), whole_path(str(tmp_path / "file" / "a.txt")):
         pass
     assert os.listdir(tmp_path) == ["file"]
+@pytest.mark.parametrize(
+    "before, after", [("a\nb\n", "a\nb\n"), ("a\nb\n{c", "a\nb\n"), ("{c", ""), ("", "")]
+)
+def test_unfinished_line(tmp_path, before, after):
+    path = tmp_path / "metrics.json"
+    drop_unfinished_line(str(path))
+    assert not path.exists()
+    path.write_text(before)
+    drop_unfinished_line(str(path))
+    assert path.read_text() == after
 
 
 @pytest.fixture
