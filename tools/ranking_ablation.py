@@ -191,13 +191,21 @@ def predict(cfg, model, num_train: int) -> Tuple[List[TrainImage], List[ValImage
 def cached_predictions(cfg, model, path: Path):
     """
     :func:`predict`, from the file `path` if it is there.
+
+    Raises:
+        ValueError: the file holds something else.
     """
     if not path.exists():
         torch.save(predict(cfg, model, TRAIN_IMAGES), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     # Only what the cache is made of is unpickled.
     with torch.serialization.safe_globals(CACHED):
-        return torch.load(path, weights_only=True)
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # torch, zipfile and pickle raise many kinds
+            raise ValueError(
+                f"{path} is not what this tool has written: {error!r}. Delete it; it is made anew."
+            ) from error
 
 
 # ------------------------------------------------------------------------------ heads to compare

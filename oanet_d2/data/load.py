@@ -89,10 +89,7 @@ def _entry(where: str) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except Exception as error:
-        raise ValueError(
-            f"{where} is not as in the COCO panoptic format ({type(error).__name__}: {error}). "
-            f"{CHECK}"
-        ) from error
+        raise ValueError(f"{where}: {type(error).__name__}: {error}. {CHECK}") from error
 
 
 def _load_instances(instances_json: str, image_root: str) -> Dict[Any, List[Dict]]:
@@ -118,7 +115,7 @@ def _load_image(
     if image is None:
         raise ValueError(
             f"{annotation.get('file_name')} annotates the image {annotation['image_id']!r}, which "
-            "is not among its 'images'."
+            "is not among the 'images'."
         )
     height, width = image["height"], image["width"]
     if not all(type(x) is int and x > 0 for x in (height, width)) or height * width > MAX_PIXELS:
@@ -151,7 +148,7 @@ def _contiguous_segment(segment: Dict, thing_ids: Dict, stuff_ids: Dict):
     ids = thing_ids if isthing else stuff_ids
     if category not in ids:
         raise ValueError(
-            f"segment {segment['id']} is of category {category}, which is not among its "
+            f"segment {segment['id']} is of category {category}, which is not among the "
             "'categories'."
         )
     if type(segment["id"]) is not int or not 0 < segment["id"] < 256**3:

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
@@ -27,6 +28,17 @@ def ablation():
     yield module
     for name in set(dict(RANKING_RULE_REGISTRY)) - set(before):
         del RANKING_RULE_REGISTRY._obj_map[name]
+
+
+def test_code_in_a_cache_does_not_run(ablation, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save(([Evil()], []), tmp_path / "cache.pt")
+    with pytest.raises(ValueError, match="cache.pt is not what this tool has written.*mkdir"):
+        ablation.cached_predictions(None, None, tmp_path / "cache.pt")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.fixture
