@@ -87,6 +87,20 @@ def add_oanet_config(cfg):
     # differ only where two classes are equal up to rounding.
     cfg.MODEL.OANET.OUTPUTS = ("pred_masks", "sem_seg")
 
+    # ---------------------------------------------------------------- speed
+    # Ways to run the same network; what each gains is in docs/performance.md.
+    # True: images, weights and feature maps are kept channels last, in training too.
+    cfg.MODEL.OANET.CHANNELS_LAST = False
+    # True: inference in torch.inference_mode. What it returns can then never be part of something
+    # that is differentiated.
+    cfg.MODEL.OANET.INFERENCE_MODE = False
+    # Inference in mixed precision: "bfloat16", or "float16" (not on a CPU); "": in single precision.
+    # (Training: SOLVER.AMP.ENABLED.)
+    cfg.MODEL.OANET.AUTOCAST = ""
+    # True: the backbone is compiled with torch.compile when it is first used, which takes a minute,
+    # once for training and once for inference. On a CPU it needs a C++ compiler.
+    cfg.MODEL.OANET.COMPILE = False
+
     # ---------------------------------------------------------------- training
     # True: everything but the ranking head is frozen, in evaluation mode and without gradients.
     cfg.MODEL.OANET.TRAIN_SRM_ONLY = False

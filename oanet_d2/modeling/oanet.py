@@ -20,6 +20,7 @@ from .candidates import (
     relative_boxes,
     roi_masks_to_grid,
 )
+from .execution import Execution
 from .false_positives import with_false_positives
 from .instance_masks import BoxedMasks
 from .pair_head import PairwiseRankingHead
@@ -68,6 +69,7 @@ class OANet(PanopticFPN):
         train_srm_only: bool = False,
         return_evidence: bool = False,
         outputs: Sequence[str] = OUTPUTS,
+        execution: Execution = Execution(),
         **kwargs,
     ):
         """
@@ -82,6 +84,7 @@ class OANet(PanopticFPN):
                 so that several orders can be compared on the same predictions.
             outputs: which of PanopticFPN's outputs at full resolution results hold: "sem_seg",
                 and "pred_masks" of the instances. What is not asked for is never made.
+            execution: how the network is run.
 
         Other arguments are the same as :class:`PanopticFPN`.
         """
@@ -93,9 +96,11 @@ class OANet(PanopticFPN):
         self.train_srm_only = train_srm_only
         self.return_evidence = return_evidence
         self.outputs = outputs
+        self.execution = execution
         if train_srm_only:
             self.requires_grad_(False)
             self.srm_head.requires_grad_(True)
+        execution.prepare(self)
 
     @classmethod
     def from_config(cls, cfg):
@@ -131,6 +136,7 @@ class OANet(PanopticFPN):
         ret["train_srm_only"] = cfg.MODEL.OANET.TRAIN_SRM_ONLY
         ret["return_evidence"] = len(cfg.TEST.ORDERS) > 0
         ret["outputs"] = cfg.MODEL.OANET.OUTPUTS
+        ret["execution"] = Execution.from_config(cfg)
         return ret
 
     def train(self, mode: bool = True):
@@ -152,7 +158,8 @@ class OANet(PanopticFPN):
             in training a dict of losses; otherwise see :meth:`inference`.
         """
         if not self.training:
-            return self.inference(batched_inputs)
+            with self.execution.inference(self.device):
+                return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
         # With nothing to learn outside the ranking head, nothing is kept for a backward pass.
@@ -171,6 +178,11 @@ class OANet(PanopticFPN):
         maps = self.ranking_maps(images, semantic, features)
         losses.update(self.srm_head.losses(candidates, targets, *maps))
         return losses
+
+    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
+        images = super().preprocess_image(batched_inputs)
+        images.tensor = self.execution.images(images.tensor)
+        return images
 
     def _semantic_losses(self, semantic: torch.Tensor, batched_inputs: List[Dict]):
         labels = ImageList.from_tensors(
@@ -326,7 +338,7 @@ class OANet(PanopticFPN):
         return Candidates(
             masks,
             instances.pred_classes,
-            instances.scores,
+            instances.scores.float(),  # autocast on a CPU leaves them in half precision
             relative_boxes(boxes, instances.image_size),
         )
 
