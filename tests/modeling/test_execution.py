@@ -6,6 +6,7 @@ from torch import nn
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+
 from oanet_d2.modeling.execution import Execution
 from tests.conftest import make_input
 
