@@ -80,9 +80,9 @@ def decisions_by_order(
     Returns:
         order -> what it made of the pairs, which are the same for all and come in one sequence.
     """
-    ids = torch.from_numpy(ids)
-    segments = match_to_segments(masks, classes, ids, segments_info)
-    margins, matched = margins_of_matched(masks, segments, ids), segments >= 0
+    id_map = torch.from_numpy(ids)
+    segments = match_to_segments(masks, classes, id_map, segments_info)
+    margins, matched = margins_of_matched(masks, segments, id_map), segments >= 0
     m = masks.flatten(1).float()
     shared = m @ m.t()
     clear = (margins > CLEAR_SHARE * shared) & (shared > 0)
