@@ -15,12 +15,12 @@ import os
 import sys
 from typing import List, Optional
 
-from detectron2.utils.logger import setup_logger
-
 from pictures import plan_pictures, run_on_pictures
 from segmenter import Segmenter
 from video import open_video, plan_video, run_on_video
 from window import check_display
+
+from detectron2.utils.logger import setup_logger
 
 from oanet_d2 import PanopticPredictor
 from oanet_d2.modeling import RANKING_RULE_REGISTRY

@@ -148,8 +148,10 @@ def check_outputs(outputs: List[str], inputs: List[str], overwrite: bool):
         overwrite: whether outputs may replace files.
 
     Raises:
-        ValueError: an output is one of the inputs, a folder, or there already.
+        ValueError: an output is one of the inputs, a folder, another output, or there already.
     """
+    for path in _twice([os.path.abspath(path) for path in outputs]):
+        raise ValueError(f"Two results would be written to {path}; write them to two folders.")
     read = {os.path.realpath(path) for path in inputs}
     for path in outputs:
         if os.path.realpath(path) in read:

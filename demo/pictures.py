@@ -10,16 +10,15 @@ from typing import List, Optional
 
 import numpy as np
 import torch
+from files import check_outputs, find_pictures, image_ids, is_picture, output_names, png_names
 from PIL import Image
+from segmenter import Segmenter, summary
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-from files import check_outputs, find_pictures, image_ids, is_picture, output_names, png_names
-from segmenter import Segmenter, summary
 from window import show
 
 from oanet_d2.evaluation import PanopticSubmission
-from oanet_d2.files import whole_file
+from oanet_d2.files import whole_path
 
 logger = logging.getLogger("oanet_d2.demo")
 
@@ -124,5 +123,5 @@ def run_on_pictures(plan: PicturePlan, segmenter: Segmenter) -> bool:
 def _save(path: str, rgb: np.ndarray):
     is_jpeg = Image.registered_extensions()[os.path.splitext(path)[1].lower()] == "JPEG"
     options = {"quality": 95, "subsampling": 0} if is_jpeg else {}  # letters stay sharp
-    with whole_file(path) as temporary:
+    with whole_path(path) as temporary:
         Image.fromarray(rgb).save(temporary, **options)

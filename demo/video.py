@@ -8,16 +8,15 @@ from typing import Iterable, Iterator, Optional
 
 import cv2
 import numpy as np
+from files import check_outputs
+from segmenter import Segmenter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from window import show
 
 from detectron2.utils.video_visualizer import VideoVisualizer
 
-from files import check_outputs
-from segmenter import Segmenter
-from window import show
-
-from oanet_d2.files import whole_file
+from oanet_d2.files import whole_path
 
 EXTENSIONS = (".mp4", ".mkv", ".avi", ".mov")
 CODEC = "mp4v"  # which every build of OpenCV with FFmpeg has
@@ -107,7 +106,7 @@ def _write(output: str, drawings: Iterable[np.ndarray], rate: float) -> int:
         the number of frames.
     """
     frames, writer = 0, None
-    with whole_file(output) as temporary:
+    with whole_path(output) as temporary:
         try:
             for rgb in drawings:
                 if writer is None:

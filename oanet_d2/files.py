@@ -6,11 +6,11 @@ import os
 from contextlib import contextmanager
 from typing import Iterator
 
-__all__ = ["whole_file"]
+__all__ = ["whole_path"]
 
 
 @contextmanager
-def whole_file(path: str) -> Iterator[str]:
+def whole_path(path: str) -> Iterator[str]:
     """
     Write a file under a temporary name in its folder. It gets its own name, in place of a file
     that has it, when all is written; after an error or an interruption nothing is left of it.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import VisImage, Visualizer
@@ -235,7 +235,8 @@ def _bgr(image: Union[str, os.PathLike, np.ndarray]) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return read_image(os.fspath(image), "BGR")
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"A picture is a path or a numpy array in BGR, not {type(image).__name__}.")
+        kind = type(image).__name__
+        raise ValueError(f"A picture is a path or a numpy array in BGR, not {kind}.")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"The picture is an array of {image.dtype} and shape {image.shape}; it must be uint8 "

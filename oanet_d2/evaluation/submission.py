@@ -6,7 +6,7 @@ import torch
 from panopticapi.utils import id2rgb
 from PIL import Image
 
-from ..files import whole_file
+from ..files import whole_path
 
 __all__ = ["PanopticSubmission"]
 
@@ -50,7 +50,7 @@ class PanopticSubmission:
             png_name: relative to the folder.
         """
         ids = panoptic_seg.cpu().numpy()
-        with whole_file(os.path.join(self.folder, png_name)) as path:
+        with whole_path(os.path.join(self.folder, png_name)) as path:
             Image.fromarray(id2rgb(ids)).save(path)
         height, width = ids.shape
         self.images.append(
@@ -69,7 +69,7 @@ class PanopticSubmission:
         Write the JSON.
         """
         keys = ("images", "annotations", "categories")
-        with whole_file(self.path) as path, open(path, "w") as f:
+        with whole_path(self.path) as path, open(path, "w") as f:
             json.dump({key: getattr(self, key) for key in keys}, f)
 
 

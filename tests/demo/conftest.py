@@ -48,7 +48,7 @@ def pictures(scenes):
     return sorted((scenes / "val").glob("*.jpg"))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def built_once(config_file, opts):
     return PanopticPredictor.from_config(config_file, opts=opts)
 
