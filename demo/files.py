@@ -5,19 +5,20 @@ Which pictures are read, and under which names results are written.
 import glob
 import os
 from collections import Counter
-from typing import Dict, List, Union
+from typing import Container, Dict, List, Union
 
 from PIL import Image
 
+from oanet_d2.data.images import FORMATS
 from oanet_d2.data.register import read_annotations
 
 
-def is_picture(path: str, formats: Dict) -> bool:
+def is_picture(path: str, formats: Container[str]) -> bool:
     """
     Whether a file's extension is of a picture.
 
     Args:
-        formats: PIL's formats to consider, `Image.OPEN` or `Image.SAVE`.
+        formats: PIL's names of those to consider, such as FORMATS or `Image.SAVE`.
     """
     extension = os.path.splitext(path)[1].lower()
     name = Image.registered_extensions().get(extension)
@@ -39,7 +40,7 @@ def find_pictures(inputs: List[str]) -> List[str]:
     for given in map(os.path.expanduser, inputs):
         if os.path.isdir(given):
             listed = glob.glob(os.path.join(glob.escape(given), "*"))
-            listed = [x for x in listed if os.path.isfile(x) and is_picture(x, Image.OPEN)]
+            listed = [x for x in listed if os.path.isfile(x) and is_picture(x, FORMATS)]
             problem = "is a folder without a picture"
         elif os.path.lexists(given):
             listed = [given] if os.path.isfile(given) else []
@@ -148,8 +149,10 @@ def check_outputs(outputs: List[str], inputs: List[str], overwrite: bool):
         overwrite: whether outputs may replace files.
 
     Raises:
-        ValueError: an output is one of the inputs, a folder, or there already.
+        ValueError: an output is one of the inputs, a folder, another output, or there already.
     """
+    for path in _twice([os.path.abspath(path) for path in outputs]):
+        raise ValueError(f"Two results would be written to {path}; write them to two folders.")
     read = {os.path.realpath(path) for path in inputs}
     for path in outputs:
         if os.path.realpath(path) in read:

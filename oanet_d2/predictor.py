@@ -17,16 +17,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import VisImage, Visualizer
 
 from .checkpoint import CheckpointError, OANetCheckpointer
-from .config import add_oanet_config
+from .config_files import load_config
 from .data import complete_config
-from .data.dataset_mapper import read_image
+from .data.images import read_image
 from .modeling import OANet
 from .modeling.oanet import OUTPUTS
 from .modeling.semantic_labels import semantic_labels
@@ -124,10 +124,8 @@ class PanopticPredictor(DefaultPredictor):
         Raises:
             ValueError: as :meth:`__init__`.
         """
-        cfg = get_cfg()
-        add_oanet_config(cfg)
-        cfg.merge_from_file(os.fspath(config_file), allow_unsafe=False)
-        cfg.merge_from_list(["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", (), *opts])
+        panoptic_only = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
+        cfg = load_config(os.fspath(config_file), [*panoptic_only, *opts])
         if weights:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         return cls(cfg)
@@ -235,7 +233,8 @@ def _bgr(image: Union[str, os.PathLike, np.ndarray]) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return read_image(os.fspath(image), "BGR")
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"A picture is a path or a numpy array in BGR, not {type(image).__name__}.")
+        kind = type(image).__name__
+        raise ValueError(f"A picture is a path or a numpy array in BGR, not {kind}.")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"The picture is an array of {image.dtype} and shape {image.shape}; it must be uint8 "

@@ -79,7 +79,8 @@ def test_what_cannot_be_read_is_skipped_and_told(run, pictures, tmp_path):
     for name in ("0_cut.jpg", "0_text.png", "0_deep.png", "0_thin.png"):
         assert f"{folder / name} skipped: " in text
     assert "4 of 6 skipped" in text
-    assert files_in(output) == ["0.jpg", "1.jpg", "panoptic.json", "panoptic/0.png", "panoptic/1.png"]
+    drawings, pngs = ["0.jpg", "1.jpg"], ["panoptic/0.png", "panoptic/1.png"]
+    assert files_in(output) == [*drawings, "panoptic.json", *pngs]
     written = json.loads((output / "panoptic.json").read_text())
     assert [x["image_id"] for x in written["annotations"]] == [0, 1]
     assert [x["id"] for x in written["images"]] == [0, 1]
@@ -410,7 +411,8 @@ def test_bad_arguments(run, no_predictor, pictures, tmp_path, monkeypatch, args,
     ],
 )
 def test_bad_config(run, pictures, tmp_path, opts, words):
-    status, text = run("--input", pictures[0], "--output", tmp_path / "out", "--opts", *opts.split())
+    args = ["--input", pictures[0], "--output", tmp_path / "out"]
+    status, text = run(*args, "--opts", *opts.split())
     assert status == 2 and words in text and "Traceback" not in text
     assert files_in(tmp_path) == []
 

@@ -120,3 +120,5 @@ def test_an_output_never_replaces_an_input(tmp_path):
     with pytest.raises(ValueError, match="a.jpg and 1 more would be overwritten.*--overwrite"):
         files.check_outputs([a, b], [], False)
     files.check_outputs([a, b], [], True)
+    with pytest.raises(ValueError, match="Two results would be written to .*/b.png"):
+        files.check_outputs([str(tmp_path / x) for x in ("c.png", "b.png", "./b.png")], [], True)

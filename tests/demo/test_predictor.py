@@ -161,7 +161,7 @@ def test_a_picture_of_nothing(bgr):
     "image, words",
     [
         (np.zeros((8, 8), np.uint8), r"array of uint8 and shape \(8, 8\)"),
-        (np.zeros((8, 8, 4), np.uint8), r"shape \(8, 8, 4\); it must be uint8 of shape \(H, W, 3\)"),
+        (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\); it must be uint8 of shape \(H, W, 3\)"),
         (np.zeros((8, 8, 3)), "array of float64"),
         (torch.zeros(8, 8, 3), "a path or a numpy array in BGR, not Tensor"),
         ("nowhere.jpg", "nowhere.jpg: .*No such file"),
@@ -179,7 +179,8 @@ def test_a_checkpoint_that_lacks_something(config_file, predictor, tmp_path):
     state = build_model(predictor.cfg).state_dict()
     part = {k: v for k, v in state.items() if not k.startswith("srm_head.predictor")}
     torch.save({"model": part}, tmp_path / "part.pth")
-    with pytest.raises(CheckpointError, match="part.pth .* 2 tensors .* such as srm_head.predictor"):
+    words = "part.pth .* 2 tensors .* such as srm_head.predictor"
+    with pytest.raises(CheckpointError, match=words):
         PanopticPredictor.from_config(config_file, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):
         PanopticPredictor.from_config(config_file, "nowhere.pth")
