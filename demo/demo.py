@@ -112,10 +112,7 @@ def build_predictor(args) -> PanopticPredictor:
             opts += [key, args.confidence_threshold]
     if args.order is not None:
         opts += ["MODEL.OANET.ORDER", args.order]
-    try:
-        return PanopticPredictor.from_config(args.config_file, opts=opts)
-    except (AssertionError, KeyError) as error:  # of wrong keys and values in a config
-        raise ValueError(f"--config-file or --opts: {error.args[0]}") from error
+    return PanopticPredictor.from_config(args.config_file, opts=opts)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

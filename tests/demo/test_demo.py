@@ -398,8 +398,8 @@ def test_bad_arguments(run, no_predictor, pictures, tmp_path, monkeypatch, args,
 @pytest.mark.parametrize(
     "opts, words",
     [
-        ("MODEL.NO_SUCH_KEY 1", "--opts: Non-existent key: MODEL.NO_SUCH_KEY"),
-        ("MODEL.OANET.ORDER", "--opts: Override list has odd length"),
+        ("MODEL.NO_SUCH_KEY 1", "override MODEL.NO_SUCH_KEY '1': Non-existent key"),
+        ("MODEL.OANET.ORDER", "'MODEL.OANET.ORDER' has no value"),
         ("MODEL.OANET.ORDER depth", "MODEL.OANET.ORDER is 'depth'"),
         ("MODEL.SRM_HEAD.NAME SpatialRankingHead", "which needs MODEL.SRM_HEAD.NAME"),
         ("MODEL.WEIGHTS ''", "MODEL.WEIGHTS is not set"),
