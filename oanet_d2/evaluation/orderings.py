@@ -10,7 +10,7 @@ from panopticapi.utils import rgb2id
 from tabulate import tabulate
 
 from detectron2.data import detection_utils as utils
-from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -18,6 +18,7 @@ from ..modeling import RANKING_RULE_REGISTRY, OANet
 from ..modeling.semantic_labels import semantic_labels
 from ..visualization import OrderPictures
 from .oracle import oracle_order
+from .panoptic import PanopticEvaluator
 
 __all__ = ["OrderingEvaluator", "orderings_table"]
 
@@ -58,7 +59,7 @@ class OrderingEvaluator(DatasetEvaluator):
                 raise ValueError(f"TEST.ORDERS holds {order!r}; it must be one of {known}.")
         self.model = model
         self.pictures = pictures
-        self.evaluators = {order: COCOPanopticEvaluator(dataset_name) for order in orders}
+        self.evaluators = {order: PanopticEvaluator(dataset_name) for order in orders}
 
     def reset(self):
         self.num_images = 0
