@@ -13,7 +13,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -22,7 +22,14 @@ from .checkpoint import OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
-from .evaluation import OrderingEvaluator, orderings_of, orderings_table, write_orderings
+from .data.register import require_files
+from .evaluation import (
+    OrderingEvaluator,
+    PanopticEvaluator,
+    orderings_of,
+    orderings_table,
+    write_orderings,
+)
 from .visualization import OrderPictures
 
 __all__ = [
@@ -45,6 +52,8 @@ class OANetTrainer(DefaultTrainer):
         cfg.defrost()
         complete_config(cfg)
         cfg.freeze()
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the latter would be missed late
+            require_files(name, images=cfg.INPUT.READ_IMAGE)
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
@@ -107,7 +116,7 @@ class OANetTrainer(DefaultTrainer):
         model gives masks (`cfg.MODEL.OANET.OUTPUTS`).
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        evaluators = [COCOPanopticEvaluator(dataset_name, output_folder)]
+        evaluators = [PanopticEvaluator(dataset_name, output_folder)]
         has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
         if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             evaluators.append(COCOEvaluator(dataset_name, output_dir=output_folder))

@@ -104,7 +104,10 @@ def one_scene_twice(tmp_path):
         },
         "INPUT": {"RANDOM_FLIP": "none", "MIN_SIZE_TRAIN": [96]},
         # momentum tells a sum of gradients from their mean, which AdamW would not
-        "SOLVER": {"OPTIMIZER": "SGD", "BASE_LR": 0.01, "IMS_PER_BATCH": 2, "MAX_ITER": 5, "WARMUP_ITERS": 0, "CHECKPOINT_PERIOD": 1},
+        "SOLVER": {
+            **{"OPTIMIZER": "SGD", "BASE_LR": 0.01, "IMS_PER_BATCH": 2},
+            **{"MAX_ITER": 5, "WARMUP_ITERS": 0, "CHECKPOINT_PERIOD": 1},
+        },
         "DATALOADER": {"NUM_WORKERS": 0},
         "TEST": {"ORDERS": []},
     }

@@ -1,5 +1,4 @@
 import copy
-from contextlib import contextmanager
 from typing import Dict, List, Tuple
 
 import cv2
@@ -14,6 +13,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
+from .register import naming
+
 __all__ = [
     "PanopticDatasetMapper",
     "index_segments",
@@ -21,24 +22,6 @@ __all__ = [
 ]
 
 CHECK = "`python -m oanet_d2.data.check` finds all such mistakes in a dataset."
-
-
-@contextmanager
-def naming(file_name: str):
-    """
-    Whatever goes wrong in here becomes a ValueError that says with which file.
-
-    Args:
-        file_name: what the message begins with.
-
-    Raises:
-        ValueError: from the original error.
-    """
-    try:
-        yield
-    except Exception as e:
-        reason = str(e) if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{file_name}: {reason}") from e
 
 
 def read_image(file_name: str, format: str) -> np.ndarray:

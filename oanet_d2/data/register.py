@@ -1,4 +1,5 @@
 import json
+from contextlib import contextmanager
 from typing import Dict, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -8,14 +9,18 @@ from detectron2.utils.file_io import PathManager
 __all__ = [
     "category_metadata",
     "load_panoptic",
+    "naming",
     "read_annotations",
     "register_from_config",
     "register_panoptic",
+    "require_files",
 ]
 
-# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments.
+# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments, and the
+# metadata that holds their values.
 PATHS = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT")
 OPTIONAL_PATH = "INSTANCES_JSON"
+FIELDS = ("image_root", "panoptic_json", "panoptic_root", "json_file")
 
 
 def register_panoptic(
@@ -96,14 +101,50 @@ def register_from_config(cfg):
         paths = [files[path] for path in PATHS] + [files.get(OPTIONAL_PATH) or None]
         if name in DatasetCatalog:
             known = MetadataCatalog.get(name)
-            fields = ("image_root", "panoptic_json", "panoptic_root", "json_file")
-            if [getattr(known, field, None) for field in fields] != paths:
+            if [getattr(known, field, None) for field in FIELDS] != paths:
                 raise ValueError(
                     f"{key}: a dataset {name!r} from other files is registered already; choose "
                     "another name."
                 )
             continue
         register_panoptic(name, *paths)
+
+
+def require_files(name: str, images: bool = True):
+    """
+    See that the files of a panoptic dataset are there, before a training that would look for some
+    of them only at its end. What lies behind a URL is not looked for.
+
+    Args:
+        name: a dataset with the metadata of :func:`register_panoptic`.
+        images: look for the folder of the images, too.
+
+    Raises:
+        ValueError: one is missing; the message names it.
+    """
+    for field, key in zip(FIELDS, (*PATHS, OPTIONAL_PATH)):
+        path = getattr(MetadataCatalog.get(name), field, None)
+        is_local = path and "://" not in path and (images or field != "image_root")
+        if is_local and not PathManager.exists(path):
+            raise ValueError(f"Dataset {name!r}: its {key} {path} does not exist.")
+
+
+@contextmanager
+def naming(file_name: str):
+    """
+    Whatever goes wrong in here becomes a ValueError that says with which file.
+
+    Args:
+        file_name: what the message begins with.
+
+    Raises:
+        ValueError: from the original error.
+    """
+    try:
+        yield
+    except Exception as e:
+        reason = str(e) if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{file_name}: {reason}") from e
 
 
 def read_annotations(path: str, *keys: str) -> Dict:
@@ -193,59 +234,59 @@ def load_panoptic(
         with an instances JSON, "annotations".
     """
     panoptic = read_annotations(panoptic_json, "images", "annotations")
-    images = {image["id"]: image for image in panoptic["images"]}
+    with naming(f"{panoptic_json}: images"):
+        images = {image["id"]: image for image in panoptic["images"]}
     instances = {}
     if instances_json is not None:
-        instances = {
-            x["image_id"]: x["annotations"] for x in load_coco_json(instances_json, image_root)
-        }
+        with naming(instances_json):
+            for x in load_coco_json(instances_json, image_root):
+                annotations = [_contiguous_annotation(a, thing_ids) for a in x["annotations"]]
+                instances[x["image_id"]] = annotations
 
     dicts = []
-    for annotation in panoptic["annotations"]:
-        image_id = annotation["image_id"]
-        image = images.get(image_id)
-        if image is None:
-            raise ValueError(
-                f"{panoptic_json}: {annotation.get('file_name')} annotates the image "
-                f"{image_id!r}, which is not among its 'images'."
-            )
-        d = {
-            "file_name": f"{image_root}/{image['file_name']}",
-            "image_id": image_id,
-            "height": image["height"],
-            "width": image["width"],
-            "pan_seg_file_name": f"{panoptic_root}/{annotation['file_name']}",
-            "segments_info": [
-                _contiguous_segment(s, thing_ids, stuff_ids, panoptic_json)
-                for s in annotation["segments_info"]
-            ],
-        }
+    for i, annotation in enumerate(panoptic["annotations"]):
+        with naming(f"{panoptic_json}: annotations[{i}]"):
+            image_id = annotation["image_id"]
+            image = images.get(image_id)
+            if image is None:
+                raise ValueError(
+                    f"{annotation.get('file_name')} annotates the image {image_id!r}, which is "
+                    "not among the 'images'."
+                )
+            d = {
+                "file_name": f"{image_root}/{image['file_name']}",
+                "image_id": image_id,
+                "height": image["height"],
+                "width": image["width"],
+                "pan_seg_file_name": f"{panoptic_root}/{annotation['file_name']}",
+                "segments_info": [
+                    _contiguous_segment(s, thing_ids, stuff_ids)
+                    for s in annotation["segments_info"]
+                ],
+            }
         if instances_json is not None:
-            d["annotations"] = [
-                _contiguous_annotation(a, thing_ids, instances_json)
-                for a in instances.get(image_id, [])
-            ]
+            d["annotations"] = instances.get(image_id, [])
         dicts.append(d)
     return dicts
 
 
-def _contiguous_segment(segment: Dict, thing_ids: Dict, stuff_ids: Dict, source: str):
+def _contiguous_segment(segment: Dict, thing_ids: Dict, stuff_ids: Dict):
     category = segment["category_id"]
     isthing = category in thing_ids
     ids = thing_ids if isthing else stuff_ids
     if category not in ids:
         raise ValueError(
-            f"{source}: segment {segment['id']} is of category {category}, which is not among "
-            f"its 'categories'."
+            f"segment {segment['id']} is of category {category}, which is not among the "
+            "'categories'."
         )
     return {**segment, "isthing": isthing, "category_id": ids[category]}
 
 
-def _contiguous_annotation(annotation: Dict, thing_ids: Dict, source: str):
+def _contiguous_annotation(annotation: Dict, thing_ids: Dict):
     category = annotation["category_id"]
     if category not in thing_ids:
         raise ValueError(
-            f"{source}: an instance is of category {category}, which is no thing in the panoptic "
+            f"an instance is of category {category}, which is no thing in the panoptic "
             f"annotation; its things are {sorted(thing_ids)}."
         )
     return {**annotation, "category_id": thing_ids[category]}
