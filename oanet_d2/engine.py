@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -20,9 +20,11 @@ from .checkpoint import CheckpointError, OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
+from .data.register import require_files
 from .data.training_stream import TrainingStream, build_train_loader
 from .evaluation import (
     OrderingEvaluator,
+    PanopticEvaluator,
     PanopticPictures,
     ReportRecorder,
     orderings_of,
@@ -58,6 +60,8 @@ class OANetTrainer(DefaultTrainer):
         cfg.defrost()
         complete_config(cfg)
         cfg.freeze()
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the latter would be missed late
+            require_files(name, images=cfg.INPUT.READ_IMAGE)
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
@@ -172,7 +176,7 @@ class OANetTrainer(DefaultTrainer):
         if has_event_storage():
             # First: what follows changes the results' segments_info in place.
             evaluators.append(PanopticPictures(dataset_name, cfg.TEST.TENSORBOARD_PICTURES))
-        evaluators.append(COCOPanopticEvaluator(dataset_name, output_folder))
+        evaluators.append(PanopticEvaluator(dataset_name, output_folder))
         has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
         if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             evaluators.append(COCOEvaluator(dataset_name, output_dir=output_folder))

@@ -39,6 +39,7 @@ from .check_annotations import (
     outside,
     read_json,
 )
+from .cityscapes import is_cityscapes, name_images
 from .files import Folder
 from .images import read_header
 from .register import register_from_config
@@ -75,7 +76,9 @@ def check(
     return _check([None if p is None else str(p) for p in paths], workers, progress)[0]
 
 
-def _check(paths: List, workers: Optional[int], progress: bool) -> Tuple[List[Problem], int]:
+def _check(
+    paths: List, workers: Optional[int], progress: bool, cityscapes: bool = False
+) -> Tuple[List[Problem], int]:
     """What :func:`check` returns, and the number of samples."""
     image_root, panoptic_json, panoptic_root, instances_json = paths
     contents, problems = [], []
@@ -84,10 +87,13 @@ def _check(paths: List, workers: Optional[int], progress: bool) -> Tuple[List[Pr
             contents.append(None if path is None else read_json(path))
         except Exception as error:  # whatever a file, or a handler of PathManager, makes it raise
             contents.append(None)
-            problems.append(Problem("annotation file unusable", path, repr(error)))
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            problems.append(Problem("annotation file unusable", path, reason))
     panoptic, instances = contents
     if panoptic is None:
         return problems, 0
+    if cityscapes:
+        name_images(panoptic)
 
     folders = Folder(image_root), Folder(panoptic_root)
     samples = list(make_samples(panoptic, *folders))
@@ -322,11 +328,8 @@ def find_dataset(name: str, config_file: Optional[str]) -> List[Optional[str]]:
 
 
 def _is_coco_panoptic(name: str) -> bool:
-    # Cityscapes has the same metadata, but its images lie in a folder per city.
-    loader = getattr(DatasetCatalog[name], "__module__", None) or ""
     keys = ("image_root", "panoptic_json", "panoptic_root")
-    is_panoptic = all(getattr(MetadataCatalog.get(name), key, None) for key in keys)
-    return is_panoptic and "cityscapes" not in loader
+    return all(getattr(MetadataCatalog.get(name), key, None) for key in keys)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -349,14 +352,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     if len(args.dataset) not in (1, 3, 4):
         parser.error(f"{len(args.dataset)} arguments given; it must be a NAME or 3 or 4 paths")
-    paths = (args.dataset + [None])[:4]
+    paths, cityscapes = (args.dataset + [None])[:4], False
     if len(args.dataset) == 1:
         try:
             paths = find_dataset(args.dataset[0], args.config_file)
+            cityscapes = args.dataset[0] in DatasetCatalog and is_cityscapes(args.dataset[0])
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    problems, num_samples = _check(paths, args.workers, progress=True)
+    problems, num_samples = _check(paths, args.workers, True, cityscapes)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0
 

@@ -31,6 +31,7 @@ class Problem(NamedTuple):
     where: str
     detail: str
 
+
 def _is_number(value: Any) -> bool:
     # type() here and below, because a bool is an int, too.
     return type(value) in (int, float) and abs(value) < math.inf
@@ -52,9 +53,9 @@ IMAGE = {"id": ID, "file_name": TEXT, "height": LENGTH, "width": LENGTH}
 ANNOTATION = {"image_id": ID, "file_name": TEXT, "segments_info": LIST}
 SEGMENT = {"id": INTEGER, "category_id": INTEGER, "area": AREA, "iscrowd": FLAG}
 INSTANCE = {"id": ID, "image_id": ID, "category_id": INTEGER, "bbox": BOX}
-INSTANCE.update({"iscrowd": FLAG, "segmentation": MASK})
-OPTIONAL = ("area", "iscrowd")
-# Kinds of problem that have a name of their own.
+INSTANCE.update({"area": AREA, "iscrowd": FLAG, "segmentation": MASK})
+# Kinds of problem that have a name of their own. (Training does without an area and iscrowd, but
+# panopticapi and COCO's evaluation do not.)
 KINDS = {"isthing": "category without isthing", "segmentation": "instance without a mask"}
 
 
@@ -95,7 +96,7 @@ def check_entries(items: List, fields: Dict, where: str, what: str) -> Iterator[
             yield Problem("malformed entry", entry["where"], f"is {reprlib.repr(item)}, no object")
             continue
         for key in fields:
-            if key not in entry and (key in item or key not in OPTIONAL):
+            if key not in entry:
                 found = reprlib.repr(item[key]) if key in item else "missing"
                 detail = f"{key!r} is {found}; it must be {fields[key][0]}"
                 yield Problem(KINDS.get(key, "malformed entry"), entry["where"], detail)

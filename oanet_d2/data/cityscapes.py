@@ -14,7 +14,7 @@ from .files import Folder, check_json_file
 from .images import naming
 from .register import category_metadata
 
-__all__ = ["load_cityscapes", "register_cityscapes"]
+__all__ = ["is_cityscapes", "load_cityscapes", "name_images", "register_cityscapes"]
 
 # All images are of this size. Detectron2's loader does not say so.
 HEIGHT, WIDTH = 1024, 2048
@@ -44,6 +44,25 @@ def register_cityscapes(root: str):
             ignore_label=255,
             **metadata,
         )
+
+
+def is_cityscapes(name: str) -> bool:
+    """Whether a registered dataset is Cityscapes, from here or from Detectron2."""
+    return "cityscapes" in (getattr(DatasetCatalog[name], "__module__", None) or "")
+
+
+def name_images(panoptic: Dict):
+    """
+    Put the images' paths into the panoptic JSON that cityscapesscripts makes, which names them
+    after their annotations and without the folder of their city.
+
+    Args:
+        panoptic: changed in place; entries that are not what they must be stay.
+    """
+    for image in panoptic["images"]:
+        image_id = image.get("id") if isinstance(image, dict) else None
+        if isinstance(image_id, str):
+            image["file_name"] = f"{image_id.split('_')[0]}/{image_id}_leftImg8bit.png"
 
 
 def load_cityscapes(image_root: str, panoptic_root: str, panoptic_json: str) -> List[Dict]:

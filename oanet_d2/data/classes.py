@@ -10,6 +10,8 @@ from .register import register_from_config
 
 __all__ = ["check_classes", "complete_config"]
 
+SAME_CLASSES = "datasets of one config must have the same classes in the same order."
+
 
 def complete_config(cfg):
     """
@@ -38,22 +40,36 @@ def complete_config(cfg):
 
 def check_classes(cfg):
     """
-    Compare the class counts of the config with those of its datasets.
+    Compare the class counts of the config with those of its datasets, and the classes of these
+    with each other.
 
     Raises:
-        ValueError: they differ; the message names the key, both numbers and what would be right.
+        ValueError: they differ; the message names the key, both numbers (or both classes) and what
+            would be right.
     """
-    for name in _datasets(cfg):
+    names = _datasets(cfg)
+    for name in names:
         for key, (found, right) in _class_counts(cfg, name).items():
             if found != right:
                 metadata = MetadataCatalog.get(name)
+                fits_first = found == _class_counts(cfg, names[0])[key][1]
+                also = f", as dataset {names[0]!r} needs it" if fits_first else ""
+                how = f"; {SAME_CLASSES}" if fits_first else " (or 0, to follow the dataset)."
                 raise ValueError(
-                    f"{key} is {found}, but dataset {name!r} has "
+                    f"{key} is {found}{also}, but dataset {name!r} has "
                     f"{len(metadata.thing_dataset_id_to_contiguous_id)} thing and "
                     f"{len(metadata.stuff_dataset_id_to_contiguous_id)} stuff classes: with "
                     f"MODEL.SEM_SEG_HEAD.SUPERVISION {cfg.MODEL.SEM_SEG_HEAD.SUPERVISION!r} it "
-                    f"must be {right} (or 0, to follow the dataset)."
+                    f"must be {right}{how}"
                 )
+        for field in ("thing_classes", "stuff_classes"):
+            first, other = (getattr(MetadataCatalog.get(x), field) for x in (names[0], name))
+            for i, (theirs, ours) in enumerate(zip(first, other)):
+                if theirs != ours:
+                    raise ValueError(
+                        f"{field}[{i}] of dataset {name!r} is {ours!r}, of {names[0]!r} it is "
+                        f"{theirs!r}. A model knows classes by their position; {SAME_CLASSES}"
+                    )
 
 
 def _datasets(cfg) -> List[str]:

@@ -1,6 +1,7 @@
 from typing import Any, Dict, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from .load import load_panoptic, read_annotations
 
@@ -10,11 +11,14 @@ __all__ = [
     "read_annotations",
     "register_from_config",
     "register_panoptic",
+    "require_files",
 ]
 
-# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments.
+# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments, and the
+# metadata that holds their values.
 PATHS = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT")
 OPTIONAL_PATH = "INSTANCES_JSON"
+FIELDS = ("image_root", "panoptic_json", "panoptic_root", "json_file")
 # What the fields of a category must be.
 CATEGORY_FIELDS = {
     "id": ("a whole number", lambda x: type(x) is int),
@@ -104,14 +108,32 @@ def register_from_config(cfg):
         paths = [files[path] for path in PATHS] + [files.get(OPTIONAL_PATH) or None]
         if name in DatasetCatalog:
             known = MetadataCatalog.get(name)
-            fields = ("image_root", "panoptic_json", "panoptic_root", "json_file")
-            if [getattr(known, field, None) for field in fields] != paths:
+            if [getattr(known, field, None) for field in FIELDS] != paths:
                 raise ValueError(
                     f"{key}: a dataset {name!r} from other files is registered already; choose "
                     "another name."
                 )
             continue
         register_panoptic(name, *paths)
+
+
+def require_files(name: str, images: bool = True):
+    """
+    See that the files of a panoptic dataset are there, before a training that would look for some
+    of them only at its end. What lies behind a URL is not looked for.
+
+    Args:
+        name: a dataset with the metadata of :func:`register_panoptic`.
+        images: look for the folder of the images, too.
+
+    Raises:
+        ValueError: one is missing; the message names it.
+    """
+    for field, key in zip(FIELDS, (*PATHS, OPTIONAL_PATH)):
+        path = getattr(MetadataCatalog.get(name), field, None)
+        is_local = path and "://" not in path and (images or field != "image_root")
+        if is_local and not PathManager.exists(path):
+            raise ValueError(f"Dataset {name!r}: its {key} {path} does not exist.")
 
 
 def category_metadata(categories: List[Dict], source: str) -> Dict:

@@ -8,7 +8,7 @@ import numpy as np
 from panopticapi.utils import rgb2id
 from tabulate import tabulate
 
-from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data.images import read_image
@@ -18,6 +18,7 @@ from ..visualization import OrderPictures
 from ..whole_files import whole_file
 from .class_counts import class_counts
 from .oracle import oracle_order
+from .panoptic import PanopticEvaluator
 from .report_data import ReportRecorder
 
 __all__ = ["OrderingEvaluator", "closure", "orderings_table"]
@@ -63,7 +64,7 @@ class OrderingEvaluator(DatasetEvaluator):
         self.model = model
         self.pictures = pictures
         self.report = report
-        self.evaluators = {order: COCOPanopticEvaluator(dataset_name) for order in orders}
+        self.evaluators = {order: PanopticEvaluator(dataset_name) for order in orders}
 
     def reset(self):
         self.num_images = 0

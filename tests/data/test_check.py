@@ -64,7 +64,8 @@ class Dataset:
             mask = {"size": mask["size"], "counts": mask["counts"].decode()}
             masks = [[[0, 1, 5, 1, 5, 7.5]], mask, {**mask, "counts": rle_runs(mask["counts"])}]
             instance = {"id": 10 + i, "image_id": i, "category_id": PERSON, "bbox": [0, 1, 5, 6.5]}
-            instances.append({**instance, "iscrowd": 0, "segmentation": masks[i]})
+            instance.update(area=32.5, iscrowd=0, segmentation=masks[i])
+            instances.append(instance)
         self.panoptic = {"images": images, "annotations": annotations, "categories": CATEGORIES}
         self.instances = {"images": images, "annotations": instances, "categories": CATEGORIES[:2]}
         # no two share an entry
@@ -261,18 +262,38 @@ def segment_without_category(d):
     return "panoptic.json: annotations[1] (1.png) segments_info[0]"
 
 
+def segment_without(key):
+    def change(d):
+        del d.segment(1, 0)[key]
+        return "panoptic.json: annotations[1] (1.png) segments_info[0]"
+
+    change.__name__ = f"segment_without_{key}"
+    return change
+
+
+def instance_without(key):
+    def change(d):
+        del d.instances["annotations"][1][key]
+        return "inst.json: annotations[1]"
+
+    change.__name__ = f"instance_without_{key}"
+    return change
+
+
 def segment_of_id_zero(d):
-    d.panoptic["annotations"][1]["segments_info"].append({"id": 0, "category_id": SKY})
+    segment = {"id": 0, "category_id": SKY, "area": 1, "iscrowd": 0}
+    d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "panoptic.json: annotations[1] (1.png) segments_info[2]"
 
 
 def segment_of_huge_id(d):
-    d.panoptic["annotations"][1]["segments_info"].append({"id": 256**3, "category_id": SKY})
+    segment = {"id": 256**3, "category_id": SKY, "area": 1, "iscrowd": 0}
+    d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "panoptic.json: annotations[1] (1.png) segments_info[2]"
 
 
 def segment_of_area_zero(d):
-    segment = {"id": 5, "category_id": SKY, "area": 0}
+    segment = {"id": 5, "category_id": SKY, "area": 0, "iscrowd": 0}
     d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "panoptic.json: annotations[1] (1.png) segments_info[2]"
 
@@ -389,7 +410,8 @@ def png_with_more_ids(d):
 
 
 def png_with_fewer_ids(d):
-    d.panoptic["annotations"][1]["segments_info"].append({"id": 5, "category_id": SKY})
+    segment = {"id": 5, "category_id": SKY, "area": 7, "iscrowd": 0}
+    d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "pngs/1.png"
 
 
@@ -491,6 +513,8 @@ FAULTS = [
     (unknown_category, {"unknown category id": 1}),
     (segment_twice, {"duplicate segment id": 1}),
     (segment_without_category, MALFORMED),
+    (segment_without("area"), MALFORMED),
+    (segment_without("iscrowd"), MALFORMED),
     (segment_of_id_zero, {"segment id out of range": 1}),
     (segment_of_huge_id, {"segment id out of range": 1}),
     (segment_of_area_zero, {"empty segment": 1}),
@@ -524,6 +548,8 @@ FAULTS = [
     (instance_of_stuff, {"instance of stuff": 1}),
     (instance_twice, {"duplicate instance id": 1}),
     (instance_without_box, MALFORMED),
+    (instance_without("area"), MALFORMED),
+    (instance_without("iscrowd"), MALFORMED),
     (box_without_height, {"box without extent": 1}),
     (instance_without_mask, NO_MASK),
     (mask_as([]), NO_MASK),
@@ -754,7 +780,7 @@ def test_registered_datasets(dataset, capsys):
     error = capsys.readouterr().err
     assert "error: 'test_check_train' is not registered" in error
     assert "coco_2017_val_oanet" in error and "occlusion_scenes_train" in error
-    assert "cityscapes" not in error  # their images lie elsewhere than this looks for them
+    assert "cityscapes_fine_panoptic_val_oanet" in error
 
 
 def test_datasets_of_a_yaml(dataset, tmp_path, capsys):
