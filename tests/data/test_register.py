@@ -198,7 +198,7 @@ def test_malformed_annotations_are_refused_with_their_file(
 def test_another_file_in_place_of_the_instances_json(scenes, forget, which):
     """The panoptic JSON, a folder."""
     register_panoptic("my_train", *scenes[:3], scenes[which])
-    with pytest.raises(ValueError, match=f"^{scenes[which]}: "):
+    with pytest.raises(ValueError, match=scenes[which]):
         DatasetCatalog.get("my_train")
 
 
