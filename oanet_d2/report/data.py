@@ -8,15 +8,14 @@ import math
 import os
 from typing import Any, Dict, List
 
-from ..evaluation.pair_accuracy import KINDS
 from ..evaluation.orderings import METRICS
+from ..evaluation.pair_accuracy import KINDS
 from ..evaluation.report_data import (
     FILE_NAME,
     FOLDER,
     FORMAT,
     JSON_NAME,
     SECTIONS,
-    SIDE,
     content_name,
 )
 
@@ -52,7 +51,7 @@ SCHEMA = {
     "dataset": str,
     "images": int,
     "seconds": NUMBER,
-    "orderings": MapOf({str: {metric: NUMBER for metric in METRICS}}),
+    "orderings": MapOf({str: dict.fromkeys(METRICS, NUMBER)}),
     "compared": [str],
     "outcomes": {"better": int, "worse": int, "same": int},
     "clear_share": NUMBER,
@@ -237,7 +236,9 @@ def _check_references(content: Dict):
             for j, s in enumerate(case[key]["segments_info"]):
                 known = things if s["isthing"] else stuff
                 place = f"{where}.{key}.segments_info[{j}].category_id"
-                _expect(s["category_id"] in known, s["category_id"], f"one of {sorted(known)}", place)
+                _expect(
+                    s["category_id"] in known, s["category_id"], f"one of {sorted(known)}", place
+                )
                 if s["isthing"] and key != "ground_truth":
                     _check(s.get("instance_id"), int, place.replace("category_id", "instance_id"))
 

@@ -39,13 +39,15 @@ def of_class(name, index, isthing, score, srm, oracle):
 
 REPORT = {
     "orderings": {
-        "score": {m: 60.0 for m in METRICS},
-        "srm_pairs": {m: 75.0 for m in METRICS},
-        "oracle": {m: 80.0 for m in METRICS},
+        "score": dict.fromkeys(METRICS, 60.0),
+        "srm_pairs": dict.fromkeys(METRICS, 75.0),
+        "oracle": dict.fromkeys(METRICS, 80.0),
     },
     "compared": ["score", "srm_pairs"],
     "classes": [
-        of_class("person", 0, True, counts(8.0, 10, 0, 0), counts(7.6, 10, 0, 0), counts(9, 10, 0, 0)),
+        of_class(
+            "person", 0, True, counts(8.0, 10, 0, 0), counts(7.6, 10, 0, 0), counts(9, 10, 0, 0)
+        ),
         of_class("tie", 1, True, counts(0.8, 1, 0, 3), counts(3.0, 4, 2, 0), counts(4, 4, 0, 0)),
         of_class("kite", 2, True, NONE, NONE, NONE),
         of_class("sky", 1, False, NONE, counts(0.0, 0, 1, 0), NONE),
