@@ -80,30 +80,33 @@ def decisions_by_order(
     Returns:
         order -> what it made of the pairs, which are the same for all and come in one sequence.
     """
-    id_map = torch.from_numpy(ids)
-    segments = match_to_segments(masks, classes, id_map, segments_info)
-    margins, matched = margins_of_matched(masks, segments, id_map), segments >= 0
+    gt_ids = torch.from_numpy(ids)
+    segments = match_to_segments(masks, classes, gt_ids, segments_info)
+    margins = margins_of_matched(masks, segments, gt_ids)
     m = masks.flatten(1).float()
     shared = m @ m.t()
     clear = (margins > CLEAR_SHARE * shared) & (shared > 0)
+    pairs = [(i, j, int(margins[i, j])) for i, j in torch.nonzero(clear).tolist()]
+    class_of, matched = classes.tolist(), (segments >= 0).tolist()
+
+    def kind(front: int, behind: int) -> str:
+        if not (matched[front] and matched[behind]):
+            return KINDS[2]
+        return KINDS[int(class_of[front] == class_of[behind])]
+
     found: Dict[str, List[PairDecision]] = {}
     for name, order in orders.items():
-        position = torch.empty_like(order)
-        position[order] = torch.arange(len(order), device=order.device)
-        found[name] = []
-        for front, behind in torch.nonzero(clear).tolist():
-            kind = KINDS[int(classes[front] == classes[behind])]
-            if not (matched[front] and matched[behind]):
-                kind = KINDS[2]
-            found[name].append(
-                PairDecision(
-                    front=int(classes[front]),
-                    behind=int(classes[behind]),
-                    kind=kind,
-                    pixels=int(margins[front, behind]),
-                    right=bool(position[front] < position[behind]),
-                )
+        position = {instance: i for i, instance in enumerate(order.tolist())}
+        found[name] = [
+            PairDecision(
+                front=class_of[front],
+                behind=class_of[behind],
+                kind=kind(front, behind),
+                pixels=pixels,
+                right=position[front] < position[behind],
             )
+            for front, behind, pixels in pairs
+        ]
     return found
 
 

@@ -36,7 +36,7 @@ import json
 import os
 import re
 from collections import Counter
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -87,11 +87,11 @@ class ReportRecorder:
         self.reset()
 
     def reset(self):
-        self._outcomes = Counter()
-        self._overlaps = Counter()  # (front, behind, kind) -> pairs
-        self._right = Counter()  # (front, behind, kind, order) -> pairs
+        self._outcomes: Counter = Counter()
+        self._overlaps: Counter = Counter()  # (front, behind, kind) -> pairs
+        self._right: Counter = Counter()  # (front, behind, kind, order) -> pairs
         # section -> min-heap of (pixels, image id, case)
-        self._cases = {section: [] for section in SECTIONS}
+        self._cases: Dict[str, List[Tuple]] = {section: [] for section in SECTIONS}
 
     def add(
         self,
@@ -125,13 +125,11 @@ class ReportRecorder:
             self._overlaps[d.front, d.behind, d.kind] += 1
 
         before, after = self.compared
-        shown = {before: results[before], after: results[after]}
-        if "oracle" in results:
-            shown["oracle"] = results["oracle"]
         # COCOPanopticEvaluator changes the segments' dicts in place
         shown = {
-            order: (ids.cpu().numpy(), [dict(s) for s in info])
-            for order, (ids, info) in shown.items()
+            order: (results[order][0].cpu().numpy(), [dict(s) for s in results[order][1]])
+            for order in (before, after, "oracle")
+            if order in results
         }
         truth = category_codes(gt_ids, input["segments_info"])
         right = {k: int((category_codes(*x) == truth).sum()) for k, x in shown.items()}
@@ -182,9 +180,15 @@ class ReportRecorder:
         parts = comm.gather((self._outcomes, self._overlaps, self._right, self._cases))
         if not comm.is_main_process():
             return
-        outcomes, overlaps, right = (sum((p[i] for p in parts), Counter()) for i in range(3))
+        outcomes: Counter = Counter()
+        overlaps: Counter = Counter()
+        right: Counter = Counter()
+        for part in parts:
+            outcomes.update(part[0])
+            overlaps.update(part[1])
+            right.update(part[2])
         PathManager.mkdirs(self.folder)
-        content = {
+        content: Dict[str, Any] = {
             "format": FORMAT,
             "dataset": self.dataset_name,
             "images": images,
@@ -223,7 +227,8 @@ class ReportRecorder:
                 os.remove(os.path.join(self.folder, name))
 
     def _classes(self, counts: Dict[str, Dict[int, ClassCounts]]) -> List[Dict]:
-        m, classes = self.metadata, []
+        m = self.metadata
+        classes: List[Dict] = []
         for isthing, names, ids in (
             (True, m.thing_classes, m.thing_dataset_id_to_contiguous_id),
             (False, m.stuff_classes, m.stuff_dataset_id_to_contiguous_id),
@@ -253,7 +258,7 @@ class ReportRecorder:
         }
         return {
             "image_id": input["image_id"],
-            "file_name": os.path.basename(input["file_name"]),
+            "file_name": self._shown_name(input["file_name"]),
             "height": image.shape[0],
             "width": image.shape[1],
             "orders": list(orders),
@@ -271,6 +276,11 @@ class ReportRecorder:
             ),
             **maps,
         }
+
+    def _shown_name(self, path: str) -> str:
+        # images in different subfolders may have one name
+        name = os.path.relpath(path, self.metadata.image_root)
+        return os.path.basename(path) if name.startswith(os.pardir) else name
 
     def _write_map(self, ids: np.ndarray) -> str:
         # Image.fromarray does not take the strides that id2rgb leaves

@@ -236,7 +236,9 @@ def _check_references(content: Dict):
             for j, s in enumerate(case[key]["segments_info"]):
                 known = things if s["isthing"] else stuff
                 place = f"{where}.{key}.segments_info[{j}].category_id"
-                _expect(s["category_id"] in known, s["category_id"], f"one of {sorted(known)}", place)
+                _expect(
+                    s["category_id"] in known, s["category_id"], f"one of {sorted(known)}", place
+                )
                 if s["isthing"] and key != "ground_truth":
                     _check(s.get("instance_id"), int, place.replace("category_id", "instance_id"))
 

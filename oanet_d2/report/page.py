@@ -22,6 +22,7 @@ from .tables import case_pairs, class_rows, kind_rows, order_rows, pair_rows, su
 __all__ = ["PAGE_NAME", "render", "write_report"]
 
 PAGE_NAME = "report.html"
+NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 PLOTTED_CLASSES = 40
 PAIRS_AT_FIRST = 15
 PAIRS_IN_CASE = 5
@@ -133,15 +134,15 @@ def _file(name: str) -> str:
 
 
 def _number(value, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return NONE if value is None else f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def _signed(value, digits: int = 1) -> str:
     if value is None:
-        return "–"
+        return NONE
     rounded = round(value, digits) + 0.0  # not -0.0
-    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+    return f"{rounded:+.{digits}f}".replace("-", MINUS) if rounded else f"{0:.{digits}f}"
 
 
 def _percent(part, whole) -> str:
-    return f"{100 * part / whole:.0f}" if whole else "–"
+    return f"{100 * part / whole:.0f}" if whole else NONE

@@ -7,7 +7,7 @@ wide screen.
 import base64
 import io
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -73,7 +73,7 @@ def case_pictures(folder: str, case: Dict, classes: Dict) -> Dict:
         ids = rgb2id(np.asarray(picture.convert("RGB"))).astype(np.int64)
         maps[key] = ids, case[key]["segments_info"]
     changed = changed_pixels(maps["before"], maps["after"])
-    pictures = {"photo": _uri(photo)}
+    pictures: Dict[str, Any] = {"photo": _uri(photo)}
     for key, panoptic_seg in maps.items():
         drawn = draw_layer(panoptic_seg, classes, None if key == "ground_truth" else changed)
         pictures[key] = Layer(_uri(_webp(drawn)), labels(panoptic_seg, classes))
@@ -96,8 +96,9 @@ def draw_layer(
     """
     ids, segments_info = panoptic_seg
     scale = SIDE / max(ids.shape)
-    size = tuple(max(1, round(scale * x)) for x in reversed(ids.shape))
-    layer = np.zeros((size[1], size[0], 4), dtype=np.uint8)
+    height, width = (max(1, round(scale * x)) for x in ids.shape)
+    size = width, height
+    layer = np.zeros((height, width, 4), dtype=np.uint8)
     enlarged = [_enlarged(ids == s["id"], size) for s in segments_info]
     for mask, s in zip(enlarged, segments_info):
         layer[mask] = (*classes[s["isthing"], s["category_id"]]["color"], FILL)
@@ -128,9 +129,9 @@ def labels(panoptic_seg: PanopticSeg, classes: Dict) -> List[Label]:
         depth = cv2.distanceTransform(
             np.pad(mask, 1).astype(np.uint8), cv2.DIST_L1, cv2.DIST_MASK_3, dstType=cv2.CV_8U
         )[1:-1, 1:-1]
-        y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+        row, column = np.unravel_index(int(depth.argmax()), depth.shape)
         name = classes[s["isthing"], s["category_id"]]["name"]
-        x, y = 100 * (x + 0.5) / width, 100 * (y + 0.5) / height
+        x, y = 100 * (column + 0.5) / width, 100 * (row + 0.5) / height
         found.append(Label(name, round(float(x), 1), round(float(y), 1), s["isthing"]))
     return found
 
@@ -142,9 +143,7 @@ def _enlarged(mask: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
 
 
 def _outline(layer: np.ndarray, mask: np.ndarray, color: Sequence[int], thickness: int):
-    contours, _ = cv2.findContours(
-        mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
-    )
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(layer, contours, -1, color, thickness)
 
 

@@ -48,7 +48,7 @@ def class_quality_plot(classes: List[ClassQuality], name: str, width: int) -> Ma
     Returns:
         an <svg>; the same for the same arguments.
     """
-    settings = {
+    settings: Dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 13 * POINTS_PER_PIXEL,
@@ -58,9 +58,11 @@ def class_quality_plot(classes: List[ClassQuality], name: str, width: int) -> Ma
     height = ROW * len(classes) + 56
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width / 96, height / 96), dpi=96)
-        left = min(0.42 * width, 20 + 7.5 * max((len(_short(c["name"])) for c in classes), default=0))
+        left = min(
+            0.42 * width, 20 + 7.5 * max((len(_short(c["name"])) for c in classes), default=0)
+        )
         axes = figure.add_axes(
-            [left / width, 30 / height, 1 - (left + 14) / width, 1 - 56 / height], facecolor="none"
+            (left / width, 30 / height, 1 - (left + 14) / width, 1 - 56 / height), facecolor="none"
         )
         _draw(axes, classes)
         with io.StringIO() as out, warnings.catch_warnings():
@@ -77,9 +79,19 @@ def _draw(axes, classes: List[ClassQuality]):
         color = WORSE if round(c["ranked"] - c["score"], 1) < 0 else RANKED
         axes.plot([c["score"], c["ranked"]], [y, y], color=color, linewidth=2.5, zorder=2)
         if c["oracle"] is not None:
-            axes.plot(c["oracle"], y, "|", color=INK, markersize=11, markeredgewidth=1.6, zorder=2.5)
-        axes.plot(c["score"], y, "o", color=SURFACE, markeredgecolor=SCORE, markeredgewidth=1.8,
-                  markersize=6.5, zorder=3)
+            axes.plot(
+                c["oracle"], y, "|", color=INK, markersize=11, markeredgewidth=1.6, zorder=2.5
+            )
+        axes.plot(
+            c["score"],
+            y,
+            "o",
+            color=SURFACE,
+            markeredgecolor=SCORE,
+            markeredgewidth=1.8,
+            markersize=6.5,
+            zorder=3,
+        )
         axes.plot(c["ranked"], y, "o", color=color, markersize=7.5, zorder=4)
     axes.set_xlim(-2, 102)
     axes.set_ylim(len(classes) - 0.5, -0.5)
@@ -105,7 +117,7 @@ def _for_page(svg: str, name: str, height: int) -> str:
                 parent.remove(child)
         for key, value in parent.attrib.items():
             parent.set(key, _for_page_attribute(key, value, name))
-    width = float(root.get("viewBox").split()[2])
+    width = float(root.attrib["viewBox"].split()[2])
     root.set("width", f"{width / POINTS_PER_PIXEL:.0f}")
     root.set("height", f"{height}")
     # for those who see: the table beside it says the same

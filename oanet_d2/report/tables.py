@@ -61,18 +61,18 @@ def class_rows(report: Dict) -> Rows:
     rows = []
     for c in report["classes"]:
         pq = {order: panoptic_quality(counts) for order, counts in c["counts"].items()}
-        if pq[score] is None and pq[ranked] is None:
+        before, after = pq[score], pq[ranked]
+        if before is None and after is None:
             continue
-        known = pq[score] is not None and pq[ranked] is not None
         rows.append(
             {
                 "name": c["name"],
                 "isthing": c["isthing"],
                 "segments": c["counts"][ranked]["tp"] + c["counts"][ranked]["fn"],
-                "score": pq[score],
-                "ranked": pq[ranked],
+                "score": before,
+                "ranked": after,
                 "oracle": pq.get("oracle"),
-                "gain": pq[ranked] - pq[score] if known else None,
+                "gain": None if before is None or after is None else after - before,
             }
         )
     return sorted(rows, key=lambda r: (r["gain"] is None, -(r["gain"] or 0), r["name"]))

@@ -114,15 +114,18 @@ def test_pictures_are_shown(open_report, written):
     boxes = [image.bounding_box() for image in page.locator(".compare img").all()]
     assert all(box["width"] > 200 and abs(box["width"] - box["height"]) < 1 for box in boxes)
     # the photo behind them is a picture too: its pixels are not all alike
-    assert page.evaluate(
-        """async () => {
+    assert (
+        page.evaluate(
+            """async () => {
             const style = getComputedStyle(document.querySelector(".compare .photo"));
             const image = new Image();
             image.src = style.backgroundImage.slice(5, -2);
             await image.decode();
             return image.naturalWidth;
         }"""
-    ) == 96
+        )
+        == 96
+    )
 
 
 def test_filters(open_report, written):
@@ -214,9 +217,7 @@ def test_everything_is_reached_by_keyboard(open_report, written):
     assert outline == "solid"
 
 
-@pytest.mark.parametrize(
-    "viewport, scheme", [(PHONE, "light"), (PHONE, "dark"), (WIDE, "light")]
-)
+@pytest.mark.parametrize("viewport, scheme", [(PHONE, "light"), (PHONE, "dark"), (WIDE, "light")])
 def test_legible(open_report, written, viewport, scheme):
     opened = open_report(written, viewport=viewport, scheme=scheme)
     page = opened.page
@@ -231,7 +232,8 @@ def test_legible(open_report, written, viewport, scheme):
     texts = page.evaluate(
         """() => {
             const channel = (x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
-            const light = (c) => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
+            const light = ([r, g, b]) =>
+                0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
             const numbers = (c) => c.match(/[\\d.]+/g).map(Number);
             const found = [];
             const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -247,8 +249,8 @@ def test_legible(open_report, written, viewport, scheme):
                     let behind = element;
                     const opaque = (x) => /^rgb\\(/.test(getComputedStyle(x).backgroundColor);
                     while (behind.parentElement && !opaque(behind)) behind = behind.parentElement;
-                    const own = svg ? style.fill : style.color;
-                    const colors = [own, getComputedStyle(behind).backgroundColor];
+                    const background = getComputedStyle(behind).backgroundColor;
+                    const colors = [svg ? style.fill : style.color, background];
                     const [a, b] = colors.map((c) => light(numbers(c)));
                     contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
                 }
@@ -265,7 +267,9 @@ def test_legible(open_report, written, viewport, scheme):
     assert faint == []
     # nothing but what lies in a table that scrolls sticks out of the window
     tables = page.locator(".scroll").evaluate_all("(all) => all.map((x) => x.innerText).join()")
-    outside = [t for t in texts if (t[3] < -1 or t[4] > viewport["width"] + 1) and t[0] not in tables]
+    outside = [
+        t for t in texts if (t[3] < -1 or t[4] > viewport["width"] + 1) and t[0] not in tables
+    ]
     assert outside == []
     if viewport is PHONE:
         for control in page.locator("#filter label").all():

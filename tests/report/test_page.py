@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -55,7 +56,9 @@ class Page(HTMLParser):
         found = []
         for row in self.all("tr"):
             if any(e["attributes"].get("id") == section for e in row["inside"]):
-                cells = [e for e in self.elements if row in e["inside"] and e["tag"] in ("th", "td")]
+                cells = [
+                    e for e in self.elements if row in e["inside"] and e["tag"] in ("th", "td")
+                ]
                 found.append([" ".join(e["text"].split()) for e in cells])
         return found
 
@@ -81,7 +84,7 @@ def test_tables_say_what_was_evaluated(page, evaluated):
     assert [row[0].removesuffix(" stuff") for row in classes] == [
         c["name"] for c in class_rows(report)
     ]
-    gains = [float(row[1].replace("−", "-")) for row in classes]
+    gains = [float(row[1].replace("\N{MINUS SIGN}", "-")) for row in classes]
     assert gains == sorted(gains, reverse=True) and gains[0] > 0
     overlaps = page.rows("overlaps")
     for pair in pair_rows(report, false_positives=False):
@@ -144,7 +147,7 @@ def test_it_is_accessible(page):
         assert has_caption or table["attributes"]["aria-labelledby"]
     assert all(e["attributes"].get("scope") in ("row", "col") for e in page.all("th"))
     levels = [int(e["tag"][1]) for e in page.elements if re.fullmatch("h[1-6]", e["tag"])]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:]))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 def test_text_of_the_data_is_only_text(folder):
@@ -204,7 +207,7 @@ def test_without_oracle_pairs_and_cases(folder):
     page = Page(render(str(folder)))
     text = page.all("body")[0]["text"]
     assert "No two painted instances overlap." in text and "TEST.ORDER_PICTURES" in text
-    assert {row[1] for row in page.rows("orders")[1:]} == {"–"}
+    assert {row[1] for row in page.rows("orders")[1:]} == {"\N{EN DASH}"}
     assert "oracle" not in page.all("section", id="classes")[0]["text"]
 
 

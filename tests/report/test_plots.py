@@ -58,7 +58,9 @@ def test_it_fits_into_a_page():
         assert used and all(a + b in own for a, b in used)
         assert svg.startswith("<svg") and "<style" not in svg and "<metadata" not in svg
         # no color but the page's own
-        assert not any(color in svg for color in VARIABLES) and not re.search(r"#[0-9a-f]{6}\b", svg)
+        assert not any(color in svg for color in VARIABLES) and not re.search(
+            r"#[0-9a-f]{6}\b", svg
+        )
         assert "DejaVu" not in svg
 
 
@@ -66,11 +68,12 @@ def test_the_same_again():
     assert class_quality_plot(CLASSES, "a", 300) == class_quality_plot(CLASSES, "a", 300)
 
 
-@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a$b$^_", "$\\frac{", "&amp;", "雨", ""])
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", "a$b$^_", "$\\frac{", "&amp;", "雨", ""]
+)
 def test_names_are_text(name):
     (first, *_) = CLASSES
     root = ElementTree.fromstring(class_quality_plot([{**first, "name": name}], "a", 300))
     shown = name if len(name) <= 22 else name[:21] + "…"
     assert shown in [*texts(root), ""]
     assert not list(root.iter(SVG + "script"))
-

@@ -45,7 +45,9 @@ REPORT = {
     },
     "compared": ["score", "srm_pairs"],
     "classes": [
-        of_class("person", 0, True, counts(8.0, 10, 0, 0), counts(7.6, 10, 0, 0), counts(9, 10, 0, 0)),
+        of_class(
+            "person", 0, True, counts(8.0, 10, 0, 0), counts(7.6, 10, 0, 0), counts(9, 10, 0, 0)
+        ),
         of_class("tie", 1, True, counts(0.8, 1, 0, 3), counts(3.0, 4, 2, 0), counts(4, 4, 0, 0)),
         of_class("kite", 2, True, NONE, NONE, NONE),
         of_class("sky", 1, False, NONE, counts(0.0, 0, 1, 0), NONE),
