@@ -27,11 +27,10 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 from tqdm import tqdm
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 
-from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.engine import OANetTrainer, prepare_datasets
@@ -326,10 +325,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures" / "concepts")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
     args = parser.parse_args(argv)
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     complete_config(cfg)
     if "srm_pairs" not in cfg.TEST.ORDERS:
         parser.error("TEST.ORDERS must hold 'srm_pairs', so that the model keeps the evidence.")
