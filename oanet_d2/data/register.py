@@ -54,7 +54,14 @@ def register_panoptic(
             contradict each other.
     """
     if categories is None:
-        categories = read_annotations(panoptic_json, "categories")["categories"]
+        content = read_annotations(panoptic_json, "annotations", "categories")
+        categories = content["categories"]
+        with naming(panoptic_json):
+            if content["annotations"] and "segments_info" not in content["annotations"][0]:
+                raise ValueError(
+                    "its annotations have no 'segments_info', so it is no panoptic JSON. (An "
+                    "instances JSON goes into instances_json.)"
+                )
     metadata = category_metadata(categories, panoptic_json)
     DatasetCatalog.register(
         name,
@@ -238,7 +245,7 @@ def load_panoptic(
         images = {image["id"]: image for image in panoptic["images"]}
     instances = {}
     if instances_json is not None:
-        with naming(instances_json):
+        with naming(f"{instances_json}, as an instances JSON"):
             for x in load_coco_json(instances_json, image_root):
                 annotations = [_contiguous_annotation(a, thing_ids) for a in x["annotations"]]
                 instances[x["image_id"]] = annotations
