@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOPanopticEvaluator, inference_on_dataset
+from detectron2.evaluation import inference_on_dataset
 
 from oanet_d2.data.check import check
 from oanet_d2.data.classes import complete_config
@@ -59,7 +59,7 @@ def test_learned_by_heart(tmp_path):
         trainer.train()
         model = trainer.model.eval()
         loader = OANetTrainer.build_test_loader(cfg, name)
-        result = inference_on_dataset(model, loader, COCOPanopticEvaluator(name, str(tmp_path)))
+        result = inference_on_dataset(model, loader, OANetTrainer.build_evaluator(cfg, name))
     # panopticapi's mean is over the classes that are in the ground truth or the prediction
     assert result["panoptic_seg"]["PQ"] > 30
     assert result["panoptic_seg"]["PQ_st"] > 20

@@ -222,8 +222,8 @@ def segment_id(d):
 
 
 @broken(PANOPTIC, "an entry that lacks what it must have")
-def no_segments(d):
-    del d.panoptic["annotations"][0]["segments_info"]
+def no_image_id(d):
+    del d.panoptic["annotations"][0]["image_id"]
 
 
 @broken(NAME, "is absolute, or has `..` in it")

@@ -73,7 +73,7 @@ def load_panoptic(
         with _entry(f"{panoptic_json}: annotations[{i}]"):
             d = _load_image(annotation, images, *folders, thing_ids, stuff_ids)
         if instances is not None:
-            with _entry(instances_json):
+            with _entry(f"{instances_json}, as an instances JSON"):
                 own = instances.get(d["image_id"], [])
                 _check_count(own, "instances", d["file_name"])
                 d["annotations"] = [_contiguous_annotation(a, thing_ids, d) for a in own]
@@ -93,8 +93,8 @@ def _entry(where: str) -> Iterator[None]:
 
 
 def _load_instances(instances_json: str, image_root: str) -> Dict[Any, List[Dict]]:
-    check_json_file(instances_json)
-    with _entry(instances_json):
+    with _entry(f"{instances_json}, as an instances JSON"):
+        check_json_file(instances_json)
         try:
             dicts = load_coco_json(instances_json, image_root)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@ from typing import Any, Dict, List, Optional
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from .images import naming
 from .load import load_panoptic, read_annotations
 
 __all__ = [
@@ -58,7 +59,14 @@ def register_panoptic(
             contradict each other.
     """
     if categories is None:
-        categories = read_annotations(panoptic_json, "categories")["categories"]
+        content = read_annotations(panoptic_json, "annotations", "categories")
+        categories = content["categories"]
+        with naming(panoptic_json):
+            if content["annotations"] and "segments_info" not in content["annotations"][0]:
+                raise ValueError(
+                    "its annotations have no 'segments_info', so it is no panoptic JSON. (An "
+                    "instances JSON goes into instances_json.)"
+                )
     metadata = category_metadata(categories, panoptic_json)
     DatasetCatalog.register(
         name,

@@ -131,8 +131,10 @@ def write_json(path, annotations):
     "annotations, words",
     [
         ("{", "is not a JSON file"),
-        ([], "has no 'categories'"),
+        ([], "has no 'annotations'"),
         ({"images": [], "annotations": []}, "has no 'categories'"),
+        ({"annotations": [{"bbox": []}], "categories": CATEGORIES}, "have no 'segments_info'"),
+        ({"annotations": [5], "categories": CATEGORIES}, "panoptic.json: TypeError"),
     ],
 )
 def test_what_is_no_panoptic_annotation(tmp_path, annotations, words):
@@ -167,14 +169,14 @@ def test_instances_of_stuff_are_refused(scenes, tmp_path, forget):
     instances["annotations"][0]["category_id"] = 10**6
     path = write_json(tmp_path / "instances.json", instances)
     register_panoptic("my_train", *scenes[:3], path)
-    with pytest.raises(ValueError, match="instances.json: an instance is of category 1000000"):
+    with pytest.raises(ValueError, match="instances.json, as an .*: an instance is of category 1000000"):
         DatasetCatalog.get("my_train")
 
 
 @pytest.mark.parametrize(
     "file, key, words",
     [
-        ("panoptic", "segments_info", r"annotations\[0\]: KeyError: 'segments_info'"),
+        ("panoptic", "image_id", r"annotations\[0\]: KeyError: 'image_id'"),
         ("panoptic", "file_name", r"annotations\[0\]: KeyError: 'file_name'"),
         ("instances", "category_id", "KeyError: 'category_id'"),
         ("instances", "id", "KeyError: 'id'"),
@@ -190,7 +192,7 @@ def test_malformed_annotations_are_refused_with_their_file(
     del content["annotations"][0][key]
     paths[which] = write_json(tmp_path / f"{file}.json", content)
     register_panoptic("my_train", *paths)
-    with pytest.raises(ValueError, match=f"{file}.json: {words}"):
+    with pytest.raises(ValueError, match=f"{file}.json.*: {words}"):
         DatasetCatalog.get("my_train")
 
 
@@ -198,7 +200,7 @@ def test_malformed_annotations_are_refused_with_their_file(
 def test_another_file_in_place_of_the_instances_json(scenes, forget, which):
     """The panoptic JSON, a folder."""
     register_panoptic("my_train", *scenes[:3], scenes[which])
-    with pytest.raises(ValueError, match=scenes[which]):
+    with pytest.raises(ValueError, match=f"{scenes[which]}, as an instances JSON: "):
         DatasetCatalog.get("my_train")
 
 
