@@ -6,11 +6,16 @@ ITERS      ?=
 ARGS       ?=
 PYTEST_ARGS ?=
 
+# Of another length it is another training, which does not go into the folder of the first.
+DEMO_OPTS = $(if $(ITERS),SOLVER.MAX_ITER $(ITERS) OUTPUT_DIR output/occlusion_scenes_$(ITERS))
+
 # With VENV=none, $(PYTHON) itself is used as it is.
 PY    = $(if $(filter none,$(VENV)),$(PYTHON),$(VENV)/bin/python)
+# Of a part of the tests (PYTEST_ARGS) it would mean nothing.
+COVERAGE = --cov --cov-report=term:skip-covered --cov-fail-under=90
 SETUP = @$(PYTHON) tools/setup_env.py --venv "$(VENV)" --detectron2 "$(DETECTRON2)"
 
-.PHONY: help demo test setup clean-venv
+.PHONY: help demo test lint setup clean-venv
 
 help:  ## print this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -23,11 +28,16 @@ help:  ## print this
 
 demo:  ## train and evaluate a small OANet on made-up scenes with occlusion
 	$(SETUP)
-	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_R_18.yaml $(if $(ITERS),SOLVER.MAX_ITER $(ITERS)) $(ARGS)
+	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_R_18.yaml $(DEMO_OPTS) $(ARGS)
 
-test:  ## run the tests
+test:  ## run the tests; fewer than 90 % of the lines of oanet_d2 run in them: an error
 	$(SETUP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(or $(PYTEST_ARGS),$(COVERAGE))
+
+lint:  ## ruff, and mypy over oanet_d2
+	$(SETUP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 setup:  ## only make the environment, or check the one there is by importing everything
 	$(SETUP) --verify

@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis", "playwright"],
+        "lint": ["ruff", "mypy"],
         "cityscapes": ["cityscapesscripts"],
     },
 )

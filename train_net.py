@@ -5,27 +5,26 @@ OANet training script: trains, resumes or evaluates what a config describes.
 This script is a simplified version of the training script in detectron2/tools.
 """
 
-from detectron2.config import get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
+from oanet_d2.distributed import launch
 from oanet_d2.engine import OANetTrainer, prepare_datasets, report_orderings, training_seconds
+from oanet_d2.output_folder import prepare_output_folder
 
 
 def setup(args):
     """
     Create configs and perform basic setups.
     """
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     complete_config(cfg)
     cfg.freeze()
+    prepare_output_folder(cfg, args.resume, args.eval_only)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="oanet_d2")
     prepare_datasets(cfg)

@@ -3,9 +3,10 @@ import logging
 import os
 import pickle
 import re
+import shutil
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-__all__ = ["CheckpointError", "OANetCheckpointer"]
+from .whole_files import WholeFiles
+
+__all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite", "read_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ class OANetCheckpointer(DetectionCheckpointer):
     """
     Reads what :class:`DetectionCheckpointer` reads, with three differences: no code in a file is
     run unless `allow_pickle` is set, a file that is of no use is an error that says why, and what
-    became of every tensor is told in three lines.
+    became of every tensor is told in three lines. It writes the same files, but whole or not at
+    all: what was there stays until the new one is on the disk.
 
     Attributes:
         loaded, new (list[str]): the model's tensors that came from the file that was loaded last,
@@ -49,11 +53,43 @@ class OANetCheckpointer(DetectionCheckpointer):
         Other arguments are the same as :class:`DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.path_manager = WholeFiles(self.path_manager)
         self.allow_pickle = allow_pickle
-        self.loaded, self.new, self.left_out, self.unused = [], [], [], []
+        self.loaded: List[str] = []
+        self.new: List[str] = []
+        self.left_out: List[Tuple] = []
+        self.unused: List[str] = []
         self._path = ""  # of the file being loaded, as it was given
-        self._names = []  # of its tensors, as they are in it
-        self._given = {}  # its tensors, as they are compared with the model
+        self._names: List[str] = []  # of its tensors, as they are in it
+        self._given: Dict[str, torch.Tensor] = {}  # its tensors, as they are compared with the model
+
+    def save(self, name: str, **kwargs) -> None:
+        """
+        As :meth:`DetectionCheckpointer.save`.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            FloatingPointError: a tensor of the model is not finite; it would be of no use.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        broken = first_not_finite(self.model)
+        if broken is not None:
+            raise FloatingPointError(
+                f"{name}.pth is not saved: {broken} holds NaN or infinite numbers. The last "
+                f"checkpoint is {self.get_checkpoint_file() or 'none yet'}."
+            )
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
+            while not isinstance(error, OSError) and error.__context__ is not None:
+                error = error.__context__
+            free = shutil.disk_usage(self.save_dir).free
+            raise CheckpointError(
+                f"{os.path.join(self.save_dir, name)}.pth cannot be written: {error}. What was "
+                f"there stays; the last checkpoint is {self.get_checkpoint_file() or 'none yet'}. "
+                f"({free / 1e6:,.0f} MB are free.) Go on by --resume when there is room."
+            ) from error
 
     def load(self, path: str, *args, **kwargs) -> Dict:
         """
@@ -112,7 +148,7 @@ class OANetCheckpointer(DetectionCheckpointer):
         with nullcontext() if self.allow_pickle else _numpy_scalars():
             return torch.load(f, map_location="cpu", weights_only=not self.allow_pickle)
 
-    def _problem(self, error: Exception, filename: str) -> str:
+    def _problem(self, error: BaseException, filename: str) -> str:
         # torch raises "from None" what it would advise instead of what went wrong.
         while error.__suppress_context__ and error.__context__ is not None:
             error = error.__context__
@@ -177,6 +213,31 @@ class OANetCheckpointer(DetectionCheckpointer):
         logger.info(f"Left out for their shape: {_count(len(names), names)}{shapes}")
 
 
+def first_not_finite(model: torch.nn.Module) -> Optional[str]:
+    """
+    Returns:
+        the name of the first tensor in its state that holds NaN or infinite numbers; None if all
+        are finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def read_checkpoint(path: str) -> Dict:
+    """
+    What a .pth holds, to look at what is beside its tensors: those stay on the disk until they are
+    used. Empty if the file cannot be read like this.
+    """
+    try:
+        with _numpy_scalars():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a broken file makes torch raise anything
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _refuse(what: str):
     raise pickle.UnpicklingError(f"GLOBAL {what} is not allowed")  # as torch says it
 
@@ -184,6 +245,8 @@ def _refuse(what: str):
 # While a pickle is checked, these stand in for what they are named after. The real ones take any
 # state from it: numpy.ndarray((1,), "O", b"8 bytes.") alone makes an object of any address.
 class _Dtype:
+    numpy: np.dtype
+
     def __new__(cls, code, align=False, copy=True):
         if not re.fullmatch(r"[biufc]\d+", code):
             _refuse(f"numpy.dtype({code!r})")
@@ -223,7 +286,7 @@ def _scalar(dtype, data):
 
 
 # All that pickles of numpy arrays and scalars (of numpy 1 or 2) and of ordered dicts refer to.
-_PICKLE_GLOBALS = {
+_PICKLE_GLOBALS: Dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "numpy.dtype": _Dtype,
     "numpy.ndarray": _Array,
@@ -247,7 +310,7 @@ def _numpy_scalars():
     Within this context `torch.load(weights_only=True)` takes numpy's scalars too, if this version
     of torch can be told to.
     """
-    if torch.__version__ < (2, 7):
+    if torch.__version__ < "2.7":
         return nullcontext()
     names = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return torch.serialization.safe_globals([_Dtype, *((_PICKLE_GLOBALS[x], x) for x in names)])

@@ -63,6 +63,7 @@ def add_oanet_config(cfg):
     # Channels that IN_FEATURE is projected to, and width of the two hidden layers.
     cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 32
     cfg.MODEL.SRM_HEAD.PAIRS.HIDDEN_DIM = 128
+    # Weight of the loss over pairs.
     cfg.MODEL.SRM_HEAD.PAIRS.LOSS_WEIGHT = 1.0
 
     # ---------------------------------------------------------------- fusion
@@ -86,6 +87,20 @@ def add_oanet_config(cfg):
     # differ only where two classes are equal up to rounding.
     cfg.MODEL.OANET.OUTPUTS = ("pred_masks", "sem_seg")
 
+    # ---------------------------------------------------------------- speed
+    # Ways to run the same network; what each gains is in docs/performance.md.
+    # True: images, weights and feature maps are kept channels last, in training too.
+    cfg.MODEL.OANET.CHANNELS_LAST = False
+    # True: inference in torch.inference_mode. What it returns can then never be part of something
+    # that is differentiated.
+    cfg.MODEL.OANET.INFERENCE_MODE = False
+    # Inference in mixed precision: "bfloat16", or "float16" (not on a CPU); "": in single precision.
+    # (Training: SOLVER.AMP.ENABLED.)
+    cfg.MODEL.OANET.AUTOCAST = ""
+    # True: the backbone is compiled with torch.compile when it is first used, which takes a minute,
+    # once for training and once for inference. On a CPU it needs a C++ compiler.
+    cfg.MODEL.OANET.COMPILE = False
+
     # ---------------------------------------------------------------- training
     # True: everything but the ranking head is frozen, in evaluation mode and without gradients.
     cfg.MODEL.OANET.TRAIN_SRM_ONLY = False
@@ -105,6 +120,9 @@ def add_oanet_config(cfg):
     # OUTPUT_DIR/pictures_still_wrong, as far as TEST.ORDERS holds the two. So many of each, and of
     # each kind of case in the report.
     cfg.TEST.ORDER_PICTURES = 12
+    # Pictures of panoptic results for TensorBoard, at every evaluation within a training. So many,
+    # always of the same images; 0 for none.
+    cfg.TEST.TENSORBOARD_PICTURES = 4
 
     # ---------------------------------------------------------------- data
     # Panoptic datasets to register, by name; each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,
@@ -118,4 +136,5 @@ def add_oanet_config(cfg):
     cfg.DATASETS.OCCLUSION_SCENES.VAL_IMAGES = 200
     # Side of the square images in pixels.
     cfg.DATASETS.OCCLUSION_SCENES.IMAGE_SIZE = 192
+    # What all of them are drawn from; another seed, other scenes.
     cfg.DATASETS.OCCLUSION_SCENES.SEED = 0

@@ -7,31 +7,36 @@ from unittest import mock
 
 import torch
 
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import has_event_storage
 
-from .checkpoint import OANetCheckpointer
+from .checkpoint import CheckpointError, OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
+from .data.register import require_files
+from .data.training_stream import TrainingStream, build_train_loader
 from .evaluation import (
     OrderingEvaluator,
+    PanopticEvaluator,
+    PanopticPictures,
     ReportRecorder,
     orderings_of,
     orderings_table,
     write_orderings,
 )
 from .evaluation.report_data import FOLDER as REPORT_FOLDER
+from .hooks import DataOrder, NonFiniteLoss, RunConfig
+from .output_folder import check_free_space
 from .report import write_report
 from .visualization import OrderPictures
+from .whole_files import drop_unfinished_line
 
 __all__ = [
     "OANetTrainer",
@@ -48,11 +53,15 @@ class OANetTrainer(DefaultTrainer):
     Detectron2's trainer with OANet's mapper and evaluators.
     """
 
+    checkpointer: DetectionCheckpointer
+
     def __init__(self, cfg):
         cfg = cfg.clone()
         cfg.defrost()
         complete_config(cfg)
         cfg.freeze()
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the latter would be missed late
+            require_files(name, images=cfg.INPUT.READ_IMAGE)
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
@@ -69,10 +78,57 @@ class OANetTrainer(DefaultTrainer):
             allow_pickle=self.cfg.MODEL.ALLOW_PICKLE,
             **self.checkpointer.checkpointables,
         )
-        hooks = [TrainingClock(), *super().build_hooks()]
+        hooks = [RunConfig(), NonFiniteLoss(self.cfg.OUTPUT_DIR, self.cfg.INPUT.FORMAT)]
+        stream = getattr(self.data_loader, "dataset", None)
+        if isinstance(stream, TrainingStream):  # not if a subclass builds another loader
+            hooks.append(DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
+        hooks += [TrainingClock(), *super().build_hooks()]
         if comm.is_main_process() and self.cfg.TEST.ORDERS:
             hooks.append(OrderingReport())
         return hooks
+
+    def build_writers(self):
+        # which append to it, whatever ended the training before
+        drop_unfinished_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return super().build_writers()
+
+    def resume_or_load(self, resume=True):
+        """
+        As :meth:`DefaultTrainer.resume_or_load`.
+
+        Raises:
+            CheckpointError: not every process finds the checkpoint to resume from.
+            OutputFolderError: it is of another model or optimizer, see :class:`RunConfig`.
+        """
+        super().resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise CheckpointError(
+                f"The processes would start at the iterations {starts}: not all of them find the "
+                f"last checkpoint in {self.cfg.OUTPUT_DIR}. Every machine needs that folder, "
+                "shared or copied."
+            )
+
+    def train(self):
+        """
+        As :meth:`DefaultTrainer.train`.
+
+        Raises:
+            OutputFolderError: there is no room for a checkpoint.
+        """
+        if comm.is_main_process():
+            check_free_space(self.cfg.OUTPUT_DIR, self.model, self.optimizer)
+        return super().train()
+
+    def after_train(self):
+        finished = self.iter >= self.max_iter
+        try:
+            super().after_train()
+        except Exception as error:
+            if finished:
+                raise
+            # What ended the training is what the user has to know.
+            logger.warning(f"After that error, writing what was left failed too: {error}")
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -91,7 +147,7 @@ class OANetTrainer(DefaultTrainer):
             )
             # One kernel for all parameters, where PyTorch has it for CPUs too: looping over them
             # takes a twelfth of the demo's training step.
-            fused = {"fused": True} if torch.__version__ >= (2, 4) else {}
+            fused = {"fused": True} if torch.__version__ >= "2.4" else {}
             return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
                 params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, **fused
             )
@@ -101,7 +157,7 @@ class OANetTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=PanopticDatasetMapper(cfg, is_train=True))
+        return build_train_loader(cfg, PanopticDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -112,10 +168,15 @@ class OANetTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         """
         Panoptic quality, and COCO's instance AP where the dataset has an instances JSON and the
-        model gives masks (`cfg.MODEL.OANET.OUTPUTS`).
+        model gives masks (`cfg.MODEL.OANET.OUTPUTS`). Within a training also a few pictures for
+        TensorBoard.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        evaluators = [COCOPanopticEvaluator(dataset_name, output_folder)]
+        evaluators = []
+        if has_event_storage():
+            # First: what follows changes the results' segments_info in place.
+            evaluators.append(PanopticPictures(dataset_name, cfg.TEST.TENSORBOARD_PICTURES))
+        evaluators.append(PanopticEvaluator(dataset_name, output_folder))
         has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
         if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             evaluators.append(COCOEvaluator(dataset_name, output_dir=output_folder))
@@ -253,7 +314,7 @@ class OrderingReport(HookBase):
 
     def after_step(self):
         results = getattr(self.trainer, "_last_eval_results", None)
-        if results is not self._reported:
+        if results is not None and results is not self._reported:
             self._reported = results
             clock = next(h for h in self.trainer._hooks if isinstance(h, TrainingClock))
             report_orderings(self.trainer.cfg, results, clock.seconds)

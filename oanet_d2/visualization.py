@@ -4,7 +4,7 @@ Pictures of what the painting order changes.
 
 import heapq
 import os
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -12,15 +12,22 @@ import torch
 from panopticapi.utils import rgb2id
 
 from detectron2.data import MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["OrderPictures", "draw_order_comparison", "pixel_gain"]
+from .data.images import read_image
+
+__all__ = [
+    "OrderPictures",
+    "changed_pixels",
+    "draw_order_comparison",
+    "draw_result",
+    "pixel_gain",
+]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
-PanopticSeg = Tuple[torch.Tensor, List[Dict]]
+PanopticSeg = Tuple[Union[torch.Tensor, np.ndarray], List[Dict]]
 
 PANEL_SIDE = 480  # pixels, the longer side of a panel
 TITLE_HEIGHT = 34
@@ -70,11 +77,12 @@ def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
 
 def draw_order_comparison(
     image: np.ndarray,
-    gt: PanopticSeg,
+    gt: Optional[PanopticSeg],
     before: PanopticSeg,
     after: PanopticSeg,
     metadata,
     orders: Tuple[str, str],
+    side: int = PANEL_SIDE,
 ) -> np.ndarray:
     """
     Image, ground truth, and the results of two orders side by side; in the last two the pixels
@@ -82,29 +90,55 @@ def draw_order_comparison(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        gt, before, after: panoptic results of the image.
+        gt, before, after: panoptic results of the image; without ground truth (None), its panel is
+            left out.
         metadata: of the dataset.
         orders: names of the two orders, for the titles.
+        side: of every panel the longer one, in pixels.
 
     Returns:
         uint8 RGB picture.
     """
     changed = changed_pixels(before, after)
+    panels = [_titled("image", _resize(image, side))]
+    if gt is not None:
+        panels.append(_titled("ground truth", _draw_panoptic(image, gt, metadata, side)))
+    for order, x in zip(orders, (before, after)):
+        drawn = _outline(_draw_panoptic(image, x, metadata, side), changed)
+        panels.append(_titled(_TITLES.get(order, order), drawn))
+    return _side_by_side(panels)
+
+
+def draw_result(image: np.ndarray, gt: PanopticSeg, result: PanopticSeg, metadata) -> np.ndarray:
+    """
+    Image, ground truth and a result side by side.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        gt, result: panoptic results of the image.
+        metadata: of the dataset.
+
+    Returns:
+        uint8 RGB picture.
+    """
     panels = [
-        _titled("image", _enlarge(image)),
-        _titled("ground truth", _draw_panoptic(image, gt, metadata)),
-        *(
-            _titled(_TITLES.get(order, order), _outline(_draw_panoptic(image, x, metadata), changed))
-            for order, x in zip(orders, (before, after))
-        ),
+        _titled("image", _resize(image, PANEL_SIDE)),
+        _titled("ground truth", _draw_panoptic(image, gt, metadata, PANEL_SIDE)),
+        _titled("result", _draw_panoptic(image, result, metadata, PANEL_SIDE)),
     ]
+    return _side_by_side(panels)
+
+
+def _side_by_side(panels: List[np.ndarray]) -> np.ndarray:
     gap = np.full((panels[0].shape[0], 6, 3), 255, dtype=np.uint8)
     return np.concatenate([x for panel in panels for x in (panel, gap)][:-1], axis=1)
 
 
-def _enlarge(image: np.ndarray) -> np.ndarray:
-    scale = PANEL_SIDE / max(image.shape[:2])
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+def _resize(image: np.ndarray, side: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 class _Visualizer(Visualizer):
@@ -114,14 +148,14 @@ class _Visualizer(Visualizer):
         return color
 
 
-def _draw_panoptic(image: np.ndarray, panoptic: PanopticSeg, metadata) -> np.ndarray:
-    scale = PANEL_SIDE / max(image.shape[:2])
+def _draw_panoptic(image: np.ndarray, panoptic: PanopticSeg, metadata, side: int) -> np.ndarray:
+    scale = side / max(image.shape[:2])
     # without the scores, which would crowd a small picture
     info = [{k: v for k, v in s.items() if k != "score"} for s in panoptic[1]]
     drawn = _Visualizer(image, metadata, scale=scale).draw_panoptic_seg(
         torch.as_tensor(panoptic[0]), info, alpha=0.6
     )
-    return cv2.resize(drawn.get_image(), _enlarge(image).shape[1::-1])
+    return cv2.resize(drawn.get_image(), _resize(image, side).shape[1::-1])
 
 
 def _outline(panel: np.ndarray, changed: np.ndarray) -> np.ndarray:
@@ -160,7 +194,7 @@ class OrderPictures:
         self.reset()
 
     def reset(self):
-        self._best = []  # min-heap of (gain, image id, input, result before, result after)
+        self._best: List[Tuple] = []  # min-heap of (gain, image id, input, result before, result after)
 
     def add(self, input: Dict, gt_ids: np.ndarray, results: Dict[str, PanopticSeg]):
         """
@@ -169,12 +203,15 @@ class OrderPictures:
             gt_ids: (H, W) ground-truth segment ids.
             results: order -> panoptic result of the image.
         """
-        before, after = ((ids.cpu().numpy(), info) for ids, info in map(results.get, self.orders))
+        before, after = (
+            (torch.as_tensor(ids).cpu().numpy(), info)
+            for ids, info in (results[order] for order in self.orders)
+        )
         gain = pixel_gain((gt_ids, input["segments_info"]), before, after)
         if gain > 0:
             kept = {k: input[k] for k in ("file_name", "pan_seg_file_name", "segments_info")}
-            before, after = (_with_own_dicts(x) for x in (before, after))
-            heapq.heappush(self._best, (gain, str(input["image_id"]), kept, before, after))
+            copies = map(_with_own_dicts, (before, after))
+            heapq.heappush(self._best, (gain, str(input["image_id"]), kept, *copies))
             if len(self._best) > self.max_pictures:
                 heapq.heappop(self._best)
 
@@ -195,8 +232,8 @@ class OrderPictures:
         paths = []
         best = sorted(collected, key=lambda x: x[:2], reverse=True)[: self.max_pictures]
         for rank, (_, _, input, before, after) in enumerate(best, start=1):
-            image = utils.read_image(input["file_name"], "RGB")
-            gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
+            image = read_image(input["file_name"], "RGB")
+            gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
             gt = (gt_ids.astype(np.int32), input["segments_info"])
             picture = draw_order_comparison(image, gt, before, after, self.metadata, self.orders)
             stem = os.path.splitext(os.path.basename(input["file_name"]))[0]

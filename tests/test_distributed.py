@@ -3,8 +3,13 @@ Two processes on the CPU (gloo) against one.
 """
 
 import json
+import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +22,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.distributed import LostRankError
+from oanet_d2.distributed import launch as launch_named
 from tests.conftest import CONFIGS, REPOSITORY, load_config, make_input, scenes_paths
 
 # Every anchor and every proposal is sampled, whatever the random numbers.
@@ -104,7 +111,14 @@ def one_scene_twice(tmp_path):
         },
         "INPUT": {"RANDOM_FLIP": "none", "MIN_SIZE_TRAIN": [96]},
         # momentum tells a sum of gradients from their mean, which AdamW would not
-        "SOLVER": {"OPTIMIZER": "SGD", "BASE_LR": 0.01, "IMS_PER_BATCH": 2, "MAX_ITER": 5, "WARMUP_ITERS": 0, "CHECKPOINT_PERIOD": 1},
+        "SOLVER": {
+            "OPTIMIZER": "SGD",
+            "BASE_LR": 0.01,
+            "IMS_PER_BATCH": 2,
+            "MAX_ITER": 5,
+            "WARMUP_ITERS": 0,
+            "CHECKPOINT_PERIOD": 1,
+        },
         "DATALOADER": {"NUM_WORKERS": 0},
         "TEST": {"ORDERS": []},
     }
@@ -127,3 +141,45 @@ def test_two_processes_train_as_one_does(one_scene_twice, subprocess_env):
     moved = (last["one"] - first["one"]).norm()
     assert (last["two"] - last["one"]).norm() < 0.01 * moved
     assert moved > 0.01
+
+
+def lose_rank_1(seconds_between_steps):
+    """What a process of several does: one of them dies at step 3."""
+    torch.set_num_threads(1)
+    for step in range(10):
+        if step == 3 and comm.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        comm.gather(step)
+        time.sleep(seconds_between_steps)
+
+
+def test_a_dead_process_is_named():
+    with pytest.raises(LostRankError, match=r"rank 1 \(pid \d+\) was killed by SIGKILL"):
+        launch_named(lose_rank_1, 2, dist_url="auto", args=(0.05,))
+
+
+@pytest.mark.slow
+def test_a_process_that_died_on_another_machine_is_named(subprocess_env):
+    """Three machines with one process each; they only know each other by their connections."""
+    code = (
+        "import sys; from tests.test_distributed import launch_named, lose_rank_1\n"
+        "launch_named(lose_rank_1, 1, 3, int(sys.argv[1]), sys.argv[2], (0.05,))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), url],
+            env=subprocess_env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    errors = [x.communicate(timeout=240)[1] for x in machines]
+    assert all(x.returncode for x in machines)
+    assert "The process of rank 1" in errors[1] and "was killed by SIGKILL" in errors[1]
+    # Where the machine is slow, the other one may have noticed and ended before.
+    assert re.search(r"Rank 0 cannot go on: .* connection to rank 1(, 2)?\.", errors[0])
+    assert re.search(r"Rank 2 cannot go on: .* connection to rank (0, )?1\.", errors[2])

@@ -138,3 +138,12 @@ def test_every_config_loads():
         cfg.merge_from_file(str(path))
         assert cfg.MODEL.META_ARCHITECTURE in ("OANet", "SRMFromAnnotations")
         assert os.path.isabs(cfg.OUTPUT_DIR) is False
+
+
+def test_files_that_only_the_evaluation_reads_are_missed_before_training(tiny_cfg, datasets_root):
+    train, val = (scenes_paths(datasets_root / "occlusion_scenes", s) for s in ("train", "val"))
+    tiny_cfg.DATASETS.TRAIN, tiny_cfg.DATASETS.TEST = ("test_early_train",), ("test_early_val",)
+    moved = (*val[:2], datasets_root / "moved", val[3])
+    with registered("test_early_train", *train), registered("test_early_val", *moved):
+        with pytest.raises(ValueError, match="'test_early_val': its PANOPTIC_ROOT .*moved does"):
+            OANetTrainer(tiny_cfg)

@@ -14,10 +14,9 @@ import os
 
 import torch
 
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
 
 PREFIX = "srm_head."
@@ -101,11 +100,8 @@ def main():
     parser.add_argument("--output", required=True, help="the OANet checkpoint to write")
     parser.add_argument("opts", nargs="*", help="config overrides, after --")
     args = parser.parse_args()
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
     try:
+        cfg = load_config(args.config_file, args.opts)
         complete_config(cfg)
         attach(cfg, args.base, args.srm, args.output)
     except ValueError as error:

@@ -20,11 +20,10 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.modeling import RankingEvidence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +83,7 @@ def measure(opts: list, repeats: int) -> dict:
         median seconds of the whole "inference", of the "ranking" in it and of the "order" in that
         (comparisons to a permutation), and the "ratio" of the first two.
     """
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(str(ROOT / CONFIG))
+    cfg = load_config(ROOT / CONFIG)
     # Random weights: inputs so small that nothing overflows, and as many detections as the mask
     # head may be given, whatever their scores.
     cfg.merge_from_list(["MODEL.PIXEL_STD", "[1e8, 1e8, 1e8]"])

@@ -31,15 +31,15 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 
-from oanet_d2 import add_oanet_config
+from oanet_d2 import load_config
+from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
+from oanet_d2.data.files import read_json
+from oanet_d2.data.images import read_image
 from oanet_d2.engine import OANetTrainer, prepare_datasets
 from oanet_d2.evaluation.orderings import OrderingEvaluator, orderings_of
 from oanet_d2.evaluation.pair_accuracy import accuracy_by_kind, pair_decisions
@@ -112,7 +112,7 @@ class ValImage:
         return self.output["ranking_evidence"]
 
     def ground_truth_ids(self) -> np.ndarray:
-        return rgb2id(utils.read_image(self.input["pan_seg_file_name"], "RGB"))
+        return rgb2id(read_image(self.input["pan_seg_file_name"], "RGB"))
 
     def painted_masks(self) -> torch.Tensor:
         """(N, H, W) bool; empty where the instance is not painted."""
@@ -141,12 +141,10 @@ def load_model(folder: Path):
     """
     The config and the model of an output folder of train_net.py.
     """
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(str(folder / "config.yaml"))
+    cfg = load_config(folder / "config.yaml")
     prepare_datasets(cfg)
     model = OANetTrainer.build_model(cfg).eval()
-    DetectionCheckpointer(model).load(str(folder / "model_final.pth"))
+    OANetCheckpointer(model).load(str(folder / "model_final.pth"))
     return cfg, model
 
 
@@ -193,13 +191,21 @@ def predict(cfg, model, num_train: int) -> Tuple[List[TrainImage], List[ValImage
 def cached_predictions(cfg, model, path: Path):
     """
     :func:`predict`, from the file `path` if it is there.
+
+    Raises:
+        ValueError: the file holds something else.
     """
     if not path.exists():
         torch.save(predict(cfg, model, TRAIN_IMAGES), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     # Only what the cache is made of is unpickled.
     with torch.serialization.safe_globals(CACHED):
-        return torch.load(path, weights_only=True)
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # torch, zipfile and pickle raise many kinds
+            raise ValueError(
+                f"{path} is not what this tool has written: {error!r}. Delete it; it is made anew."
+            ) from error
 
 
 # ------------------------------------------------------------------------------ heads to compare
@@ -544,7 +550,7 @@ def run(folder: Path, tables: Optional[Sequence[str]] = None) -> Dict:
     """
     path = folder / "ablation.json"
     settings = {"train_images": TRAIN_IMAGES, "iterations": ITERATIONS, "batch": BATCH}
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json(str(path)) if path.exists() else {}
     if results.get("settings") != settings:
         results = {"settings": settings}
     cfg, model = load_model(folder)

@@ -25,11 +25,12 @@ import ranking_ablation
 import torch
 from tabulate import tabulate
 
+from oanet_d2.data.files import read_json
 from oanet_d2.engine import training_seconds
 from oanet_d2.evaluation.orderings import METRICS, closure
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "configs/OcclusionScenes/"
@@ -78,7 +79,7 @@ def train_net(output_dir: Path, config: str, *args: str) -> dict:
     result = output_dir / "orderings.json"
     if not result.exists():
         run("train_net.py", "--config-file", CONFIGS + config, *args, "OUTPUT_DIR", output_dir)
-    return json.loads(result.read_text())
+    return read_json(str(result))
 
 
 def train_from_annotations(output_dir: Path, *args: str, env=None) -> dict:
@@ -106,7 +107,7 @@ def train_from_annotations(output_dir: Path, *args: str, env=None) -> dict:
             dataset_images=images,
         )
         result.write_text(json.dumps(usage))
-    return json.loads(result.read_text())
+    return read_json(str(result))
 
 
 def attach(base: Path, srm: Path, output_dir: Path, *args: str) -> dict:
@@ -302,7 +303,7 @@ def main():
         f"![](pictures/{name})\n\nWrong: {'; '.join(mistakes[str(image)]) or 'only pairs of which the ground truth shows next to nothing'}."
         for name, image in wrong
     )
-    costs = json.loads(benchmark.read_text())
+    costs = read_json(str(benchmark))
     cost_rows = [
         [name, f"{1000 * c['order']:.1f}", f"{1000 * c['ranking']:.0f}"]
         + [f"{c['inference']:.2f}", f"{100 * c['ratio']:.1f}"]

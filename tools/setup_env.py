@@ -102,7 +102,7 @@ def check_machine(system, machine):
                 raise SetupError(
                     "opencv-python needs %s, which does not load: %s\n" % (library, error)
                     + "Right on Debian and Ubuntu: apt-get install %s" % package
-                )
+                ) from error
 
 
 def check_space(venv, system):

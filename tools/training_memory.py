@@ -18,21 +18,21 @@ import sys
 from pathlib import Path
 
 import torch
+from marked_region import begin_mark, split_page, update_page
 from tabulate import tabulate
 
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from oanet_d2 import add_oanet_config, complete_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.engine import OANetTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "configs/COCO-PanopticSegmentation/"
 SIZE = (800, 1333)
 THINGS, STUFF = 8, 5  # about what a COCO image has
-BEGIN, END = "<!-- tools/training_memory.py writes from here -->", "<!-- to here -->"
+BEGIN = begin_mark("tools/training_memory.py")
 # Name, config, overrides; and GiB a GPU that Detectron2's model zoo reports for the training of
 # Panoptic FPN (MODEL_ZOO.md, column "train mem").
 PANOPTIC_FPN = ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"]
@@ -88,10 +88,9 @@ def peak_of_a_step(config: str, opts: list) -> int:
     Returns:
         bytes by which a training step raises this process' peak memory.
     """
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(str(ROOT / CONFIGS / config))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
+    cfg = load_config(
+        ROOT / CONFIGS / config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts]
+    )
     complete_config(cfg)
     torch.manual_seed(0)
     batch = [make_input(cfg, seed) for seed in range(2)]
@@ -139,15 +138,12 @@ def main():
     if args.one:
         print(peak_of_a_step(args.one[0], args.one[1:]))
         return
+    if args.update:
+        split_page(args.update, BEGIN)  # what is wrong with the page, before minutes of measuring
     table = memory_table()
     print(table)
     if args.update:
-        text = args.update.read_text()
-        before, _, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            parser.error(f"{args.update} has no lines {BEGIN!r} and {END!r}.")
-        args.update.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+        update_page(args.update, BEGIN, table)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,12 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from panopticapi.utils import rgb2id
-from PIL import Image
 from tqdm import tqdm
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
-from detectron2.utils.file_io import PathManager
 
-from ..config import add_oanet_config
+from ..config_files import load_config
 from .check_annotations import (
     ANNOTATION,
     IMAGE,
@@ -39,9 +36,12 @@ from .check_annotations import (
     check_instances,
     check_panoptic,
     entries,
-    leads_outside,
+    outside,
     read_json,
 )
+from .cityscapes import is_cityscapes, name_images
+from .files import Folder
+from .images import read_header
 from .register import register_from_config
 
 __all__ = ["Problem", "check", "format_report", "main"]
@@ -76,7 +76,9 @@ def check(
     return _check([None if p is None else str(p) for p in paths], workers, progress)[0]
 
 
-def _check(paths: List, workers: Optional[int], progress: bool) -> Tuple[List[Problem], int]:
+def _check(
+    paths: List, workers: Optional[int], progress: bool, cityscapes: bool = False
+) -> Tuple[List[Problem], int]:
     """What :func:`check` returns, and the number of samples."""
     image_root, panoptic_json, panoptic_root, instances_json = paths
     contents, problems = [], []
@@ -85,13 +87,17 @@ def _check(paths: List, workers: Optional[int], progress: bool) -> Tuple[List[Pr
             contents.append(None if path is None else read_json(path))
         except Exception as error:  # whatever a file, or a handler of PathManager, makes it raise
             contents.append(None)
-            problems.append(Problem("annotation file unusable", path, repr(error)))
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            problems.append(Problem("annotation file unusable", path, reason))
     panoptic, instances = contents
     if panoptic is None:
         return problems, 0
+    if cityscapes:
+        name_images(panoptic)
 
-    samples = list(make_samples(panoptic, image_root, panoptic_root))
-    problems += check_panoptic(panoptic, panoptic_json)
+    folders = Folder(image_root), Folder(panoptic_root)
+    samples = list(make_samples(panoptic, *folders))
+    problems += check_panoptic(panoptic, panoptic_json, *folders)
     if instances is not None:
         problems += check_instances(instances, instances_json, panoptic)
     if workers is None:
@@ -147,7 +153,7 @@ class Picture(NamedTuple):
     is_16_bit: bool
 
 
-def make_samples(panoptic: Dict, image_root: str, panoptic_root: str) -> Iterator[Sample]:
+def make_samples(panoptic: Dict, image_root: Folder, panoptic_root: Folder) -> Iterator[Sample]:
     """A sample for every annotation of the panoptic JSON."""
     images = by_id(panoptic["images"], IMAGE)
     for annotation in entries(panoptic["annotations"], ANNOTATION):
@@ -156,9 +162,11 @@ def make_samples(panoptic: Dict, image_root: str, panoptic_root: str) -> Iterato
             segments = [s for s in entries(annotation["segments_info"], SEGMENT) if "id" in s]
             areas = {s["id"]: s.get("area") for s in segments if 0 < s["id"] < 256**3}
         names = (image_root, image.get("file_name")), (panoptic_root, annotation.get("file_name"))
-        paths = [None if not n or leads_outside(n) else f"{root}/{n}" for root, n in names]
+        image_path, png_path = (
+            None if not n or outside(root, n) else root.path(n) for root, n in names
+        )
         size = (image["width"], image["height"]) if {"width", "height"} <= image.keys() else None
-        yield Sample(*paths, size, areas)
+        yield Sample(image_path, png_path, size, areas)
 
 
 def check_sample(sample: Sample) -> List[Problem]:
@@ -170,10 +178,12 @@ def check_sample(sample: Sample) -> List[Problem]:
 
 
 def _check_sample(sample: Sample) -> Iterator[Problem]:
-    pictures = {}
-    for what, path in (("image", sample.image), ("PNG", sample.png)):
+    pictures: Dict[str, Picture] = {}
+    paths = {"image": sample.image or "", "PNG": sample.png or ""}
+    for what, path in paths.items():
         try:
-            pictures[what] = path and read_picture(path)
+            if path:
+                pictures[what] = read_picture(path)
         except FileNotFoundError as error:
             yield Problem(f"{what} missing", path, str(error))
         except Exception as error:  # PIL's decoders raise whatever they stumble over
@@ -183,16 +193,16 @@ def _check_sample(sample: Sample) -> Iterator[Problem]:
     if image is not None:
         if image.is_16_bit:
             detail = f"is {image.storage}; training takes 8 bits per channel"
-            yield Problem("image of more than 8 bits", sample.image, detail)
+            yield Problem("image of more than 8 bits", paths["image"], detail)
         if size is not None and image.size != size:
             detail = f"is {image.size} (width, height), the JSON says {size}"
-            yield Problem("image size differs from the JSON", sample.image, detail)
+            yield Problem("image size differs from the JSON", paths["image"], detail)
         size, source = image.size, "the image is"
     if png is not None:
         if size is not None and png.size != size:
             detail = f"is {png.size} (width, height), {source} {size}"
-            yield Problem("PNG size differs from the image", sample.png, detail)
-        yield from check_png(png, sample.png, sample.areas)
+            yield Problem("PNG size differs from the image", paths["PNG"], detail)
+        yield from check_png(png, paths["PNG"], sample.areas)
 
 
 def read_picture(path: str) -> Picture:
@@ -200,19 +210,12 @@ def read_picture(path: str) -> Picture:
     Raises:
         FileNotFoundError: there is no such file. Anything else: it cannot be decoded.
     """
-    if not PathManager.isfile(path):  # opening a named pipe would wait forever
-        raise FileNotFoundError("there is no such file")
-    with PathManager.open(path, "rb") as f, warnings.catch_warnings():
+    header = read_header(path)
+    storage = f"{header.format} of mode {header.mode}" + " and 16 bits" * header.is_16_bit
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # PIL opens RGB PNGs of 16 bits per channel as if they had 8, and does not tell.
-        header = f.read(25)
-        f.seek(0)
-        image = Image.open(f)
-        is_16_bit = header.startswith(b"\x89PNG") and header[24:] == b"\x10"
-        is_16_bit = is_16_bit or image.mode.startswith(("I", "F"))
-        storage = f"{image.format} of mode {image.mode}" + " and 16 bits" * is_16_bit
         rgb = utils.read_image(path, "RGB")
-    return Picture(rgb, (rgb.shape[1], rgb.shape[0]), storage, is_16_bit)
+    return Picture(rgb, (rgb.shape[1], rgb.shape[0]), storage, header.is_16_bit)
 
 
 def check_png(png: Picture, path: str, areas: Optional[Dict]) -> Iterator[Problem]:
@@ -302,10 +305,8 @@ def find_dataset(name: str, config_file: Optional[str]) -> List[Optional[str]]:
         ValueError: it is neither, or the yaml is wrong.
     """
     if config_file is not None:
-        cfg = get_cfg()
-        add_oanet_config(cfg)
         try:
-            cfg.merge_from_file(config_file)
+            cfg = load_config(config_file)
             files = cfg.DATASETS.PANOPTIC.get(name, {})
             is_complete = isinstance(files, dict) and set(YAML_KEYS[:3]) <= set(files) <= set(
                 YAML_KEYS
@@ -327,11 +328,8 @@ def find_dataset(name: str, config_file: Optional[str]) -> List[Optional[str]]:
 
 
 def _is_coco_panoptic(name: str) -> bool:
-    # Cityscapes has the same metadata, but its images lie in a folder per city.
-    loader = getattr(DatasetCatalog[name], "__module__", None) or ""
     keys = ("image_root", "panoptic_json", "panoptic_root")
-    is_panoptic = all(getattr(MetadataCatalog.get(name), key, None) for key in keys)
-    return is_panoptic and "cityscapes" not in loader
+    return all(getattr(MetadataCatalog.get(name), key, None) for key in keys)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -354,14 +352,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     if len(args.dataset) not in (1, 3, 4):
         parser.error(f"{len(args.dataset)} arguments given; it must be a NAME or 3 or 4 paths")
-    paths = (args.dataset + [None])[:4]
+    paths, cityscapes = (args.dataset + [None])[:4], False
     if len(args.dataset) == 1:
         try:
             paths = find_dataset(args.dataset[0], args.config_file)
+            cityscapes = args.dataset[0] in DatasetCatalog and is_cityscapes(args.dataset[0])
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    problems, num_samples = _check(paths, args.workers, progress=True)
+    problems, num_samples = _check(paths, args.workers, True, cityscapes)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0
 

@@ -4,12 +4,13 @@ anything at all; only fields that are what they must be are used.
 """
 
 import math
-import os
 import reprlib
-from pathlib import PurePath
+from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-from .register import read_annotations
+from .files import Folder
+from .load import MAX_SEGMENTS, read_annotations
+from .masks import check_polygon, rle_runs
 
 __all__ = [
     "Problem",
@@ -17,9 +18,7 @@ __all__ = [
     "check_instances",
     "check_panoptic",
     "entries",
-    "leads_outside",
     "read_json",
-    "rle_runs",
 ]
 
 LISTS = ("images", "annotations", "categories")
@@ -31,6 +30,7 @@ class Problem(NamedTuple):
     kind: str
     where: str
     detail: str
+
 
 def _is_number(value: Any) -> bool:
     # type() here and below, because a bool is an int, too.
@@ -53,9 +53,9 @@ IMAGE = {"id": ID, "file_name": TEXT, "height": LENGTH, "width": LENGTH}
 ANNOTATION = {"image_id": ID, "file_name": TEXT, "segments_info": LIST}
 SEGMENT = {"id": INTEGER, "category_id": INTEGER, "area": AREA, "iscrowd": FLAG}
 INSTANCE = {"id": ID, "image_id": ID, "category_id": INTEGER, "bbox": BOX}
-INSTANCE.update({"iscrowd": FLAG, "segmentation": MASK})
-OPTIONAL = ("area", "iscrowd")
-# Kinds of problem that have a name of their own.
+INSTANCE.update({"area": AREA, "iscrowd": FLAG, "segmentation": MASK})
+# Kinds of problem that have a name of their own. (Training does without an area and iscrowd, but
+# panopticapi and COCO's evaluation do not.)
 KINDS = {"isthing": "category without isthing", "segmentation": "instance without a mask"}
 
 
@@ -90,13 +90,13 @@ def by_id(items: List, fields: Dict) -> Dict[Any, Dict]:
 
 def check_entries(items: List, fields: Dict, where: str, what: str) -> Iterator[Problem]:
     """Fields that are not what they must be, and ids that an earlier entry has, too."""
-    first = {}
+    first: Dict[Any, Dict] = {}
     for item, entry in zip(items, entries(items, fields, where)):
         if not isinstance(item, dict):
             yield Problem("malformed entry", entry["where"], f"is {reprlib.repr(item)}, no object")
             continue
         for key in fields:
-            if key not in entry and (key in item or key not in OPTIONAL):
+            if key not in entry:
                 found = reprlib.repr(item[key]) if key in item else "missing"
                 detail = f"{key!r} is {found}; it must be {fields[key][0]}"
                 yield Problem(KINDS.get(key, "malformed entry"), entry["where"], detail)
@@ -108,8 +108,10 @@ def check_entries(items: List, fields: Dict, where: str, what: str) -> Iterator[
             yield Problem(kind, entry["where"], detail)
 
 
-def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
-    """What is wrong within the panoptic JSON."""
+def check_panoptic(
+    panoptic: Dict, path: str, image_root: Folder, panoptic_root: Folder
+) -> Iterator[Problem]:
+    """What is wrong within the panoptic JSON. Its files are named, but not looked for."""
     for key, fields, what in (
         ("categories", PANOPTIC_CATEGORY, "category"),
         ("images", IMAGE, "image"),
@@ -117,7 +119,8 @@ def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
     ):
         yield from check_entries(panoptic[key], fields, f"{path}: {key}", what)
     categories = by_id(panoptic["categories"], PANOPTIC_CATEGORY)
-    images, annotated = by_id(panoptic["images"], IMAGE), {}
+    images = by_id(panoptic["images"], IMAGE)
+    annotated: Dict[Any, str] = {}
     for annotation in entries(panoptic["annotations"], ANNOTATION, f"{path}: annotations"):
         where, image_id = annotation["where"], annotation.get("image_id")
         if image_id is not None and image_id not in images:
@@ -126,10 +129,10 @@ def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
         elif image_id is not None and annotated.setdefault(image_id, where) != where:
             detail = f"image {image_id!r} is annotated by {annotated[image_id]}, too"
             yield Problem("several annotations of one image", where, detail)
-        for name in (annotation.get("file_name"), images.get(image_id, {}).get("file_name")):
-            if leads_outside(name):
-                detail = f"{name!r} is not opened; it must be a path within the folder"
-                yield Problem("file name leads outside its folder", where, detail)
+        for folder, entry in ((panoptic_root, annotation), (image_root, images.get(image_id, {}))):
+            detail = outside(folder, entry.get("file_name"))
+            if detail:
+                yield Problem("file name leads outside its folder", where, f"not opened: {detail}")
         yield from check_segments(annotation.get("segments_info", []), categories, where)
     for image in entries(panoptic["images"], IMAGE, f"{path}: images"):
         if "id" in image and image["id"] not in annotated:
@@ -137,9 +140,21 @@ def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
             yield Problem("image without annotation", image["where"], detail)
 
 
+def outside(folder: Folder, name: Optional[str]) -> Optional[str]:
+    """Why the file is not in the folder; None if it is, or has no name."""
+    try:
+        if name is not None:
+            folder.path(name)
+    except ValueError as error:
+        return str(error)
+
+
 def check_segments(segments: List, categories: Dict, where: str) -> Iterator[Problem]:
     """What is wrong with the segments_info of one annotation, as far as the JSON tells."""
     where += " segments_info"
+    if len(segments) > MAX_SEGMENTS:
+        detail = f"there are {len(segments)}; training takes {MAX_SEGMENTS} in an image"
+        yield Problem("too many segments", where, detail)
     yield from check_entries(segments, SEGMENT, where, "segment")
     for segment in entries(segments, SEGMENT, where):
         category = segment.get("category_id")
@@ -179,6 +194,11 @@ def check_instances(instances: Dict, path: str, panoptic: Dict) -> Iterator[Prob
         yield Problem("image only in the instances JSON", where, detail)
 
     annotations = instances["annotations"]
+    of_images = Counter(x["image_id"] for x in entries(annotations, INSTANCE) if "image_id" in x)
+    for image_id, number in of_images.items():
+        if number > MAX_SEGMENTS:
+            detail = f"there are {number} of the image {image_id!r}; training takes {MAX_SEGMENTS}"
+            yield Problem("too many instances", f"{path}: annotations", detail)
     yield from check_entries(annotations, INSTANCE, f"{path}: annotations", "instance")
     for instance in entries(annotations, INSTANCE, f"{path}: annotations"):
         image_id, category = instance.get("image_id"), instance.get("category_id")
@@ -210,6 +230,11 @@ def check_mask(mask: Any, size: List, where: str) -> Iterator[Problem]:
                 yield Problem("malformed mask", where, detail)
             elif not all(map(_is_number, polygon)):
                 yield Problem("malformed mask", where, "a polygon holds what is no number")
+            elif None not in size:
+                try:
+                    check_polygon(polygon, *size)
+                except ValueError as error:
+                    yield Problem("malformed mask", where, str(error))
     else:
         try:
             (height, width), runs = mask["size"], rle_runs(mask["counts"])
@@ -227,28 +252,3 @@ def check_mask(mask: Any, size: List, where: str) -> Iterator[Problem]:
             yield Problem("malformed mask", where, detail)
         elif sum(runs[1::2]) == 0:
             yield Problem("instance without a mask", where, "the RLE covers no pixel")
-
-
-def rle_runs(counts: Any) -> List[int]:
-    """
-    The runs of an RLE, outside and inside in turn. pycocotools does not say where they are wrong.
-
-    Args:
-        counts: the runs, or pycocotools' string of them: 5 bits in a character, the sixth says that
-            more follow; from the fourth run on the difference to the last run but one.
-    """
-    if isinstance(counts, list):
-        return counts
-    runs, value, shift = [], 0, 0
-    for code in counts.encode():
-        value |= ((code - 48) & 31) << shift
-        shift += 5
-        if not (code - 48) & 32:
-            value -= ((code - 48) & 16) << (shift - 4)  # the sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
-
-
-def leads_outside(name: Optional[str]) -> bool:
-    return name is not None and (os.path.isabs(name) or ".." in PurePath(name).parts)

@@ -1,11 +1,9 @@
 import copy
-from contextlib import contextmanager
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 import detectron2.data.transforms as T
 from detectron2.config import configurable
@@ -14,64 +12,15 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
+from .images import check_header, naming, read_image
+from .load import CHECK
+from .masks import check_rle, check_size
+
 __all__ = [
     "PanopticDatasetMapper",
     "index_segments",
     "panoptic_categories",
 ]
-
-CHECK = "`python -m oanet_d2.data.check` finds all such mistakes in a dataset."
-
-
-@contextmanager
-def naming(file_name: str):
-    """
-    Whatever goes wrong in here becomes a ValueError that says with which file.
-
-    Args:
-        file_name: what the message begins with.
-
-    Raises:
-        ValueError: from the original error.
-    """
-    try:
-        yield
-    except Exception as e:
-        reason = str(e) if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{file_name}: {reason}") from e
-
-
-def read_image(file_name: str, format: str) -> np.ndarray:
-    """
-    As Detectron2's function of this name, for images of 8 bits per channel or fewer. Of more, PIL
-    would keep the upper 8 bits or cut off what is above 255, and not say so.
-
-    Args:
-        file_name: image file.
-        format: see :func:`detection_utils.read_image`.
-
-    Returns:
-        (H, W, C) array.
-
-    Raises:
-        ValueError: if the file cannot be read or has more than 8 bits per channel.
-    """
-    with naming(file_name):
-        with PathManager.open(file_name, "rb") as f:
-            start = f.read(25)
-            mode = Image.open(f).mode
-        # To PIL a PNG of 3 x 16 bits is of mode RGB; its header has the bit depth.
-        if start.startswith(b"\x89PNG") and start[24:] == b"\x10":
-            mode += ", a PNG of 16 bits"
-        if mode in ("I", "F") or "16" in mode:
-            raise ValueError(
-                f"more than 8 bits per channel (PIL's mode {mode}); convert it to 8 bits per "
-                "channel, such as PIL's modes L and RGB."
-            )
-        if format != "BGR":
-            return utils.read_image(file_name, format)
-        # Detectron2's BGR is a view of RGB from behind, on which augmentations are slower.
-        return cv2.cvtColor(utils.read_image(file_name, "RGB"), cv2.COLOR_RGB2BGR)
 
 
 def index_segments(ids: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
@@ -179,7 +128,7 @@ class PanopticDatasetMapper(DatasetMapper):
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         image = self._read_image(dataset_dict)
-        index = None
+        index: Optional[np.ndarray] = None
         if self.is_train:
             ids = self._read_ids(dataset_dict, image.shape[:2])
             index = self._index_segments(dataset_dict, ids)
@@ -191,7 +140,11 @@ class PanopticDatasetMapper(DatasetMapper):
             dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if not self.is_train:
             dataset_dict.pop("annotations", None)
+            # Whoever evaluates opens it without looking; a dataset without ground truth has none.
+            if PathManager.exists(dataset_dict.get("pan_seg_file_name", "")):
+                check_header(dataset_dict["pan_seg_file_name"])
             return dataset_dict
+        assert index is not None  # read above
 
         with naming(f"annotations of {dataset_dict['file_name']}"):
             if "annotations" in dataset_dict:
@@ -211,7 +164,7 @@ class PanopticDatasetMapper(DatasetMapper):
         utils.check_image_size(dataset_dict, image)
         return image
 
-    def _read_ids(self, dataset_dict: Dict, image_size: Tuple[int, int]) -> np.ndarray:
+    def _read_ids(self, dataset_dict: Dict, image_size: Tuple[int, ...]) -> np.ndarray:
         file_name = dataset_dict["pan_seg_file_name"]
         # rgb2id in one go: PIL keeps RGB in four bytes, lowest first, of which the last is alpha.
         ids = read_image(file_name, "RGBA").view("<u4")[:, :, 0] & 0xFFFFFF
@@ -233,7 +186,7 @@ class PanopticDatasetMapper(DatasetMapper):
                 )
         return index
 
-    def _transform_annotations(self, dataset_dict: Dict, transforms, image_shape: Tuple[int, int]):
+    def _transform_annotations(self, dataset_dict: Dict, transforms, image_shape: Tuple[int, ...]):
         annotations = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
         if self.use_instance_mask and not all("segmentation" in a for a in annotations):
             raise ValueError("an instance has no segmentation.")
@@ -242,6 +195,9 @@ class PanopticDatasetMapper(DatasetMapper):
             a["bbox"] = [float(x) for x in a["bbox"]]
             if isinstance(a.get("segmentation"), list):
                 a["segmentation"] = [np.asarray(p, dtype=float) for p in a["segmentation"]]
+            elif isinstance(a.get("segmentation"), dict):
+                check_rle(a["segmentation"])
+        check_size(len(annotations), *image_shape)
         if annotations:
             mapper = self
             if not all(isinstance(a.get("segmentation", []), list) for a in annotations):
@@ -270,14 +226,16 @@ class PanopticDatasetMapper(DatasetMapper):
         Returns:
             those of which something is left, as Detectron2 makes them from annotations.
         """
+        seen = set(np.unique(augmented).tolist())
         things = [
             i
             for i, s in enumerate(segments_info, start=1)
-            if s["isthing"] and not s.get("iscrowd", 0) and (augmented == i).any()
+            if s["isthing"] and not s.get("iscrowd", 0) and i in seen
         ]
+        check_size(len(things), *augmented.shape)
         boxed = augmented if self.recompute_boxes else index
-        boxes = [cv2.boundingRect((boxed == i).view(np.uint8)) for i in things]
-        boxes = np.array(boxes, dtype=float).reshape(-1, 4)
+        rects = [cv2.boundingRect((boxed == i).view(np.uint8)) for i in things]
+        boxes = np.array(rects, dtype=float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         if not self.recompute_boxes:
             boxes = transforms.apply_box(boxes).clip(0, augmented.shape[::-1] * 2)

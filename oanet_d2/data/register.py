@@ -1,9 +1,9 @@
-import json
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
+
+from .load import load_panoptic, read_annotations
 
 __all__ = [
     "category_metadata",
@@ -11,11 +11,20 @@ __all__ = [
     "read_annotations",
     "register_from_config",
     "register_panoptic",
+    "require_files",
 ]
 
-# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments.
+# Keys of a dataset in DATASETS.PANOPTIC, in the order of register_panoptic's arguments, and the
+# metadata that holds their values.
 PATHS = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT")
 OPTIONAL_PATH = "INSTANCES_JSON"
+FIELDS = ("image_root", "panoptic_json", "panoptic_root", "json_file")
+# What the fields of a category must be.
+CATEGORY_FIELDS = {
+    "id": ("a whole number", lambda x: type(x) is int),
+    "name": ("a string that is not empty", lambda x: isinstance(x, str) and x != ""),
+    "isthing": ("1 for a thing or 0 for stuff", lambda x: type(x) in (int, bool) and x in (0, 1)),
+}
 
 
 def register_panoptic(
@@ -90,14 +99,16 @@ def register_from_config(cfg):
             raise ValueError(
                 f"{key} holds {sorted(unknown)}; it may hold {', '.join(PATHS)} and {OPTIONAL_PATH}."
             )
+        for path, value in files.items():
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"{key}.{path} is {value!r}; it must be a path.")
         missing = [path for path in PATHS if not files.get(path)]
         if missing:
             raise ValueError(f"{key}.{missing[0]} is not set; {', '.join(PATHS)} are all needed.")
         paths = [files[path] for path in PATHS] + [files.get(OPTIONAL_PATH) or None]
         if name in DatasetCatalog:
             known = MetadataCatalog.get(name)
-            fields = ("image_root", "panoptic_json", "panoptic_root", "json_file")
-            if [getattr(known, field, None) for field in fields] != paths:
+            if [getattr(known, field, None) for field in FIELDS] != paths:
                 raise ValueError(
                     f"{key}: a dataset {name!r} from other files is registered already; choose "
                     "another name."
@@ -106,30 +117,23 @@ def register_from_config(cfg):
         register_panoptic(name, *paths)
 
 
-def read_annotations(path: str, *keys: str) -> Dict:
+def require_files(name: str, images: bool = True):
     """
-    Read a JSON annotation file.
+    See that the files of a panoptic dataset are there, before a training that would look for some
+    of them only at its end. What lies behind a URL is not looked for.
 
     Args:
-        keys: what it must hold.
+        name: a dataset with the metadata of :func:`register_panoptic`.
+        images: look for the folder of the images, too.
 
     Raises:
-        ValueError: it is missing, is not JSON, or lacks one of the keys.
+        ValueError: one is missing; the message names it.
     """
-    try:
-        with PathManager.open(path) as f:
-            annotations = json.load(f)
-    except OSError as error:
-        raise ValueError(f"Cannot read the annotations {path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    missing = [k for k in keys if not isinstance(annotations, dict) or k not in annotations]
-    if missing:
-        raise ValueError(
-            f"{path} has no {missing[0]!r}; the COCO panoptic format has 'images', 'annotations' "
-            "and 'categories'. (An instances JSON goes into instances_json.)"
-        )
-    return annotations
+    for field, key in zip(FIELDS, (*PATHS, OPTIONAL_PATH)):
+        path = getattr(MetadataCatalog.get(name), field, None)
+        is_local = path and "://" not in path and (images or field != "image_root")
+        if is_local and not PathManager.exists(path):
+            raise ValueError(f"Dataset {name!r}: its {key} {path} does not exist.")
 
 
 def category_metadata(categories: List[Dict], source: str) -> Dict:
@@ -145,15 +149,22 @@ def category_metadata(categories: List[Dict], source: str) -> Dict:
         every category has a color, "{thing,stuff}_colors".
 
     Raises:
-        ValueError: a category lacks its id, name or isthing, or two have one id.
+        ValueError: a category lacks its id, name or isthing, or one is not what it must be, or two
+            have one id.
     """
+    if not isinstance(categories, (list, tuple)):
+        raise ValueError(f"{source}: 'categories' is {categories!r}; it must be a list.")
     ids = set()
     for c in categories:
-        for field in ("id", "name", "isthing"):
-            if field not in c:
+        for field, (right, is_right) in CATEGORY_FIELDS.items():
+            if not isinstance(c, dict) or field not in c:
                 raise ValueError(
                     f"{source}: category {c} has no {field!r}; in the COCO panoptic format every "
                     "category has 'id', 'name' and 'isthing' (1 for things, 0 for stuff)."
+                )
+            if not is_right(c[field]):
+                raise ValueError(
+                    f"{source}: the {field!r} of category {c} is {c[field]!r}; it must be {right}."
                 )
         if c["id"] in ids:
             raise ValueError(f"{source}: two categories have the id {c['id']}; ids are unique.")
@@ -166,86 +177,12 @@ def category_metadata(categories: List[Dict], source: str) -> Dict:
         "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(things)},
         "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(stuff, start=1)},
     }
-    if all("color" in c for c in categories):
+    if all(_is_color(c.get("color")) for c in categories):
         metadata["thing_colors"] = [c["color"] for c in things]
         metadata["stuff_colors"] = [[0, 0, 0]] + [c["color"] for c in stuff]
     return metadata
 
 
-def load_panoptic(
-    image_root: str,
-    panoptic_json: str,
-    panoptic_root: str,
-    instances_json: Optional[str],
-    thing_ids: Dict[int, int],
-    stuff_ids: Dict[int, int],
-) -> List[Dict]:
-    """
-    Read the annotation files of a dataset registered by :func:`register_panoptic`.
-
-    Raises:
-        ValueError: the files contradict each other; `python -m oanet_d2.data.check` finds
-            everything that is wrong with a dataset, this stops at the first thing.
-
-    Returns:
-        list[dict] in Detectron2's standard format: "file_name", "image_id", "height", "width",
-        "pan_seg_file_name", "segments_info" (with contiguous "category_id" and "isthing") and,
-        with an instances JSON, "annotations".
-    """
-    panoptic = read_annotations(panoptic_json, "images", "annotations")
-    images = {image["id"]: image for image in panoptic["images"]}
-    instances = {}
-    if instances_json is not None:
-        instances = {
-            x["image_id"]: x["annotations"] for x in load_coco_json(instances_json, image_root)
-        }
-
-    dicts = []
-    for annotation in panoptic["annotations"]:
-        image_id = annotation["image_id"]
-        image = images.get(image_id)
-        if image is None:
-            raise ValueError(
-                f"{panoptic_json}: {annotation.get('file_name')} annotates the image "
-                f"{image_id!r}, which is not among its 'images'."
-            )
-        d = {
-            "file_name": f"{image_root}/{image['file_name']}",
-            "image_id": image_id,
-            "height": image["height"],
-            "width": image["width"],
-            "pan_seg_file_name": f"{panoptic_root}/{annotation['file_name']}",
-            "segments_info": [
-                _contiguous_segment(s, thing_ids, stuff_ids, panoptic_json)
-                for s in annotation["segments_info"]
-            ],
-        }
-        if instances_json is not None:
-            d["annotations"] = [
-                _contiguous_annotation(a, thing_ids, instances_json)
-                for a in instances.get(image_id, [])
-            ]
-        dicts.append(d)
-    return dicts
-
-
-def _contiguous_segment(segment: Dict, thing_ids: Dict, stuff_ids: Dict, source: str):
-    category = segment["category_id"]
-    isthing = category in thing_ids
-    ids = thing_ids if isthing else stuff_ids
-    if category not in ids:
-        raise ValueError(
-            f"{source}: segment {segment['id']} is of category {category}, which is not among "
-            f"its 'categories'."
-        )
-    return {**segment, "isthing": isthing, "category_id": ids[category]}
-
-
-def _contiguous_annotation(annotation: Dict, thing_ids: Dict, source: str):
-    category = annotation["category_id"]
-    if category not in thing_ids:
-        raise ValueError(
-            f"{source}: an instance is of category {category}, which is no thing in the panoptic "
-            f"annotation; its things are {sorted(thing_ids)}."
-        )
-    return {**annotation, "category_id": thing_ids[category]}
+def _is_color(value: Any) -> bool:
+    is_three = isinstance(value, (list, tuple)) and len(value) == 3
+    return is_three and all(type(x) is int and 0 <= x <= 255 for x in value)

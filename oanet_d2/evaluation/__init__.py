@@ -6,10 +6,16 @@ from .orderings import (
     orderings_table,
     write_orderings,
 )
+from .panoptic import PanopticEvaluator
+from .panoptic_pictures import PanopticPictures
 from .report_data import ReportRecorder
+from .submission import PanopticSubmission
 
 __all__ = [
     "OrderingEvaluator",
+    "PanopticEvaluator",
+    "PanopticPictures",
+    "PanopticSubmission",
     "ReportRecorder",
     "closure",
     "oracle_order",

@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import time
 from collections import OrderedDict
 from typing import Dict, List, Optional, Sequence
@@ -9,16 +8,17 @@ import numpy as np
 from panopticapi.utils import rgb2id
 from tabulate import tabulate
 
-from detectron2.data import detection_utils as utils
-from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
+from ..data.images import read_image
 from ..modeling import RANKING_RULE_REGISTRY, OANet
 from ..modeling.semantic_labels import semantic_labels
 from ..visualization import OrderPictures
+from ..whole_files import whole_file
 from .class_counts import class_counts
 from .oracle import oracle_order
+from .panoptic import PanopticEvaluator
 from .report_data import ReportRecorder
 
 __all__ = ["OrderingEvaluator", "closure", "orderings_table"]
@@ -64,7 +64,7 @@ class OrderingEvaluator(DatasetEvaluator):
         self.model = model
         self.pictures = pictures
         self.report = report
-        self.evaluators = {order: COCOPanopticEvaluator(dataset_name) for order in orders}
+        self.evaluators = {order: PanopticEvaluator(dataset_name) for order in orders}
 
     def reset(self):
         self.num_images = 0
@@ -84,7 +84,7 @@ class OrderingEvaluator(DatasetEvaluator):
         """
         for input, output in zip(inputs, outputs):
             self.num_images += 1
-            gt_ids = rgb2id(utils.read_image(input["pan_seg_file_name"], "RGB"))
+            gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
             semantic = semantic_labels(output["sem_seg"], self.model.keep_things_free)
             instances = output["instances"]
             painted = instances.scores >= self.model.combine_instances_score_thresh
@@ -189,6 +189,5 @@ def write_orderings(path: str, results: Dict, seconds: Dict[str, Optional[float]
         "images": results["evaluation"]["images"],
         "seconds": seconds,
     }
-    with PathManager.open(path + ".tmp", "w") as f:
+    with whole_file(path) as f:
         json.dump(content, f, indent=2)
-    os.replace(path + ".tmp", path)

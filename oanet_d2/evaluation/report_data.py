@@ -51,6 +51,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.file_io import PathManager
 
 from ..visualization import PanopticSeg, category_codes, changed_pixels
+from ..whole_files import whole_file
 from .class_counts import ClassCounts
 from .pair_accuracy import CLEAR_SHARE, KINDS, decisions_by_order
 
@@ -338,6 +339,5 @@ def _color(index: int) -> Sequence[int]:
 
 
 def _write(path: str, content: bytes):
-    with open(path + ".tmp", "wb") as f:
+    with whole_file(path, "wb") as f:
         f.write(content)
-    os.replace(path + ".tmp", path)

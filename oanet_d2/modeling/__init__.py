@@ -6,13 +6,13 @@ from .srm_from_annotations import SRMFromAnnotations
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
 
 __all__ = [
+    "RANKING_RULE_REGISTRY",
+    "SRM_HEAD_REGISTRY",
     "OANet",
     "OANetSemSegFPNHead",
     "PairwiseRankingHead",
-    "RANKING_RULE_REGISTRY",
     "RankingEvidence",
     "SRMFromAnnotations",
-    "SRM_HEAD_REGISTRY",
     "SpatialRankingHead",
     "build_srm_head",
 ]

@@ -20,13 +20,14 @@ from .candidates import (
     relative_boxes,
     roi_masks_to_grid,
 )
+from .execution import Execution
 from .false_positives import with_false_positives
 from .instance_masks import BoxedMasks
 from .pair_head import PairwiseRankingHead
 from .panoptic_combiner import combine
 from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
 from .semantic_labels import resized_semantic_labels, semantic_labels
-from .srm_head import build_srm_head
+from .srm_head import SpatialRankingHead, build_srm_head
 
 __all__ = ["OANet"]
 
@@ -57,17 +58,20 @@ class OANet(PanopticFPN):
     Parameters are named as in :class:`PanopticFPN`; the ranking module's live under `srm_head`.
     """
 
+    srm_head: SpatialRankingHead
+
     @configurable
     def __init__(
         self,
         *,
-        srm_head: nn.Module,
+        srm_head: SpatialRankingHead,
         srm_in_feature: str = "p2",
         order: str = "srm_overlap",
         keep_things_free: bool = True,
         train_srm_only: bool = False,
         return_evidence: bool = False,
         outputs: Sequence[str] = OUTPUTS,
+        execution: Execution = Execution(),
         **kwargs,
     ):
         """
@@ -82,6 +86,7 @@ class OANet(PanopticFPN):
                 so that several orders can be compared on the same predictions.
             outputs: which of PanopticFPN's outputs at full resolution results hold: "sem_seg",
                 and "pred_masks" of the instances. What is not asked for is never made.
+            execution: how the network is run.
 
         Other arguments are the same as :class:`PanopticFPN`.
         """
@@ -93,9 +98,11 @@ class OANet(PanopticFPN):
         self.train_srm_only = train_srm_only
         self.return_evidence = return_evidence
         self.outputs = outputs
+        self.execution = execution
         if train_srm_only:
             self.requires_grad_(False)
             self.srm_head.requires_grad_(True)
+        execution.prepare(self)
 
     @classmethod
     def from_config(cls, cfg):
@@ -131,6 +138,7 @@ class OANet(PanopticFPN):
         ret["train_srm_only"] = cfg.MODEL.OANET.TRAIN_SRM_ONLY
         ret["return_evidence"] = len(cfg.TEST.ORDERS) > 0
         ret["outputs"] = cfg.MODEL.OANET.OUTPUTS
+        ret["execution"] = Execution.from_config(cfg)
         return ret
 
     def train(self, mode: bool = True):
@@ -152,7 +160,8 @@ class OANet(PanopticFPN):
             in training a dict of losses; otherwise see :meth:`inference`.
         """
         if not self.training:
-            return self.inference(batched_inputs)
+            with self.execution.inference(self.device):
+                return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
         # With nothing to learn outside the ranking head, nothing is kept for a backward pass.
@@ -171,6 +180,11 @@ class OANet(PanopticFPN):
         maps = self.ranking_maps(images, semantic, features)
         losses.update(self.srm_head.losses(candidates, targets, *maps))
         return losses
+
+    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
+        images = super().preprocess_image(batched_inputs)
+        images.tensor = self.execution.images(images.tensor)
+        return images
 
     def _semantic_losses(self, semantic: torch.Tensor, batched_inputs: List[Dict]):
         labels = ImageList.from_tensors(
@@ -286,9 +300,9 @@ class OANet(PanopticFPN):
                 for x in detections
             ]
         candidates = [self._detected(images, x) for x in detections]
-        maps = self.ranking_maps(images, semantic, features)
+        of_things, feature_map = self.ranking_maps(images, semantic, features)
         with_map = self.return_evidence or self.order != "srm_pairs"
-        return self.srm_head.evidence(candidates, *maps, with_map=with_map)
+        return self.srm_head.evidence(candidates, of_things, feature_map, with_map=with_map)
 
     def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict):
         """
@@ -302,9 +316,9 @@ class OANet(PanopticFPN):
             that name (a head that looks at it refuses to be built then).
         """
         size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
-        semantic = semantic[:, : self.sem_seg_head.num_things]
-        semantic = semantic if self.sem_seg_head.num_things > 0 else None
-        maps = (semantic, features.get(self.srm_in_feature))
+        num_things = self.sem_seg_head.num_things
+        of_things = semantic[:, :num_things] if num_things > 0 else None
+        maps = (of_things, features.get(self.srm_in_feature))
         return tuple(x if x is None else _resize(x.detach(), size) for x in maps)
 
     def _detected(self, images: ImageList, instances: Instances) -> Candidates:
@@ -326,7 +340,7 @@ class OANet(PanopticFPN):
         return Candidates(
             masks,
             instances.pred_classes,
-            instances.scores,
+            instances.scores.float(),  # autocast on a CPU leaves them in half precision
             relative_boxes(boxes, instances.image_size),
         )
 

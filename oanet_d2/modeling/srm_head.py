@@ -11,6 +11,7 @@ from detectron2.utils.registry import Registry
 
 from .candidates import Candidates, RankingTarget, build_instance_tensor
 from .ranking import RankingEvidence
+from .ranking_metrics import put_ranking_scalars
 
 __all__ = ["SRM_HEAD_REGISTRY", "SpatialRankingHead", "build_srm_head"]
 
@@ -202,6 +203,7 @@ class SpatialRankingHead(nn.Module):
         """
         logits = self(self.instance_tensors(candidates))
         categories = torch.stack([x.categories for x in targets])
+        put_ranking_scalars(candidates, targets, logits)
         return {"loss_srm": self.map_loss(logits, categories) * self.loss_weight}
 
     def instance_tensors(self, candidates: List[Candidates]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ..evaluation.orderings import METRICS
 from ..evaluation.report_data import FOLDER, SECTIONS
+from ..whole_files import whole_file
 from .data import load_report
 from .pictures import case_pictures
 from .plots import class_quality_plot
@@ -49,13 +50,8 @@ def write_report(folder: str) -> str:
     """
     page = render(folder)
     path = os.path.join(folder, PAGE_NAME)
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(page)
-        os.replace(path + ".tmp", path)
-    finally:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+    with whole_file(path) as f:
+        f.write(page)
     return path
 
 

@@ -64,7 +64,8 @@ class Dataset:
             mask = {"size": mask["size"], "counts": mask["counts"].decode()}
             masks = [[[0, 1, 5, 1, 5, 7.5]], mask, {**mask, "counts": rle_runs(mask["counts"])}]
             instance = {"id": 10 + i, "image_id": i, "category_id": PERSON, "bbox": [0, 1, 5, 6.5]}
-            instances.append({**instance, "iscrowd": 0, "segmentation": masks[i]})
+            instance.update(area=32.5, iscrowd=0, segmentation=masks[i])
+            instances.append(instance)
         self.panoptic = {"images": images, "annotations": annotations, "categories": CATEGORIES}
         self.instances = {"images": images, "annotations": instances, "categories": CATEGORIES[:2]}
         # no two share an entry
@@ -230,6 +231,12 @@ def png_outside(d):
     return "panoptic.json: annotations[0] (../pngs/0.png)"
 
 
+def image_through_a_link(d):
+    d.images[0].rename(d.root / "0.jpg")
+    d.images[0].symlink_to(d.root / "0.jpg")
+    return "panoptic.json: annotations[0] (0.png)"
+
+
 def annotation_without_file_name(d):
     del d.panoptic["annotations"][1]["file_name"]
     return "panoptic.json: annotations[1]"
@@ -255,18 +262,38 @@ def segment_without_category(d):
     return "panoptic.json: annotations[1] (1.png) segments_info[0]"
 
 
+def segment_without(key):
+    def change(d):
+        del d.segment(1, 0)[key]
+        return "panoptic.json: annotations[1] (1.png) segments_info[0]"
+
+    change.__name__ = f"segment_without_{key}"
+    return change
+
+
+def instance_without(key):
+    def change(d):
+        del d.instances["annotations"][1][key]
+        return "inst.json: annotations[1]"
+
+    change.__name__ = f"instance_without_{key}"
+    return change
+
+
 def segment_of_id_zero(d):
-    d.panoptic["annotations"][1]["segments_info"].append({"id": 0, "category_id": SKY})
+    segment = {"id": 0, "category_id": SKY, "area": 1, "iscrowd": 0}
+    d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "panoptic.json: annotations[1] (1.png) segments_info[2]"
 
 
 def segment_of_huge_id(d):
-    d.panoptic["annotations"][1]["segments_info"].append({"id": 256**3, "category_id": SKY})
+    segment = {"id": 256**3, "category_id": SKY, "area": 1, "iscrowd": 0}
+    d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "panoptic.json: annotations[1] (1.png) segments_info[2]"
 
 
 def segment_of_area_zero(d):
-    segment = {"id": 5, "category_id": SKY, "area": 0}
+    segment = {"id": 5, "category_id": SKY, "area": 0, "iscrowd": 0}
     d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "panoptic.json: annotations[1] (1.png) segments_info[2]"
 
@@ -383,7 +410,8 @@ def png_with_more_ids(d):
 
 
 def png_with_fewer_ids(d):
-    d.panoptic["annotations"][1]["segments_info"].append({"id": 5, "category_id": SKY})
+    segment = {"id": 5, "category_id": SKY, "area": 7, "iscrowd": 0}
+    d.panoptic["annotations"][1]["segments_info"].append(segment)
     return "pngs/1.png"
 
 
@@ -479,11 +507,14 @@ FAULTS = [
     (annotated_twice, {"several annotations of one image": 1}),
     (image_outside, {"file name leads outside its folder": 1}),
     (png_outside, {"file name leads outside its folder": 1}),
+    (image_through_a_link, {"file name leads outside its folder": 1}),
     (annotation_without_file_name, MALFORMED),
     (annotation_without_segments, MALFORMED),
     (unknown_category, {"unknown category id": 1}),
     (segment_twice, {"duplicate segment id": 1}),
     (segment_without_category, MALFORMED),
+    (segment_without("area"), MALFORMED),
+    (segment_without("iscrowd"), MALFORMED),
     (segment_of_id_zero, {"segment id out of range": 1}),
     (segment_of_huge_id, {"segment id out of range": 1}),
     (segment_of_area_zero, {"empty segment": 1}),
@@ -517,6 +548,8 @@ FAULTS = [
     (instance_of_stuff, {"instance of stuff": 1}),
     (instance_twice, {"duplicate instance id": 1}),
     (instance_without_box, MALFORMED),
+    (instance_without("area"), MALFORMED),
+    (instance_without("iscrowd"), MALFORMED),
     (box_without_height, {"box without extent": 1}),
     (instance_without_mask, NO_MASK),
     (mask_as([]), NO_MASK),
@@ -527,6 +560,7 @@ FAULTS = [
     (mask_as([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]]), BAD_MASK),
     (mask_as([[1, 2, 3, 4, 5, None]]), BAD_MASK),
     (mask_as([[1, 2, 3, 4, 5, float("nan")]]), BAD_MASK),
+    (mask_as([[1, 2, 3, 4, 1e9, 0]]), BAD_MASK),
     (mask_as([[]]), BAD_MASK),
     (mask_as({"counts": [14 * 9]}), BAD_MASK),
     (as_rle(counts=[1, -1, 14 * 9]), BAD_MASK),
@@ -543,6 +577,16 @@ def test_one_fault(dataset, change, expected):
     problems = dataset.check()
     assert kinds(problems) == expected, problems
     assert all(named in p.where for p in problems), problems
+
+
+def test_more_than_training_takes(dataset, monkeypatch):
+    monkeypatch.setattr("oanet_d2.data.check_annotations.MAX_SEGMENTS", 2)
+    assert dataset.check() == []
+    dataset.panoptic["annotations"][1]["segments_info"].append({"id": 5, "category_id": SKY})
+    instances = [{**dataset.instances["annotations"][0], "id": i} for i in (1, 2)]
+    dataset.instances["annotations"] += instances
+    found = kinds(dataset.check())
+    assert found["too many segments"] == found["too many instances"] == 1
 
 
 def test_warnings_of_pil_do_not_litter_the_report(dataset, monkeypatch, recwarn):
@@ -569,7 +613,7 @@ def test_details_name_what_was_found_and_what_would_be_right(dataset):
     assert details["segment id out of range"].startswith("the id is -3; it must be 1 to 16777215")
     assert details["PNG id not in segments_info"] == "1000 (42 pixels)"
     assert "segment 1001 has 51 pixels, the JSON says 52" in details["area differs from the PNG"]
-    assert "DecompressionBombError" in details["image unreadable"]
+    assert "more than 178,956,970 pixels" in details["image unreadable"]
     dataset.write_png(2, np.arange(1, 1025).reshape(32, 32))
     problem = next(p for p in dataset.check() if p.where == str(dataset.pngs[2]))
     assert problem.detail == "1 (1 pixels), 2 (1 pixels), 3 (1 pixels) and 1020 more"
@@ -594,7 +638,7 @@ def test_faults_together_are_all_reported(dataset):
     [
         (None, "No such file"),
         ("{", "is not a JSON file"),
-        ("[" * 100000, "RecursionError"),
+        ("[" * 100000, "nested too deeply"),
         ("\udcff", "is not a JSON file"),
         ("[]", "has no 'images'"),
         ('{"images": [], "annotations": []}', "has no 'categories'"),
@@ -736,7 +780,7 @@ def test_registered_datasets(dataset, capsys):
     error = capsys.readouterr().err
     assert "error: 'test_check_train' is not registered" in error
     assert "coco_2017_val_oanet" in error and "occlusion_scenes_train" in error
-    assert "cityscapes" not in error  # their images lie elsewhere than this looks for them
+    assert "cityscapes_fine_panoptic_val_oanet" in error
 
 
 def test_datasets_of_a_yaml(dataset, tmp_path, capsys):

@@ -9,6 +9,7 @@ from PIL import Image
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from oanet_d2.data import PanopticDatasetMapper
+from oanet_d2.data.check import main
 from oanet_d2.data.cityscapes import HEIGHT, WIDTH, load_cityscapes, register_cityscapes
 
 # As cityscapesscripts' createPanopticImgs writes them: stuff segments are named by their label's
@@ -37,12 +38,18 @@ def cityscapes(tmp_path_factory):
         "image_id": stem,
         "file_name": f"{stem}_gtFine_panoptic.png",
         "segments_info": [
-            {"id": i, "category_id": c, "area": 1, "bbox": [0, 0, 1, 1], "iscrowd": crowd}
-            for i, c, crowd in SEGMENTS
+            {"id": i, "category_id": c, "area": len(at) * WIDTH, "iscrowd": crowd}
+            for (i, c, crowd), at in zip(SEGMENTS, rows)
         ],
     }
     json_file = root / "gtFine/cityscapes_panoptic_train.json"
-    json_file.write_text(json.dumps({"images": [], "annotations": [annotation], "categories": []}))
+    image = {"id": stem, "width": WIDTH, "height": HEIGHT}
+    image["file_name"] = f"{stem}_gtFine_leftImg8bit.png"  # which is no file's name
+    categories = [
+        {"id": c, "name": str(c), "isthing": int(c in (PERSON, CAR))} for _, c, _ in SEGMENTS
+    ]
+    content = {"images": [image], "annotations": [annotation], "categories": categories}
+    json_file.write_text(json.dumps(content))
     return images.parent, panoptic, json_file
 
 
@@ -91,11 +98,39 @@ def test_metadata_agrees_with_detectron2s():
 
 
 def test_missing_files_say_what_makes_them(tmp_path):
-    with pytest.raises(AssertionError, match="createPanopticImgs.py"):
+    with pytest.raises(ValueError, match="createPanopticImgs.py"):
         load_cityscapes("x", "y", str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("name", ["../../x.png", "/etc/x.png", "link.png"])
+def test_names_that_lead_outside_are_refused(cityscapes, tmp_path, name):
+    images, panoptic, json_file = cityscapes
+    content = json.loads(json_file.read_text())
+    link = panoptic / "link.png"
+    link.symlink_to("/etc/hosts")
+    # Detectron2 asks whether the first one is there.
+    content["annotations"].append({**content["annotations"][0], "file_name": name})
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    try:
+        with pytest.raises(ValueError, match="x.json: .*(leads out of|is a symbolic link)"):
+            load_cityscapes(str(images), str(panoptic), str(tmp_path / "x.json"))
+    finally:
+        link.unlink()
 
 
 def test_registered_once_under_clear_names():
     assert {f"cityscapes_fine_panoptic_{s}_oanet" for s in ("train", "val")} <= set(DatasetCatalog)
     with pytest.raises(AssertionError, match="already registered"):
         register_cityscapes("elsewhere")
+
+
+def test_the_checker_takes_it(cityscapes, monkeypatch, capsys):
+    name = "cityscapes_fine_panoptic_train_oanet"
+    for field, path in zip(("image_root", "panoptic_root", "panoptic_json"), cityscapes):
+        monkeypatch.setitem(MetadataCatalog.get(name).__dict__, field, str(path))
+    assert main([name, "--workers", "0"]) == 0, capsys.readouterr().out
+    monkeypatch.setitem(MetadataCatalog.get(name).__dict__, "image_root", str(cityscapes[1]))
+    assert main([name, "--workers", "0"]) == 1
+    found = capsys.readouterr().out
+    assert "Problems: 1, of 1 kinds" in found and "image missing: 1" in found
+    assert "aachen/aachen_000000_000019_leftImg8bit.png" in found

@@ -1,11 +1,13 @@
+import json
+
 import pytest
 
 from detectron2.config import get_cfg
 
 from oanet_d2 import add_oanet_config, complete_config
 from oanet_d2.data import check_classes
-from tests.conftest import load_config, registered, scenes_paths
 from oanet_d2.data.occlusion_scenes import write_split
+from tests.conftest import load_config, registered, scenes_paths
 
 
 def config(*opts):
@@ -78,5 +80,22 @@ def test_two_datasets_of_other_classes(tmp_path):
     write_split(tmp_path, "train", 1, image_size=64, seed=0, num_workers=0)
     with registered("test_classes_scenes", *scenes_paths(tmp_path, "train")) as name:
         cfg = config("DATASETS.TRAIN", (name,), "DATASETS.TEST", ("coco_2017_val_oanet",))
-        with pytest.raises(ValueError, match="is 8, but dataset 'coco_2017_val_oanet'"):
+        words = f"is 8, as dataset '{name}' needs it, but dataset 'coco_2017_val_oanet' has 80 thing"
+        with pytest.raises(ValueError, match=words):
+            complete_config(cfg)
+
+
+def test_two_datasets_of_classes_in_another_order(tmp_path):
+    """As many, but the model would take one for the other."""
+    write_split(tmp_path, "train", 1, image_size=64, seed=0, num_workers=0)
+    images, panoptic, pngs, _ = scenes_paths(tmp_path, "train")
+    content = json.loads(panoptic.read_text())
+    names = [c["name"] for c in content["categories"] if c["isthing"]]
+    content["categories"].reverse()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    cfg = config("DATASETS.TRAIN", ("order_a",), "DATASETS.TEST", ("order_b",))
+    with registered("order_a", images, panoptic, pngs), registered("order_b", images, other, pngs):
+        words = rf"thing_classes\[0\] of dataset 'order_b' is '{names[-1]}', of 'order_a' it is "
+        with pytest.raises(ValueError, match=words + f"'{names[0]}'"):
             complete_config(cfg)

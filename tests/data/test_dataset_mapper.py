@@ -687,7 +687,8 @@ def test_a_broken_file_is_named(dataset, tmp_path, key, how, reason):
         ({"segmentation": None}, "no segmentation"),
         ({"segmentation": 5}, "segmentation"),
         ({"segmentation": [[1.0, 2.0, 3.0]]}, "reshape"),
-        ({"segmentation": {"size": [5, 5], "counts": b"05"}}, "Assertion"),
+        ({"segmentation": {"size": [5, 5], "counts": b"05"}}, "an RLE has 5 pixels; 5 x 5 are 25"),
+        ({"segmentation": {"size": [5, 5], "counts": b"i0"}}, "Assertion"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1])

@@ -26,11 +26,13 @@ from oanet_d2.data.occlusion_scenes import (
     Scene,
     Thing,
     draw_scene,
+    drawing,
     ensure_split,
     scene_to_panoptic,
+    stuff,
     write_split,
+    writer,
 )
-from oanet_d2.data.occlusion_scenes import drawing, stuff, writer
 from oanet_d2.data.occlusion_scenes.__main__ import main
 
 ID = {category["name"]: category["id"] for category in CATEGORIES}

@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from oanet_d2 import add_oanet_config, complete_config, register_panoptic
 from oanet_d2.data import register_from_config
 from oanet_d2.data.occlusion_scenes import write_split
-from oanet_d2.data.register import category_metadata
+from oanet_d2.data.register import category_metadata, require_files
 from tests.conftest import registered, scenes_paths
 
 
@@ -169,3 +169,52 @@ def test_instances_of_stuff_are_refused(scenes, tmp_path, forget):
     register_panoptic("my_train", *scenes[:3], path)
     with pytest.raises(ValueError, match="instances.json: an instance is of category 1000000"):
         DatasetCatalog.get("my_train")
+
+
+@pytest.mark.parametrize(
+    "file, key, words",
+    [
+        ("panoptic", "segments_info", r"annotations\[0\]: KeyError: 'segments_info'"),
+        ("panoptic", "file_name", r"annotations\[0\]: KeyError: 'file_name'"),
+        ("instances", "category_id", "KeyError: 'category_id'"),
+        ("instances", "id", "KeyError: 'id'"),
+    ],
+)
+def test_malformed_annotations_are_refused_with_their_file(
+    scenes, tmp_path, forget, file, key, words
+):
+    paths = list(scenes)
+    which = ("images", "panoptic", "pngs", "instances").index(file)
+    with open(scenes[which]) as f:
+        content = json.load(f)
+    del content["annotations"][0][key]
+    paths[which] = write_json(tmp_path / f"{file}.json", content)
+    register_panoptic("my_train", *paths)
+    with pytest.raises(ValueError, match=f"{file}.json: {words}"):
+        DatasetCatalog.get("my_train")
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_another_file_in_place_of_the_instances_json(scenes, forget, which):
+    """The panoptic JSON, a folder."""
+    register_panoptic("my_train", *scenes[:3], scenes[which])
+    with pytest.raises(ValueError, match=scenes[which]):
+        DatasetCatalog.get("my_train")
+
+
+def test_files_that_are_not_there(scenes, tmp_path):
+    elsewhere = str(tmp_path / "elsewhere")
+    keys = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT", "INSTANCES_JSON")
+    for i, key in enumerate(keys):
+        paths = [elsewhere if k == i else path for k, path in enumerate(scenes)]
+        with registered("my_train", *paths[:1], scenes[1], *paths[2:]):
+            if i == 1:  # which is read when it is registered
+                del MetadataCatalog.get("my_train").panoptic_json
+                MetadataCatalog.get("my_train").panoptic_json = elsewhere
+            with pytest.raises(ValueError, match=f"'my_train': its {key} {elsewhere} does not"):
+                require_files("my_train")
+            if i == 0:
+                require_files("my_train", images=False)
+    for paths in (scenes, scenes[:3], [f"https://host/{elsewhere}", *scenes[1:]]):
+        with registered("my_train", *paths):
+            require_files("my_train")

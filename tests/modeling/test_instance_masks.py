@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detectron2.layers import paste_masks_in_image
+
 from oanet_d2.modeling.instance_masks import BoxedMasks
 
 HEIGHT, WIDTH = 50, 70

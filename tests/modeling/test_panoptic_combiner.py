@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
+
 from oanet_d2.modeling.instance_masks import BoxedMasks
 from oanet_d2.modeling.panoptic_combiner import combine
 
@@ -175,7 +176,7 @@ def test_masks_in_boxes_are_painted_like_full_ones(seed):
 class CountingWaits(TorchDispatchMode):
     """Counts what makes the host wait for a GPU: reading numbers, and results of unknown size."""
 
-    WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
     def __init__(self, monkeypatch):
         super().__init__()

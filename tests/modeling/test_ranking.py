@@ -205,7 +205,7 @@ def test_rules_against_plain_loops(seed, n):
     means = mean_scores(score_map, masks, classes)
     torch.testing.assert_close(means, torch.tensor([mean(i) for i in range(n)]))
     ranked = order("srm_mean", scores, classes, masks, score_map)
-    assert all(means[a] >= means[b] for a, b in zip(ranked, ranked[1:]))
+    assert all(means[a] >= means[b] for a, b in itertools.pairwise(ranked))
     margins = overlap_margins(score_map, masks, classes)
     expected = torch.tensor([[margin(a, b) for b in range(n)] for a in range(n)]).reshape(n, n)
     torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
@@ -217,3 +217,10 @@ def test_rules_against_plain_loops(seed, n):
     assert order("srm_pairs", scores, classes, masks, None, pairs) == slow_order_from_margins(
         pairs.tolist(), scores.tolist()
     )
+
+
+@pytest.mark.parametrize("rule", ["srm_mean", "srm_overlap"])
+def test_a_rule_that_looks_at_the_map_says_so_where_there_is_none(rule):
+    evidence = RankingEvidence(torch.ones(1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match="This order needs the score map"):
+        evidence.order(rule)

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from detectron2.modeling.postprocessing import sem_seg_postprocess
+
 from oanet_d2.modeling.semantic_labels import resized_semantic_labels, semantic_labels
 
 

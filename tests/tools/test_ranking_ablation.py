@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
@@ -27,6 +28,17 @@ def ablation():
     yield module
     for name in set(dict(RANKING_RULE_REGISTRY)) - set(before):
         del RANKING_RULE_REGISTRY._obj_map[name]
+
+
+def test_code_in_a_cache_does_not_run(ablation, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save(([Evil()], []), tmp_path / "cache.pt")
+    with pytest.raises(ValueError, match="cache.pt is not what this tool has written.*mkdir"):
+        ablation.cached_predictions(None, None, tmp_path / "cache.pt")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.fixture
@@ -248,7 +260,7 @@ def test_every_head_trains_on_what_is_cached(ablation, model, monkeypatch):
     train = []
     for seed in range(3):
         candidates, target, semantic, features = scene(seed)
-        sources = {name: candidates for name in ablation.SOURCES}
+        sources = dict.fromkeys(ablation.SOURCES, candidates)
         train.append(ablation.TrainImage(sources, target, semantic.half(), features.half()))
     informed = partial(ablation.InformedMap, CLASSES, CHANNELS)
     torch.manual_seed(0)

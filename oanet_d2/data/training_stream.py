@@ -1,0 +1,151 @@
+"""
+The order of the training data: an infinite stream that can be entered anywhere.
+"""
+
+import random
+from collections import defaultdict
+from contextlib import contextmanager
+from itertools import islice
+from typing import Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+from detectron2.data import (
+    build_batch_data_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.utils import comm
+
+__all__ = ["TrainingStream", "build_train_loader", "derived_seed", "random_numbers_of"]
+
+# What tells the random numbers of a sample from those of a step.
+_OF_SAMPLES = 1
+
+
+def derived_seed(*key: int) -> int:
+    """
+    A seed in [0, 2**32) for a key of non-negative integers; keys that are close have nothing in
+    common. (But trailing zeros do not count.)
+    """
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+@contextmanager
+def random_numbers_of(*key: int):
+    """
+    Within this context the random numbers of Python, numpy and torch (on the CPU) depend on `key`
+    alone, see :func:`derived_seed`; afterwards they go on as if nothing had happened.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = derived_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class TrainingStream(IterableDataset):
+    """
+    The training samples of this process, batch after batch without an end, in the order of one of
+    Detectron2's samplers. What comes at which place depends on the sampler's seed alone, however
+    many workers load it, and so do the augmentations: a training that is resumed at the right
+    place sees what it would have seen.
+
+    Attributes:
+        first_batch (int): the batch to begin with. Read when an iteration starts.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset,
+        sampler: Sampler,
+        batch_size: int,
+        groups: Optional[Sequence[int]] = None,
+    ):
+        """
+        Args:
+            samples: training inputs by index.
+            sampler: an infinite stream of this process's indices.
+            batch_size: images of a batch in this process.
+            groups: for every index its group; a batch is of one group. (Detectron2 groups images
+                by orientation when they are loaded. Here it is done before, when none that waits
+                for others of its group can be lost.) None: all are of one group.
+        """
+        self.samples = samples
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.groups = groups
+        self.rank = comm.get_rank()  # which a worker process may not know
+        self.first_batch = 0
+
+    @property
+    def seed(self) -> int:
+        """The seed of the order, one for all processes."""
+        return self.sampler._seed  # all of Detectron2's have it, none under a public name
+
+    @seed.setter
+    def seed(self, seed: int):
+        self.sampler._seed = seed
+
+    def batches(self) -> Iterator[List[int]]:
+        """
+        The indices of every batch, from the first one of all on.
+        """
+        waiting: Dict[int, List[int]] = defaultdict(list)
+        for index in self.sampler:
+            group = 0 if self.groups is None else self.groups[index]
+            waiting[group].append(index)
+            if len(waiting[group]) == self.batch_size:
+                yield waiting.pop(group)
+
+    def __iter__(self):
+        worker = get_worker_info()
+        id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # A loader takes a batch of every worker in turn.
+        numbered = islice(enumerate(self.batches()), self.first_batch + id, None, workers)
+        for number, batch in numbered:
+            for i, index in enumerate(batch):
+                place = number * self.batch_size + i
+                with random_numbers_of(_OF_SAMPLES, self.seed, self.rank, place):
+                    sample = self.samples[index]
+                yield sample
+
+
+def build_train_loader(cfg, mapper):
+    """
+    As :func:`build_detection_train_loader`, of a :class:`TrainingStream`.
+
+    Args:
+        cfg: its DATASETS.TRAIN, DATALOADER and SOLVER.IMS_PER_BATCH count.
+        mapper: makes a training input of a dataset dict.
+
+    Returns:
+        DataLoader whose `dataset` is the stream.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    # Detectron2 makes of the config what the stream is made of.
+    indexed = build_detection_train_loader(
+        cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
+    ).dataset
+    groups = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = [int(x["width"] > x["height"]) for x in dicts]
+    batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    stream = TrainingStream(indexed.dataset, indexed.sampler, batch_size, groups)
+    return build_batch_data_loader(
+        stream,
+        None,
+        cfg.SOLVER.IMS_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=stream.seed,  # or it would take a random number from the step that starts it
+    )

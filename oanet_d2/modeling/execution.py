@@ -1,0 +1,102 @@
+"""
+How the network is run: memory format, precision, compilation. What it computes stays the same, up
+to rounding.
+"""
+
+import os
+import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import nn
+
+__all__ = ["Execution"]
+
+AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """
+    Attributes:
+        channels_last: images, weights and feature maps are kept channels last.
+        inference_mode: inference runs in :class:`torch.inference_mode`.
+        autocast: what inference is autocast to; None: it is not.
+        compile: the backbone is compiled with :func:`torch.compile`.
+    """
+
+    channels_last: bool = False
+    inference_mode: bool = False
+    autocast: Optional[torch.dtype] = None
+    compile: bool = False
+
+    @classmethod
+    def from_config(cls, cfg) -> "Execution":
+        """
+        What `cfg.MODEL.OANET` asks for.
+
+        Raises:
+            ValueError: it cannot work here; the message names the config key.
+        """
+        options = cfg.MODEL.OANET
+        if options.AUTOCAST not in AUTOCAST:
+            raise ValueError(
+                f"MODEL.OANET.AUTOCAST is {options.AUTOCAST!r}; it must be one of {[*AUTOCAST]}."
+            )
+        if options.AUTOCAST == "float16" and cfg.MODEL.DEVICE == "cpu":
+            raise ValueError(
+                "MODEL.OANET.AUTOCAST is 'float16', which few CPUs compute in; use 'bfloat16', or "
+                f"another MODEL.DEVICE than {cfg.MODEL.DEVICE!r}."
+            )
+        if options.COMPILE:
+            _check_compile(cfg.MODEL.DEVICE)
+        return cls(
+            options.CHANNELS_LAST,
+            options.INFERENCE_MODE,
+            AUTOCAST[options.AUTOCAST],
+            options.COMPILE,
+        )
+
+    def prepare(self, model: nn.Module) -> None:
+        """
+        Change a model that has just been built, in place. Names of parameters stay.
+        """
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if self.compile:
+            # Images come in many sizes.
+            model.backbone.compile(dynamic=True)
+
+    def images(self, batch: torch.Tensor) -> torch.Tensor:
+        """
+        (B, 3, H, W) images as the network should be given them.
+        """
+        return batch.contiguous(memory_format=torch.channels_last) if self.channels_last else batch
+
+    @contextmanager
+    def inference(self, device: torch.device):
+        """
+        What inference has to be run in.
+        """
+        with ExitStack() as stack:
+            if self.inference_mode:
+                stack.enter_context(torch.inference_mode())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(device.type, dtype=self.autocast))
+            yield
+
+
+def _check_compile(device: str) -> None:
+    if not hasattr(nn.Module, "compile"):
+        raise ValueError(
+            "MODEL.OANET.COMPILE is True, which needs PyTorch 2.2 or newer; this is "
+            f"{torch.__version__}."
+        )
+    compilers = [os.environ.get("CXX"), "g++", "clang++"]
+    if device == "cpu" and not any(shutil.which(c) for c in compilers if c):
+        raise ValueError(
+            "MODEL.OANET.COMPILE is True, which needs a C++ compiler for MODEL.DEVICE 'cpu', but "
+            "there is no g++ or clang++; install one or name it in the environment variable CXX."
+        )

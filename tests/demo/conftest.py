@@ -1,0 +1,92 @@
+import functools
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from detectron2.modeling import build_model
+
+from oanet_d2 import PanopticPredictor
+from oanet_d2.data.occlusion_scenes import write_split
+from tests.conftest import REPOSITORY, load_config
+
+sys.path.insert(0, str(REPOSITORY / "demo"))  # as for `python demo/demo.py`
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory):
+    """A tiny network that finds much: config and checkpoint. No dataset lies beside them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    cfg = load_config(
+        "OcclusionScenes/oanet_R_18.yaml",
+        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
+        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
+        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "12"],
+        *["MODEL.WEIGHTS", str(folder / "tiny.pth")],
+    )
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    (folder / "tiny.yaml").write_text(cfg.dump())
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """The folder of a split "val" with four pictures of 64 x 64."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_split(root, "val", 4, image_size=64, seed=0, num_workers=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(scenes):
+    return sorted((scenes / "val").glob("*.jpg"))
+
+
+@functools.cache
+def built_once(config_file, opts):
+    return PanopticPredictor.from_config(config_file, opts=opts)
+
+
+@pytest.fixture
+def run(config_file, monkeypatch, caplog, capsys):
+    """
+    Run the demo with the tiny network. Gives its exit status, and what it logs or prints as error.
+    """
+    import demo
+
+    once = SimpleNamespace(from_config=lambda path, opts: built_once(path, tuple(opts)))
+    monkeypatch.setattr(demo, "PanopticPredictor", once)
+    monkeypatch.setattr(demo, "setup_logger", lambda name: None)  # caplog is there
+    monkeypatch.setattr(logging.getLogger("oanet_d2"), "propagate", True)
+
+    def run(*args, config=config_file):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "oanet_d2"):
+            try:
+                status = demo.main(["--config-file", str(config), *map(str, args)])
+            except SystemExit as end:
+                status = end.code
+        return status, caplog.text + capsys.readouterr().err
+
+    return run
+
+
+def owners(panoptic_seg, segments_info):
+    """For every pixel 1 + the index of the instance, minus the id of the stuff class, or 0."""
+    out = np.zeros(panoptic_seg.shape, dtype=int)
+    for s in segments_info:
+        owner = s["instance_id"] + 1 if s["isthing"] else -s["category_id"]
+        out[panoptic_seg.numpy() == s["id"]] = owner
+    return out
+
+
+def files_in(folder):
+    """Paths of the files in a folder, relative to it."""
+    folder = Path(folder)
+    return sorted(str(x.relative_to(folder)) for x in folder.rglob("*") if x.is_file())
