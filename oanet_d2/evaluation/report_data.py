@@ -127,7 +127,10 @@ class ReportRecorder:
         before, after = self.compared
         # COCOPanopticEvaluator changes the segments' dicts in place
         shown = {
-            order: (results[order][0].cpu().numpy(), [dict(s) for s in results[order][1]])
+            order: (
+                torch.as_tensor(results[order][0]).cpu().numpy(),
+                [dict(s) for s in results[order][1]],
+            )
             for order in (before, after, "oracle")
             if order in results
         }
