@@ -5,7 +5,7 @@ import pickle
 import re
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 from urllib.parse import urlparse
 
 import numpy as np
@@ -50,10 +50,13 @@ class OANetCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.allow_pickle = allow_pickle
-        self.loaded, self.new, self.left_out, self.unused = [], [], [], []
+        self.loaded: List[str] = []
+        self.new: List[str] = []
+        self.left_out: List[Tuple] = []
+        self.unused: List[str] = []
         self._path = ""  # of the file being loaded, as it was given
-        self._names = []  # of its tensors, as they are in it
-        self._given = {}  # its tensors, as they are compared with the model
+        self._names: List[str] = []  # of its tensors, as they are in it
+        self._given: Dict[str, torch.Tensor] = {}  # its tensors, as they are compared with the model
 
     def load(self, path: str, *args, **kwargs) -> Dict:
         """
@@ -112,7 +115,7 @@ class OANetCheckpointer(DetectionCheckpointer):
         with nullcontext() if self.allow_pickle else _numpy_scalars():
             return torch.load(f, map_location="cpu", weights_only=not self.allow_pickle)
 
-    def _problem(self, error: Exception, filename: str) -> str:
+    def _problem(self, error: BaseException, filename: str) -> str:
         # torch raises "from None" what it would advise instead of what went wrong.
         while error.__suppress_context__ and error.__context__ is not None:
             error = error.__context__
@@ -184,6 +187,8 @@ def _refuse(what: str):
 # While a pickle is checked, these stand in for what they are named after. The real ones take any
 # state from it: numpy.ndarray((1,), "O", b"8 bytes.") alone makes an object of any address.
 class _Dtype:
+    numpy: np.dtype
+
     def __new__(cls, code, align=False, copy=True):
         if not re.fullmatch(r"[biufc]\d+", code):
             _refuse(f"numpy.dtype({code!r})")
@@ -223,7 +228,7 @@ def _scalar(dtype, data):
 
 
 # All that pickles of numpy arrays and scalars (of numpy 1 or 2) and of ordered dicts refer to.
-_PICKLE_GLOBALS = {
+_PICKLE_GLOBALS: Dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "numpy.dtype": _Dtype,
     "numpy.ndarray": _Array,
@@ -247,7 +252,7 @@ def _numpy_scalars():
     Within this context `torch.load(weights_only=True)` takes numpy's scalars too, if this version
     of torch can be told to.
     """
-    if torch.__version__ < (2, 7):
+    if torch.__version__ < "2.7":
         return nullcontext()
     names = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return torch.serialization.safe_globals([_Dtype, *((_PICKLE_GLOBALS[x], x) for x in names)])

@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
@@ -39,6 +40,8 @@ class OANetTrainer(DefaultTrainer):
     """
     Detectron2's trainer with OANet's mapper and evaluators.
     """
+
+    checkpointer: DetectionCheckpointer
 
     def __init__(self, cfg):
         cfg = cfg.clone()
@@ -83,7 +86,7 @@ class OANetTrainer(DefaultTrainer):
             )
             # One kernel for all parameters, where PyTorch has it for CPUs too: looping over them
             # takes a twelfth of the demo's training step.
-            fused = {"fused": True} if torch.__version__ >= (2, 4) else {}
+            fused = {"fused": True} if torch.__version__ >= "2.4" else {}
             return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
                 params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, **fused
             )
@@ -231,7 +234,7 @@ class OrderingReport(HookBase):
 
     def after_step(self):
         results = getattr(self.trainer, "_last_eval_results", None)
-        if results is not self._reported:
+        if results is not None and results is not self._reported:
             self._reported = results
             clock = next(h for h in self.trainer._hooks if isinstance(h, TrainingClock))
             report_orderings(self.trainer.cfg, results, clock.seconds)

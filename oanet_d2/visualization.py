@@ -4,7 +4,7 @@ Pictures of what the painting order changes.
 
 import heapq
 import os
-from typing import Dict, List, Tuple
+from typing import Dict, List, Tuple, Union
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ from detectron2.utils.visualizer import Visualizer
 __all__ = ["OrderPictures", "draw_order_comparison", "pixel_gain"]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
-PanopticSeg = Tuple[torch.Tensor, List[Dict]]
+PanopticSeg = Tuple[Union[torch.Tensor, np.ndarray], List[Dict]]
 
 PANEL_SIDE = 480  # pixels, the longer side of a panel
 TITLE_HEIGHT = 34
@@ -160,7 +160,7 @@ class OrderPictures:
         self.reset()
 
     def reset(self):
-        self._best = []  # min-heap of (gain, image id, input, result before, result after)
+        self._best: List[Tuple] = []  # min-heap of (gain, image id, input, result before, result after)
 
     def add(self, input: Dict, gt_ids: np.ndarray, results: Dict[str, PanopticSeg]):
         """
@@ -169,12 +169,15 @@ class OrderPictures:
             gt_ids: (H, W) ground-truth segment ids.
             results: order -> panoptic result of the image.
         """
-        before, after = ((ids.cpu().numpy(), info) for ids, info in map(results.get, self.orders))
+        before, after = (
+            (torch.as_tensor(ids).cpu().numpy(), info)
+            for ids, info in (results[order] for order in self.orders)
+        )
         gain = pixel_gain((gt_ids, input["segments_info"]), before, after)
         if gain > 0:
             kept = {k: input[k] for k in ("file_name", "pan_seg_file_name", "segments_info")}
-            before, after = (_with_own_dicts(x) for x in (before, after))
-            heapq.heappush(self._best, (gain, str(input["image_id"]), kept, before, after))
+            copies = map(_with_own_dicts, (before, after))
+            heapq.heappush(self._best, (gain, str(input["image_id"]), kept, *copies))
             if len(self._best) > self.max_pictures:
                 heapq.heappop(self._best)
 

@@ -45,11 +45,11 @@ def register_builtin():
             os.path.join(coco, "annotations", f"instances_{split}2017.json"),
             categories=COCO_CATEGORIES,
         )
-        files = [
+        files = (
             os.path.join(scenes, split),
             os.path.join(scenes, "annotations", f"panoptic_{split}.json"),
             os.path.join(scenes, f"panoptic_{split}"),
-        ]
+        )
         silhouettes = os.path.join(scenes, "annotations", f"instances_{split}.json")
         for name, instances_json in (("", silhouettes), ("_visible", None)):
             register_panoptic(

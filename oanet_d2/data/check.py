@@ -156,9 +156,11 @@ def make_samples(panoptic: Dict, image_root: str, panoptic_root: str) -> Iterato
             segments = [s for s in entries(annotation["segments_info"], SEGMENT) if "id" in s]
             areas = {s["id"]: s.get("area") for s in segments if 0 < s["id"] < 256**3}
         names = (image_root, image.get("file_name")), (panoptic_root, annotation.get("file_name"))
-        paths = [None if not n or leads_outside(n) else f"{root}/{n}" for root, n in names]
+        image_path, png_path = (
+            None if not n or leads_outside(n) else f"{root}/{n}" for root, n in names
+        )
         size = (image["width"], image["height"]) if {"width", "height"} <= image.keys() else None
-        yield Sample(*paths, size, areas)
+        yield Sample(image_path, png_path, size, areas)
 
 
 def check_sample(sample: Sample) -> List[Problem]:
@@ -170,10 +172,12 @@ def check_sample(sample: Sample) -> List[Problem]:
 
 
 def _check_sample(sample: Sample) -> Iterator[Problem]:
-    pictures = {}
-    for what, path in (("image", sample.image), ("PNG", sample.png)):
+    pictures: Dict[str, Picture] = {}
+    paths = {"image": sample.image or "", "PNG": sample.png or ""}
+    for what, path in paths.items():
         try:
-            pictures[what] = path and read_picture(path)
+            if path:
+                pictures[what] = read_picture(path)
         except FileNotFoundError as error:
             yield Problem(f"{what} missing", path, str(error))
         except Exception as error:  # PIL's decoders raise whatever they stumble over
@@ -183,16 +187,16 @@ def _check_sample(sample: Sample) -> Iterator[Problem]:
     if image is not None:
         if image.is_16_bit:
             detail = f"is {image.storage}; training takes 8 bits per channel"
-            yield Problem("image of more than 8 bits", sample.image, detail)
+            yield Problem("image of more than 8 bits", paths["image"], detail)
         if size is not None and image.size != size:
             detail = f"is {image.size} (width, height), the JSON says {size}"
-            yield Problem("image size differs from the JSON", sample.image, detail)
+            yield Problem("image size differs from the JSON", paths["image"], detail)
         size, source = image.size, "the image is"
     if png is not None:
         if size is not None and png.size != size:
             detail = f"is {png.size} (width, height), {source} {size}"
-            yield Problem("PNG size differs from the image", sample.png, detail)
-        yield from check_png(png, sample.png, sample.areas)
+            yield Problem("PNG size differs from the image", paths["PNG"], detail)
+        yield from check_png(png, paths["PNG"], sample.areas)
 
 
 def read_picture(path: str) -> Picture:

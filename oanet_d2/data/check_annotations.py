@@ -90,7 +90,7 @@ def by_id(items: List, fields: Dict) -> Dict[Any, Dict]:
 
 def check_entries(items: List, fields: Dict, where: str, what: str) -> Iterator[Problem]:
     """Fields that are not what they must be, and ids that an earlier entry has, too."""
-    first = {}
+    first: Dict[Any, Dict] = {}
     for item, entry in zip(items, entries(items, fields, where)):
         if not isinstance(item, dict):
             yield Problem("malformed entry", entry["where"], f"is {reprlib.repr(item)}, no object")
@@ -117,7 +117,8 @@ def check_panoptic(panoptic: Dict, path: str) -> Iterator[Problem]:
     ):
         yield from check_entries(panoptic[key], fields, f"{path}: {key}", what)
     categories = by_id(panoptic["categories"], PANOPTIC_CATEGORY)
-    images, annotated = by_id(panoptic["images"], IMAGE), {}
+    images = by_id(panoptic["images"], IMAGE)
+    annotated: Dict[Any, str] = {}
     for annotation in entries(panoptic["annotations"], ANNOTATION, f"{path}: annotations"):
         where, image_id = annotation["where"], annotation.get("image_id")
         if image_id is not None and image_id not in images:
@@ -239,7 +240,8 @@ def rle_runs(counts: Any) -> List[int]:
     """
     if isinstance(counts, list):
         return counts
-    runs, value, shift = [], 0, 0
+    runs: List[int] = []
+    value, shift = 0, 0
     for code in counts.encode():
         value |= ((code - 48) & 31) << shift
         shift += 5

@@ -1,6 +1,6 @@
 import copy
 from contextlib import contextmanager
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -179,7 +179,7 @@ class PanopticDatasetMapper(DatasetMapper):
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         image = self._read_image(dataset_dict)
-        index = None
+        index: Optional[np.ndarray] = None
         if self.is_train:
             ids = self._read_ids(dataset_dict, image.shape[:2])
             index = self._index_segments(dataset_dict, ids)
@@ -192,6 +192,7 @@ class PanopticDatasetMapper(DatasetMapper):
         if not self.is_train:
             dataset_dict.pop("annotations", None)
             return dataset_dict
+        assert index is not None  # read above
 
         with naming(f"annotations of {dataset_dict['file_name']}"):
             if "annotations" in dataset_dict:
@@ -211,7 +212,7 @@ class PanopticDatasetMapper(DatasetMapper):
         utils.check_image_size(dataset_dict, image)
         return image
 
-    def _read_ids(self, dataset_dict: Dict, image_size: Tuple[int, int]) -> np.ndarray:
+    def _read_ids(self, dataset_dict: Dict, image_size: Tuple[int, ...]) -> np.ndarray:
         file_name = dataset_dict["pan_seg_file_name"]
         # rgb2id in one go: PIL keeps RGB in four bytes, lowest first, of which the last is alpha.
         ids = read_image(file_name, "RGBA").view("<u4")[:, :, 0] & 0xFFFFFF
@@ -233,7 +234,7 @@ class PanopticDatasetMapper(DatasetMapper):
                 )
         return index
 
-    def _transform_annotations(self, dataset_dict: Dict, transforms, image_shape: Tuple[int, int]):
+    def _transform_annotations(self, dataset_dict: Dict, transforms, image_shape: Tuple[int, ...]):
         annotations = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
         if self.use_instance_mask and not all("segmentation" in a for a in annotations):
             raise ValueError("an instance has no segmentation.")
@@ -276,8 +277,8 @@ class PanopticDatasetMapper(DatasetMapper):
             if s["isthing"] and not s.get("iscrowd", 0) and (augmented == i).any()
         ]
         boxed = augmented if self.recompute_boxes else index
-        boxes = [cv2.boundingRect((boxed == i).view(np.uint8)) for i in things]
-        boxes = np.array(boxes, dtype=float).reshape(-1, 4)
+        rects = [cv2.boundingRect((boxed == i).view(np.uint8)) for i in things]
+        boxes = np.array(rects, dtype=float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         if not self.recompute_boxes:
             boxes = transforms.apply_box(boxes).clip(0, augmented.shape[::-1] * 2)

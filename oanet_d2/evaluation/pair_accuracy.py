@@ -57,9 +57,9 @@ def pair_decisions(
         ids: (H, W) ground-truth segment ids.
         segments_info: the ground truth's segments.
     """
-    ids = torch.from_numpy(ids)
-    segments = match_to_segments(masks, classes, ids, segments_info)
-    margins, matched = margins_of_matched(masks, segments, ids), segments >= 0
+    id_map = torch.from_numpy(ids)
+    segments = match_to_segments(masks, classes, id_map, segments_info)
+    margins, matched = margins_of_matched(masks, segments, id_map), segments >= 0
     m = masks.flatten(1).float()
     shared = m @ m.t()
     position = torch.empty_like(order)

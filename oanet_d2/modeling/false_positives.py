@@ -51,11 +51,12 @@ def with_false_positives(
     classes = candidates.classes[chosen][inside]
     mistaken = torch.rand(len(masks), device=device) < _CLASS_MISTAKEN
     classes = torch.where(mistaken, torch.randint_like(classes, num_classes), classes)
+    height, width = masks.shape[1:]
     return Candidates(
         torch.cat([candidates.masks, masks]),
         torch.cat([candidates.classes, classes]),
         torch.cat([scores, scores[chosen][inside] * share]),
-        torch.cat([candidates.boxes, relative_boxes(mask_extents(masks), masks.shape[1:])]),
+        torch.cat([candidates.boxes, relative_boxes(mask_extents(masks), (height, width))]),
     )
 
 

@@ -26,7 +26,7 @@ from .pair_head import PairwiseRankingHead
 from .panoptic_combiner import combine
 from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
 from .semantic_labels import resized_semantic_labels, semantic_labels
-from .srm_head import build_srm_head
+from .srm_head import SpatialRankingHead, build_srm_head
 
 __all__ = ["OANet"]
 
@@ -57,11 +57,13 @@ class OANet(PanopticFPN):
     Parameters are named as in :class:`PanopticFPN`; the ranking module's live under `srm_head`.
     """
 
+    srm_head: SpatialRankingHead
+
     @configurable
     def __init__(
         self,
         *,
-        srm_head: nn.Module,
+        srm_head: SpatialRankingHead,
         srm_in_feature: str = "p2",
         order: str = "srm_overlap",
         keep_things_free: bool = True,
@@ -286,9 +288,9 @@ class OANet(PanopticFPN):
                 for x in detections
             ]
         candidates = [self._detected(images, x) for x in detections]
-        maps = self.ranking_maps(images, semantic, features)
+        of_things, feature_map = self.ranking_maps(images, semantic, features)
         with_map = self.return_evidence or self.order != "srm_pairs"
-        return self.srm_head.evidence(candidates, *maps, with_map=with_map)
+        return self.srm_head.evidence(candidates, of_things, feature_map, with_map=with_map)
 
     def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict):
         """
@@ -302,9 +304,9 @@ class OANet(PanopticFPN):
             that name (a head that looks at it refuses to be built then).
         """
         size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
-        semantic = semantic[:, : self.sem_seg_head.num_things]
-        semantic = semantic if self.sem_seg_head.num_things > 0 else None
-        maps = (semantic, features.get(self.srm_in_feature))
+        num_things = self.sem_seg_head.num_things
+        of_things = semantic[:, :num_things] if num_things > 0 else None
+        maps = (of_things, features.get(self.srm_in_feature))
         return tuple(x if x is None else _resize(x.detach(), size) for x in maps)
 
     def _detected(self, images: ImageList, instances: Instances) -> Candidates:

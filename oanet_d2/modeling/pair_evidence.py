@@ -162,7 +162,7 @@ def _sums_over_overlaps(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         if len(b) == 0:
             continue
         cells = slice(top, bottom), slice(left, right)
-        shared = masks[(slice(None), *cells)][b] * mask[cells]
+        shared = masks[:, cells[0], cells[1]][b] * mask[cells]
         sums.append(shared.flatten(1) @ channels_last[cells].flatten(0, 1))
     return torch.cat(sums)
 

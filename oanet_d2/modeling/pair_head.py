@@ -1,4 +1,4 @@
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -129,7 +129,7 @@ class PairwiseRankingHead(SpatialRankingHead):
     def pair_logits(
         self,
         candidates: List[Candidates],
-        score_maps: Optional[Sequence[torch.Tensor]] = None,
+        score_maps: Union[torch.Tensor, Sequence[Optional[torch.Tensor]], None] = None,
         semantic: Optional[torch.Tensor] = None,
         features: Optional[torch.Tensor] = None,
     ) -> Tuple[List[Pairs], List[torch.Tensor]]:
@@ -148,7 +148,7 @@ class PairwiseRankingHead(SpatialRankingHead):
         """
         # Sums over many cells: not in half precision, whatever the network runs in.
         with torch.autocast(candidates[0].masks.device.type, enabled=False):
-            if "features" in self.kinds:
+            if "features" in self.kinds and features is not None:
                 features = self.feature_projection(features.float())
             pairs, inputs = [], []
             for i, instances in enumerate(candidates):
@@ -202,7 +202,8 @@ class PairwiseRankingHead(SpatialRankingHead):
         Returns:
             {"loss_srm", "loss_srm_pairs"}: scalars; 0 (with gradients, all 0) without a pair.
         """
-        score_maps, loss_srm = None, 0.0
+        score_maps: Optional[torch.Tensor] = None
+        loss_srm: Union[float, torch.Tensor] = 0.0
         if self.loss_weight > 0 or "score_map" in self.kinds:
             logits = self(self.instance_tensors(candidates))
             categories = torch.stack([x.categories for x in targets])
@@ -210,21 +211,21 @@ class PairwiseRankingHead(SpatialRankingHead):
             # S is evidence here and learns from its own loss only.
             score_maps = self.score_map(logits).detach()
         pairs, pair_logits = self.pair_logits(candidates, score_maps, semantic, features)
-        shares = []
+        shares_by_image = []
         for instances, target, found in zip(candidates, targets, pairs):
             margins = visible_margins(
                 instances.masks, instances.classes, target.ids, target.segments_info
             )
             smaller = torch.minimum(found.areas[found.a], found.areas[found.b])
-            shares.append(margins[found.a, found.b] / smaller)
-        shares = torch.cat(shares)
+            shares_by_image.append(margins[found.a, found.b] / smaller)
+        shares = torch.cat(shares_by_image)
         weight = shares.abs().sqrt()
         loss_pairs = F.binary_cross_entropy_with_logits(
             torch.cat(pair_logits), (shares > 0).float(), weight=weight, reduction="sum"
         )
         loss_pairs = loss_pairs / weight.sum().clamp(min=_LEAST_WEIGHT)
         # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
-        anchor = sum(p.sum() * 0 for p in self.parameters())
+        anchor = torch.stack([p.sum() * 0 for p in self.parameters()]).sum()
         return {
             "loss_srm": anchor + loss_srm,
             "loss_srm_pairs": anchor + loss_pairs * self.pair_loss_weight,

@@ -52,8 +52,8 @@ def combine(
             `masks`), for stuff "area" (pixels).
     """
     panoptic_seg = torch.zeros_like(semantic, dtype=torch.int32)
-    scores, classes = scores.tolist(), classes.tolist()
-    painted = [i for i in order.tolist() if scores[i] >= instances_score_thresh]
+    scores_list, classes_list = scores.tolist(), classes.tolist()
+    painted = [i for i in order.tolist() if scores_list[i] >= instances_score_thresh]
     kept = _paint_instances(panoptic_seg, masks, painted, overlap_threshold)
     segments_info: List[Dict] = []
     for index in itertools.compress(painted, kept):
@@ -61,8 +61,8 @@ def combine(
             {
                 "id": len(segments_info) + 1,
                 "isthing": True,
-                "score": scores[index],
-                "category_id": classes[index],
+                "score": scores_list[index],
+                "category_id": classes_list[index],
                 "instance_id": index,
             }
         )

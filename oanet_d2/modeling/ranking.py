@@ -91,7 +91,7 @@ def srm_mean(evidence: RankingEvidence) -> torch.Tensor:
     instances without a pixel) fall back to the detection score.
     """
     by_score = score(evidence)
-    means = mean_scores(evidence.score_map, evidence.masks, evidence.classes)
+    means = mean_scores(_map_of(evidence), evidence.masks, evidence.classes)
     return by_score[torch.argsort(-means[by_score], stable=True)]
 
 
@@ -101,7 +101,7 @@ def srm_overlap(evidence: RankingEvidence) -> torch.Tensor:
     Ask who wins *inside each overlap*. The mean of Eq. 3 dilutes: most of a person's pixels are
     uncontested and score near 1, so the tie on it loses although it wins everywhere they meet.
     """
-    margins = overlap_margins(evidence.score_map, evidence.masks, evidence.classes)
+    margins = overlap_margins(_map_of(evidence), evidence.masks, evidence.classes)
     return order_from_margins(margins, evidence.scores)
 
 
@@ -119,6 +119,15 @@ def srm_pairs(evidence: RankingEvidence) -> torch.Tensor:
             "ranking head does not compare pairs."
         )
     return order_from_margins(evidence.pair_margins, evidence.scores)
+
+
+def _map_of(evidence: RankingEvidence) -> torch.Tensor:
+    if evidence.score_map is None:
+        raise ValueError(
+            "This order needs the score map, which the model was not asked for; name the order in "
+            "MODEL.OANET.ORDER or TEST.ORDERS."
+        )
+    return evidence.score_map
 
 
 def mean_scores(
@@ -188,8 +197,8 @@ def order_from_margins(margins: torch.Tensor, scores: torch.Tensor) -> torch.Ten
         (N,) int64 on scores' device: a permutation of 0..N-1.
     """
     by_score = torch.argsort(-scores)
-    lost = (-margins).clamp(min=0)[by_score][:, by_score].double() / _MARGIN_QUANTUM
-    lost = lost.round().long().cpu().numpy()
+    quanta = (-margins).clamp(min=0)[by_score][:, by_score].double() / _MARGIN_QUANTUM
+    lost = quanta.round().long().cpu().numpy()
     against = lost.sum(axis=1)
     order = np.empty(len(lost), dtype=np.int64)
     for position in range(len(lost)):

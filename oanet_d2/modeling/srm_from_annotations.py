@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from .candidates import grid_size, gt_candidates, ranking_target
 from .false_positives import with_false_positives
-from .srm_head import build_srm_head
+from .srm_head import SpatialRankingHead, build_srm_head
 
 __all__ = ["SRMFromAnnotations"]
 
@@ -25,8 +25,10 @@ class SRMFromAnnotations(nn.Module):
     `MODEL.SRM_HEAD.PAIRS.EVIDENCE` may hold "geometry" and "score_map", not what an image shows.
     """
 
+    srm_head: SpatialRankingHead
+
     @configurable
-    def __init__(self, *, srm_head: nn.Module):
+    def __init__(self, *, srm_head: SpatialRankingHead):
         """
         Args:
             srm_head: the spatial ranking head.

@@ -217,3 +217,10 @@ def test_rules_against_plain_loops(seed, n):
     assert order("srm_pairs", scores, classes, masks, None, pairs) == slow_order_from_margins(
         pairs.tolist(), scores.tolist()
     )
+
+
+@pytest.mark.parametrize("rule", ["srm_mean", "srm_overlap"])
+def test_a_rule_that_looks_at_the_map_says_so_where_there_is_none(rule):
+    evidence = RankingEvidence(torch.ones(1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match="This order needs the score map"):
+        evidence.order(rule)

@@ -1,5 +1,7 @@
 """The classes of OcclusionScenes."""
 
+from typing import Any, Dict, List
+
 _THINGS = [
     ("person", "person", (220, 20, 60)),
     ("tie", "worn", (255, 214, 0)),
@@ -19,7 +21,7 @@ _STUFF = [
     ("water", "ground", (40, 130, 190)),
 ]
 
-CATEGORIES = [
+CATEGORIES: List[Dict[str, Any]] = [
     {
         "id": k + 1,
         "name": name,

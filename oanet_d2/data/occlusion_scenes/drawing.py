@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 Colour = np.ndarray
 """(3,) float32 RGB, 0 to 255."""
@@ -44,14 +45,14 @@ def any_colour(rng: np.random.Generator, vivid: float = 0.5) -> Colour:
     """A colour of any hue; `vivid` (0 to 1) is about how saturated it is."""
     hue, value = rng.random(), rng.uniform(0.2, 0.95)
     saturation = np.clip(rng.normal(vivid, 0.25), 0.0, 0.95)
-    return np.float32(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255
 
 
 def colour_near(
     rng: np.random.Generator, colours: list[tuple[int, int, int]], spread: float = 14
 ) -> Colour:
     """One of `colours` (RGB, 0 to 255), changed by about `spread`."""
-    chosen = np.float32(colours[rng.integers(len(colours))])
+    chosen = np.array(colours[rng.integers(len(colours))], dtype=np.float32)
     return np.clip(chosen + rng.normal(0, spread, 3), 5, 250).astype(np.float32)
 
 
@@ -159,7 +160,7 @@ class Drawing:
     anchors: dict[str, tuple[float, float]] = field(default_factory=dict)
     own_colours: list[Colour] = field(default_factory=list)
 
-    def add(self, polygon: np.ndarray, paint: Paint) -> None:
+    def add(self, polygon: ArrayLike, paint: Paint) -> None:
         """Paints one more polygon on top."""
         self.parts.append(Part(np.asarray(polygon, dtype=np.float64), paint))
 
@@ -272,7 +273,7 @@ def _paint_part(
     # fillPoly's pixel centres are the whole numbers, ours are the halves. Its soft edges reach about
     # half a pixel beyond the polygon; silhouette and picture both have them, so the two still agree.
     fixed = np.round((polygon - first - 0.5) * (1 << SUBPIXEL_BITS)).astype(np.int32)
-    cv2.fillPoly(mask, [fixed], 255, lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)
+    cv2.fillPoly(mask, [fixed], (255,), lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)
     share = (mask.astype(np.float32) / 255)[..., None]
     window = colour[rows, columns]
     window += share * (paint_pixels(paint, x[columns], y[rows]) - window)

@@ -40,7 +40,9 @@ CUPS = [(240, 240, 235), (240, 150, 180), (95, 195, 210), (235, 205, 90), (200, 
 BOTTLES = [(40, 110, 60), (110, 70, 30), (60, 120, 160), (190, 205, 210), (150, 30, 40)]
 METALS = [(60, 62, 66), (130, 134, 140), (190, 192, 196)]
 GLASS = [(150, 185, 205), (70, 84, 96), (205, 220, 228)]
-BLACK = np.float32([25, 22, 22])
+BLACK = np.array([25, 22, 22], dtype=np.float32)
+LAMP = np.array([250, 240, 190], dtype=np.float32)
+REAR_LAMP = np.array([190, 40, 35], dtype=np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -200,8 +202,8 @@ def car(rng: np.random.Generator) -> Drawing:
     glass = plain(colour_near(rng, GLASS, 10))
     drawing.add([back_low, back_high, (post - 0.009, back_high[1]), (post - 0.009, back_low[1])], glass)
     drawing.add([(post + 0.009, front_low[1]), (post + 0.009, front_high[1]), front_high, front_low], glass)
-    drawing.add(ellipse(half * 0.92, belt * 0.62, 0.018, 0.016), plain(np.float32([250, 240, 190])))
-    drawing.add(box(-half * 0.99, belt * 0.72, -half * 0.92, belt * 0.5), plain(np.float32([190, 40, 35])))
+    drawing.add(ellipse(half * 0.92, belt * 0.62, 0.018, 0.016), plain(LAMP))
+    drawing.add(box(-half * 0.99, belt * 0.72, -half * 0.92, belt * 0.5), plain(REAR_LAMP))
     drawing.add(box(post - 0.05, belt * 0.88, post - 0.015, belt * 0.82), plain(toned(colour, 0.5)))
     hub = plain(colour_near(rng, METALS, 10))
     for x in (-half * 0.6, half * 0.62):

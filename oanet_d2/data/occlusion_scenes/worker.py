@@ -17,6 +17,7 @@ def load_package(folder: Path):
     spec = importlib.util.spec_from_file_location(
         folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
+    assert spec is not None and spec.loader is not None  # it is for a .py
     package = importlib.util.module_from_spec(spec)
     sys.modules[folder.name] = package
     spec.loader.exec_module(package)

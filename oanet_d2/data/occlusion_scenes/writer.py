@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import cv2
@@ -285,7 +285,7 @@ def _write(root: Path, parameters: dict, num_workers: int | None, lock: int) -> 
         _empty(folder, suffix)
     panoptic_json.parent.mkdir(exist_ok=True)
 
-    records: list[dict | None] = [None] * count
+    records: list[dict] = [{}] * count
     progress = tqdm(total=count, desc=f"{GENERATOR} {split}", unit="scene", disable=None)
     with progress, contextlib.closing(_all_scenes(root, parameters, workers, lock)) as scenes:
         for record in scenes:
@@ -329,7 +329,9 @@ def coco_documents(parameters: dict, records: list[dict]) -> tuple[dict, dict]:
         "version": str(parameters["generator_version"]),
         "parameters": parameters,
     }
-    images, panoptic, instances = [], [], []
+    images: list[dict] = []
+    panoptic: list[dict] = []
+    instances: list[dict] = []
     for record in records:
         number = image_id(split, record["index"])
         jpg, png = file_names(split, record["index"])
@@ -365,7 +367,7 @@ def _worker_count(num_workers: int | None, count: int) -> int:
     return min(num_workers, count)
 
 
-def _all_scenes(root: Path, parameters: dict, workers: int, lock: int) -> Iterator[dict]:
+def _all_scenes(root: Path, parameters: dict, workers: int, lock: int) -> Generator[dict, None, None]:
     """Writes every scene's images and yields the records, in any order; ends its workers when closed."""
     split, count, size, seed = (parameters[key] for key in ("split", "num_images", "image_size", "seed"))
     if not workers:
@@ -398,7 +400,8 @@ def _all_scenes(root: Path, parameters: dict, workers: int, lock: int) -> Iterat
             worker.kill()
             reader.join()
             worker.wait()
-            worker.stdout.close()
+            if worker.stdout is not None:
+                worker.stdout.close()
 
 
 def _start_worker(job: dict, lock: int) -> subprocess.Popen:
@@ -413,6 +416,7 @@ def _start_worker(job: dict, lock: int) -> subprocess.Popen:
 
 def _read_lines(worker: subprocess.Popen, lines: queue.Queue) -> None:
     """Passes a worker's records on; and where it ends badly, the reason as an exception."""
+    assert worker.stdout is not None  # it was asked for
     try:
         for line in worker.stdout:
             record = json.loads(line)
