@@ -53,7 +53,7 @@ class OANetCheckpointer(DetectionCheckpointer):
         Other arguments are the same as :class:`DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
-        self.path_manager = WholeFiles(self.path_manager)
+        self.path_manager: Any = WholeFiles(self.path_manager)
         self.allow_pickle = allow_pickle
         self.loaded: List[str] = []
         self.new: List[str] = []
@@ -82,11 +82,12 @@ class OANetCheckpointer(DetectionCheckpointer):
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:  # torch.save raises both for a full disk
-            while not isinstance(error, OSError) and error.__context__ is not None:
-                error = error.__context__
+            cause: BaseException = error
+            while not isinstance(cause, OSError) and cause.__context__ is not None:
+                cause = cause.__context__
             free = shutil.disk_usage(self.save_dir).free
             raise CheckpointError(
-                f"{os.path.join(self.save_dir, name)}.pth cannot be written: {error}. What was "
+                f"{os.path.join(self.save_dir, name)}.pth cannot be written: {cause}. What was "
                 f"there stays; the last checkpoint is {self.get_checkpoint_file() or 'none yet'}. "
                 f"({free / 1e6:,.0f} MB are free.) Go on by --resume when there is room."
             ) from error

@@ -90,7 +90,9 @@ def _lost_ranks() -> List[int]:
     group, lost = comm._get_global_gloo_group(), []
     for rank in set(range(comm.get_world_size())) - {comm.get_rank()}:
         try:
-            dist.irecv(torch.zeros(1), rank, group).wait(PROBE_TIME)
+            probe = dist.irecv(torch.zeros(1), rank, group)
+            assert probe is not None  # it is for a process outside the group
+            probe.wait(PROBE_TIME)
         except RuntimeError as error:
             if "timed out" not in str(error).lower():
                 lost.append(rank)

@@ -108,6 +108,7 @@ class DataOrder(HookBase):
         seed_all_rng(derived_seed(_OF_STEPS, self.seed, comm.get_rank(), self.trainer.iter))
 
     def after_step(self):
+        assert self.images is not None  # known since before_train
         self.images += self.images_per_step
 
     def state_dict(self) -> Dict:
@@ -146,7 +147,7 @@ class NonFiniteLoss(HookBase):
             return
         (batch,) = inputs
         files = [x.get("file_name", "?") for x in batch]
-        if torch.isfinite(sum(losses.values())):
+        if torch.isfinite(torch.stack([loss.detach() for loss in losses.values()]).sum()):
             self._files_before = files
             return
         values = {name: loss.item() for name, loss in losses.items()}
@@ -208,6 +209,6 @@ def save_batch(
             entry["classes"] = x["instances"].gt_classes.tolist()
             entry["boxes"] = x["instances"].gt_boxes.tensor.tolist()
         images.append(entry)
-    losses = {k: v if math.isfinite(v) else str(v) for k, v in losses.items()}
+    written = {k: v if math.isfinite(v) else str(v) for k, v in losses.items()}
     with whole_file(os.path.join(folder, "batch.json")) as f:
-        json.dump({"iteration": iteration, "losses": losses, "images": images}, f, indent=2)
+        json.dump({"iteration": iteration, "losses": written, "images": images}, f, indent=2)

@@ -130,9 +130,9 @@ def check_panoptic(
             detail = f"image {image_id!r} is annotated by {annotated[image_id]}, too"
             yield Problem("several annotations of one image", where, detail)
         for folder, entry in ((panoptic_root, annotation), (image_root, images.get(image_id, {}))):
-            detail = outside(folder, entry.get("file_name"))
-            if detail:
-                yield Problem("file name leads outside its folder", where, f"not opened: {detail}")
+            why = outside(folder, entry.get("file_name"))
+            if why:
+                yield Problem("file name leads outside its folder", where, f"not opened: {why}")
         yield from check_segments(annotation.get("segments_info", []), categories, where)
     for image in entries(panoptic["images"], IMAGE, f"{path}: images"):
         if "id" in image and image["id"] not in annotated:
@@ -147,6 +147,7 @@ def outside(folder: Folder, name: Optional[str]) -> Optional[str]:
             folder.path(name)
     except ValueError as error:
         return str(error)
+    return None
 
 
 def check_segments(segments: List, categories: Dict, where: str) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ whole or refused.
 import json
 import os
 from pathlib import PurePath
-from typing import Any, Optional
+from typing import Any, Dict, Optional, Set
 
 from detectron2.utils.file_io import PathManager
 
@@ -41,7 +41,7 @@ class Folder:
         self.root = str(root) or "."
         linked = os.environ.get(LINKED_FOLDERS, "").split(os.pathsep)
         self._allowed = [os.path.realpath(x) for x in (self.root, *filter(None, linked))]
-        self._plain = {}  # folder -> the names in it that are no links
+        self._plain: Dict[str, Set[str]] = {}  # folder -> the names in it that are no links
 
     def path(self, name: str) -> str:
         """
@@ -84,7 +84,7 @@ class Folder:
             )
 
 
-def _plain_names(folder: str) -> set:
+def _plain_names(folder: str) -> Set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if not entry.is_symlink()}

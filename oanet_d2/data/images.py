@@ -96,7 +96,7 @@ def read_header(file_name: str) -> Header:
         # To PIL a PNG of 3 x 16 bits is of mode RGB; its header has the bit depth.
         is_16_bit = start.startswith(b"\x89PNG") and start[24:] == b"\x10"
         is_16_bit = is_16_bit or image.mode.startswith(("I", "F"))
-        return Header(image.format, image.mode, image.size, is_16_bit)
+        return Header(image.format or "", image.mode, image.size, is_16_bit)
 
 
 def check_header(file_name: str) -> None:

@@ -102,7 +102,8 @@ def rle_runs(counts: Any) -> List[int]:
     """
     if isinstance(counts, list):
         return counts
-    runs, value, shift = [], 0, 0
+    runs: List[int] = []
+    value, shift = 0, 0
     for code in counts if isinstance(counts, bytes) else counts.encode():
         value |= ((code - 48) & 31) << shift
         shift += 5

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from contextlib import contextmanager
 from itertools import islice
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class TrainingStream(IterableDataset):
                 for others of its group can be lost.) None: all are of one group.
         """
         self.samples = samples
-        self.sampler = sampler
+        self.sampler: Any = sampler  # all of Detectron2's have a _seed, none under a public name
         self.batch_size = batch_size
         self.groups = groups
         self.rank = comm.get_rank()  # which a worker process may not know
@@ -89,7 +89,7 @@ class TrainingStream(IterableDataset):
     @property
     def seed(self) -> int:
         """The seed of the order, one for all processes."""
-        return self.sampler._seed  # all of Detectron2's have it, none under a public name
+        return self.sampler._seed
 
     @seed.setter
     def seed(self, seed: int):

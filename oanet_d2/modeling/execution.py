@@ -67,7 +67,7 @@ class Execution:
             model.to(memory_format=torch.channels_last)
         if self.compile:
             # Images come in many sizes.
-            model.backbone.compile(dynamic=True)
+            model.get_submodule("backbone").compile(dynamic=True)
 
     def images(self, batch: torch.Tensor) -> torch.Tensor:
         """

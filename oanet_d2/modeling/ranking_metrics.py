@@ -96,7 +96,7 @@ def put_ranking_scalars(
         tensors = [build_instance_tensor(x.masks, x.classes, num_classes) for x in candidates]
         categories = torch.stack([x.categories for x in targets])
         shares["map_accuracy"] = map_accuracy(score_maps, torch.stack(tensors), categories)
-    if pair_logits is not None:
+    if pair_logits is not None and pair_margins is not None:
         shares["pair_accuracy"] = pair_accuracy(pair_logits, pair_margins)
     for name, share in shares.items():
         if share is not None:
