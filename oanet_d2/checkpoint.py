@@ -90,7 +90,7 @@ class OANetCheckpointer(DetectionCheckpointer):
                 f"{os.path.join(self.save_dir, name)}.pth cannot be written: {cause}. What was "
                 f"there stays; the last checkpoint is {self.get_checkpoint_file() or 'none yet'}. "
                 f"({free / 1e6:,.0f} MB are free.) Go on by --resume when there is room."
-            ) from error
+            ) from cause
 
     def load(self, path: str, *args, **kwargs) -> Dict:
         """

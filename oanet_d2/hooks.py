@@ -147,7 +147,7 @@ class NonFiniteLoss(HookBase):
             return
         (batch,) = inputs
         files = [x.get("file_name", "?") for x in batch]
-        if torch.isfinite(torch.stack([loss.detach() for loss in losses.values()]).sum()):
+        if torch.isfinite(torch.as_tensor(sum(losses.values()))):
             self._files_before = files
             return
         values = {name: loss.item() for name, loss in losses.items()}
