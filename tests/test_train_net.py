@@ -103,7 +103,7 @@ def test_a_short_training_lowers_the_loss(datasets_root, tmp_path):
             *["SOLVER.MAX_ITER", "60", "SOLVER.WARMUP_ITERS", "5", "OUTPUT_DIR", str(tmp_path)],
             *["SOLVER.BASE_LR", "0.01"],
         )
-        seed_all_rng(0)
+        seed_all_rng(0)  # all of them: the seed of the data order is one of numpy's
         trainer = OANetTrainer(cfg)
         trainer.train()
         losses = trainer.storage.histories()
