@@ -16,11 +16,16 @@ from torch import nn
 
 from detectron2.data import DatasetCatalog
 
+from demo.files import find_pictures
 from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper, files
 from oanet_d2.data.cityscapes import load_cityscapes
+from oanet_d2.data.images import read_image
 from oanet_d2.data.occlusion_scenes import ensure_split
+from oanet_d2.output_folder import check_output_folder
+from oanet_d2.report import write_report
+from oanet_d2.report.data import read_picture
 from oanet_d2.visualization import OrderPictures
 from tests.conftest import REPOSITORY, registered
 from tests.data.test_check import PERSON, SKY, Dataset
@@ -30,6 +35,7 @@ CONFIG, OVERRIDE = "config file", "override on the command line"
 PANOPTIC, INSTANCES, NAME = "panoptic JSON", "instances JSON", "file name in a JSON"
 PNG, IMAGE, CHECKPOINT = "panoptic PNG", "image", "checkpoint (.pth, .pkl)"
 SCENES = "folder of OcclusionScenes"
+OUTPUT, REPORT, DEMO = "output folder", "evaluation, for the report", "pictures for the demo"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcde", "bcdef")
@@ -391,6 +397,67 @@ def another_model(folder):
 
 
 # ---------------------------------------------------------------------------------------- datasets
+
+
+@case(OUTPUT, "cannot be written, or made")
+def output_is_a_file(folder):
+    (folder / "out").write_text("")
+    check_output_folder(str(folder / "out"))
+
+
+@case(OUTPUT, "holds checkpoints of another config")
+def output_of_another_seed(folder):
+    torch.save({"model": {}}, folder / "model_final.pth")
+    (folder / "config.yaml").write_text("SEED: 1")
+    check_output_folder(str(folder), {"SEED": 2})
+
+
+@case(OUTPUT, "holds checkpoints of an unknown config")
+def output_of_unknown(folder):
+    torch.save({"model": {}}, folder / "model_final.pth")
+    check_output_folder(str(folder), {"SEED": 2})
+
+
+def evaluation(wrong, text):
+    @case(REPORT, wrong)
+    def make(folder):
+        if text is not None:
+            (folder / "report").mkdir()
+            (folder / "report" / "evaluation.json").write_text(text)
+        write_report(str(folder))
+
+
+evaluation("is not there", None)
+evaluation("is cut short", '{"format": ')
+evaluation("is of another version", '{"format": "x"}')
+
+
+@case(REPORT, "a picture that is not there, or is a named pipe")
+def report_without_picture(folder):
+    read_picture(str(folder), "0.png")
+
+
+@case(REPORT, "a picture that is not there, or is a named pipe")
+def report_with_a_pipe(folder):
+    (folder / "report").mkdir()
+    os.mkfifo(folder / "report" / "0.png")
+    read_picture(str(folder), "0.png")
+
+
+@case(DEMO, "are not there")
+def no_pictures(folder):
+    find_pictures([str(folder / "*.jpg")])
+
+
+@case(DEMO, "a folder without one")
+def folder_without_picture(folder):
+    find_pictures([str(folder)])
+
+
+@case(DEMO, "one that cannot be read")
+def picture_of_text(folder):
+    (folder / "0.jpg").write_text("no picture")
+    read_image(str(folder / "0.jpg"), "BGR")
 
 
 @case(SCENES, "holds scenes of another seed or number")

@@ -136,6 +136,8 @@ def read_picture(folder: str, name: str) -> bytes:
         ReportError: it is missing or is not what the evaluation wrote.
     """
     path = os.path.join(folder, FOLDER, name)
+    if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be waited for forever
+        raise ReportError(f"Cannot read {path}: it is not a file. {HOW}")
     try:
         with open(path, "rb") as f:
             content = f.read()
