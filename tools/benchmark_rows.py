@@ -20,6 +20,7 @@ from benchmark_tried import (
 
 ZOO = COCO + "oanet_R_50_srm_only.yaml"  # Panoptic FPN's own weights and a ranking head
 ONLY_PANOPTIC = ["MODEL.OANET.OUTPUTS", "()"]
+CHANNELS_LAST = [*ONLY_PANOPTIC, "MODEL.OANET.CHANNELS_LAST", "True"]
 # What `make demo` has left; without it random weights, which detect less than trained ones.
 DEMO_WEIGHTS: Optional[Path] = ROOT / "output" / "occlusion_scenes" / "model_final.pth"
 if not DEMO_WEIGHTS.exists():
@@ -91,16 +92,21 @@ COMPARED: Dict[str, Row] = {
         memory_goal=0.5,
         repeats=3,
     ),
-    "inference_all_outputs": Row(
-        "the same with all outputs of PanopticFPN (pred_masks, sem_seg)",
-        partial(inference, ZOO, {"ours": [], "theirs": PANOPTIC_FPN}),
+    "inference_channels_last": Row(
+        "the same with `MODEL.OANET.CHANNELS_LAST True`",
+        partial(inference, ZOO, {"ours": CHANNELS_LAST, "theirs": PANOPTIC_FPN}),
         repeats=2,
+    ),
+    "inference_all_outputs": Row(
+        "whole inference with all outputs of PanopticFPN (pred_masks, sem_seg)",
+        partial(inference, ZOO, {"ours": [], "theirs": PANOPTIC_FPN}),
+        repeats=1,
     ),
     "training_step": Row(
         f"training step, {Path(DEMO).stem}, {WEIGHTS} weights: OANet against PanopticFPN",
         lambda: training_step({"ours": [], "theirs": PANOPTIC_FPN}, DEMO_WEIGHTS),
         time_goal=1.1,
-        repeats=16,
+        repeats=12,
     ),
 }
 
@@ -124,19 +130,19 @@ MOST_GROWTH = 1.25  # of the cost per instance, from the first to the last
 # OANet with an option against OANet without.
 OPTIONS: Dict[str, Row] = {
     "option_channels_last": Row(
-        "`MODEL.OANET.CHANNELS_LAST True`", option("MODEL.OANET.CHANNELS_LAST", "True"), repeats=3
+        "`MODEL.OANET.CHANNELS_LAST True`", option("MODEL.OANET.CHANNELS_LAST", "True"), repeats=2
     ),
     "option_channels_last_training": Row(
         "the same, training step of the demo",
         lambda: training_step(
             {"ours": ["MODEL.OANET.CHANNELS_LAST", "True"], "theirs": []}, DEMO_WEIGHTS
         ),
-        repeats=16,
+        repeats=12,
     ),
     "option_inference_mode": Row(
         "`MODEL.OANET.INFERENCE_MODE True`",
         option("MODEL.OANET.INFERENCE_MODE", "True"),
-        repeats=2,
+        repeats=1,
     ),
     "option_autocast": Row(
         "`MODEL.OANET.AUTOCAST bfloat16`",
