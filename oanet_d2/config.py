@@ -97,7 +97,7 @@ def add_oanet_config(cfg):
     # Inference in mixed precision: "bfloat16", or "float16" (not on a CPU); "": in single precision.
     # (Training: SOLVER.AMP.ENABLED.)
     cfg.MODEL.OANET.AUTOCAST = ""
-    # True: the backbone is compiled with torch.compile when it is first used, which takes a minute,
+    # True: the backbone is compiled with torch.compile when it is first used, which takes a while,
     # once for training and once for inference. On a CPU it needs a C++ compiler.
     cfg.MODEL.OANET.COMPILE = False
 
