@@ -142,6 +142,8 @@ def build_train_loader(cfg, mapper):
         groups = [int(x["width"] > x["height"]) for x in dicts]
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     stream = TrainingStream(indexed.dataset, indexed.sampler, batch_size, groups)
+    if stream.seed < 0:  # SEED -1, which newer versions of Detectron2 hand on: a seed of chance
+        stream.seed = comm.shared_random_seed()
     return build_batch_data_loader(
         stream,
         None,

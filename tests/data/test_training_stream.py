@@ -1,5 +1,7 @@
 import random
+from functools import partial
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,3 +143,13 @@ def test_seed_of_detectron2s_samplers_is_set():
         stream.seed = 2
         assert stream.sampler._seed == 2
         assert list(islice(stream.batches(), 8)) != before
+
+
+def test_without_a_seed_it_is_one_of_chance(cfg):
+    """Newer versions of Detectron2 give their samplers the config's SEED, also if it is -1."""
+    given = partial(TrainingSampler, seed=-1)
+    with mock.patch("detectron2.data.build.TrainingSampler", lambda size, **kwargs: given(size)):
+        streams = [build_train_loader(cfg, dict).dataset for _ in range(2)]
+    assert all(stream.seed >= 0 for stream in streams)
+    first, second = (list(islice(stream.batches(), 8)) for stream in streams)
+    assert first != second
