@@ -42,6 +42,8 @@ from marked_region import begin_mark, split_page, update_page
 
 import detectron2
 
+from oanet_d2.whole_files import whole_file
+
 BEGIN = begin_mark("tools/benchmark.py")
 SECONDS_FOR_A_ROW = 300
 
@@ -178,9 +180,8 @@ def load_results(file: Path, env: Dict) -> Dict:
 
 
 def write_json(file: Path, results: Dict) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2))
-    os.replace(temporary, file)
+    with whole_file(str(file)) as f:
+        json.dump(results, f, indent=2)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

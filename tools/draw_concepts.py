@@ -40,6 +40,7 @@ from oanet_d2.modeling.matching import visible_margins
 from oanet_d2.modeling.ranking import mean_scores, overlap_margins
 from oanet_d2.modeling.semantic_labels import semantic_labels
 from oanet_d2.visualization import draw_order_comparison
+from oanet_d2.whole_files import whole_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "OcclusionScenes" / "oanet_R_18.yaml"
@@ -289,10 +290,8 @@ def save(figure, path: Path):
 
 
 def save_image(image: Image.Image, path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    image.quantize(256).save(unfinished, format="PNG", optimize=True)
-    os.replace(unfinished, path)
+    with whole_path(str(path)) as unfinished:
+        image.quantize(256).save(unfinished, format="PNG", optimize=True)
     print(path)
 
 

@@ -2,9 +2,10 @@
 The part of a page that a script writes: what stands between two marks, which stay.
 """
 
-import os
 from pathlib import Path
 from typing import Tuple
+
+from oanet_d2.whole_files import whole_file
 
 END = "<!-- to here -->"
 
@@ -41,6 +42,5 @@ def update_page(page: Path, begin: str, text: str) -> None:
         ValueError: the page has no such region.
     """
     before, after = split_page(page, begin)
-    temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}")
-    os.replace(temporary, page)
+    with whole_file(str(page)) as f:
+        f.write(f"{before}{begin}\n\n{text}\n\n{END}{after}")
