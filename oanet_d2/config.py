@@ -58,13 +58,16 @@ def add_oanet_config(cfg):
     # overlap (MODEL.OANET.ORDER "srm_pairs").
     cfg.MODEL.SRM_HEAD.PAIRS = CN()
     # What it is told of a pair, besides the two classes; see PairwiseRankingHead. "geometry" and
-    # "score_map" come from masks alone, "semantic" and "features" from the image.
-    cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features")
+    # "score_map" come from masks alone, "semantic", "features" and "visible" from the image.
+    cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features", "visible")
     # Channels that IN_FEATURE is projected to, and width of the two hidden layers.
     cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 32
     cfg.MODEL.SRM_HEAD.PAIRS.HIDDEN_DIM = 128
-    # Weight of the loss over pairs.
+    # Share of the hidden layers' numbers that is dropped in training.
+    cfg.MODEL.SRM_HEAD.PAIRS.DROPOUT = 0.3
+    # Weight of the loss over pairs, and of the loss over the cells of "visible".
     cfg.MODEL.SRM_HEAD.PAIRS.LOSS_WEIGHT = 1.0
+    cfg.MODEL.SRM_HEAD.PAIRS.VISIBLE_LOSS_WEIGHT = 1.0
 
     # ---------------------------------------------------------------- fusion
     cfg.MODEL.OANET = CN()

@@ -56,7 +56,7 @@ from oanet_d2.modeling.matching import margins_of_matched, match_to_segments
 SOURCES = ("gt", "pred", "detections")
 FALSE_POSITIVES = "gt with false positives"
 DEFAULT_SOURCES = ("pred", "detections")
-EVIDENCE = ("geometry", "semantic", "features")
+EVIDENCE = ("geometry", "semantic", "features", "visible")
 TRAIN_IMAGES, ITERATIONS, BATCH = 1000, 400, 8
 
 
@@ -211,7 +211,7 @@ def cached_predictions(cfg, model, path: Path):
 # ------------------------------------------------------------------------------ heads to compare
 
 
-def pair_head(model, evidence: Sequence[str] = EVIDENCE) -> PairwiseRankingHead:
+def pair_head(model, evidence: Sequence[str] = EVIDENCE, dropout=0.3) -> PairwiseRankingHead:
     """
     A pairwise head like the model's, untrained. Its map is as small as can be unless it is asked
     for as evidence.
@@ -219,6 +219,7 @@ def pair_head(model, evidence: Sequence[str] = EVIDENCE) -> PairwiseRankingHead:
     is_evidence = "score_map" in evidence
     return PairwiseRankingHead(
         evidence=evidence,
+        dropout=dropout,
         feature_channels=model.backbone.output_shape()[model.srm_in_feature].channels,
         num_classes=model.srm_head.num_classes,
         conv_dim=32,
@@ -406,8 +407,8 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
         table -> row -> what makes its order (training a head, where it needs one).
     """
 
-    def pairs(evidence=EVIDENCE, sources=DEFAULT_SOURCES):
-        return by_head(fit(pair_head(model, evidence), train, sources, seed), "srm_pairs")
+    def pairs(evidence=EVIDENCE, sources=DEFAULT_SOURCES, **head):
+        return by_head(fit(pair_head(model, evidence, **head), train, sources, seed), "srm_pairs")
 
     def maps(sources=("gt",), rule="srm_overlap", **shape):
         return by_head(fit(map_head(model, **shape), train, sources, seed), rule)
@@ -440,8 +441,12 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             "features": lambda: pairs(("features",)),
             "geometry + semantic": lambda: pairs(("geometry", "semantic")),
             "geometry + features": lambda: pairs(("geometry", "features")),
-            "geometry + semantic + features": pairs,
-            "all of them + S": lambda: pairs((*EVIDENCE, "score_map")),
+            "geometry + semantic + features": lambda: pairs(EVIDENCE[:3]),
+            "visible": lambda: pairs(("visible",)),
+            "geometry + visible": lambda: pairs(("geometry", "visible")),
+            "all four (default)": pairs,
+            "all four, without dropout": lambda: pairs(dropout=0.0),
+            "all four + S": lambda: pairs((*EVIDENCE, "score_map")),
         },
         # What the ranking from annotations alone is compared with.
         "geometry": {"geometry": lambda: pairs(("geometry",))},
