@@ -39,7 +39,7 @@ COCO_TRAIN_IMAGES = 118_287
 # Rows of which the mean over the seeds matters; the other tables take the first seed alone.
 TABLES_OF_ALL_SEEDS = ["rules", "gap", "geometry", "order"]
 # Enough to see whether ranking costs anything where masks do not overlap.
-VISIBLE_ITERATIONS = 700
+VISIBLE_ITERATIONS = 1300
 
 
 # ------------------------------------------------------------------------------------ the runs

@@ -39,7 +39,9 @@ class PairNorm(nn.BatchNorm1d):
     """
 
     def __init__(self, dim: int):
-        super().__init__(dim, affine=False)
+        # A number that never changed in training (the score of ground truth) may do so later: with
+        # this epsilon it counts at most 32 times.
+        super().__init__(dim, eps=1e-3, affine=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -48,15 +50,9 @@ class PairNorm(nn.BatchNorm1d):
         """
         rows = x.flatten(0, -2)
         if self.training and len(rows) > 1:
-            with torch.no_grad():
-                F.batch_norm(
-                    rows,
-                    self.running_mean,
-                    self.running_var,
-                    training=True,
-                    momentum=self.momentum,
-                )
-        return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
+            super().forward(rows.detach())  # for the statistics
+        rows = F.batch_norm(rows, self.running_mean, self.running_var, eps=self.eps)
+        return rows.view_as(x)
 
 
 @SRM_HEAD_REGISTRY.register()
@@ -208,7 +204,8 @@ class PairwiseRankingHead(SpatialRankingHead):
         # Sums over many cells: not in half precision, whatever the network runs in.
         with torch.autocast(candidates[0].masks.device.type, enabled=False):
             if "visible" in self.kinds:
-                visible = visible or self.visible_logits(candidates, semantic, features)
+                if visible is None:
+                    visible = self.visible_logits(candidates, semantic, features)
                 visible = list(map(visible_on_grid, visible, candidates))
             if "features" in self.kinds and features is not None:
                 # Detached: the loss of the pairs would cost the other branches quality.
@@ -233,6 +230,7 @@ class PairwiseRankingHead(SpatialRankingHead):
         """
         What the head of "visible" says, see :meth:`VisibleMaskHead.forward`.
         """
+        assert features is not None  # from_config sees to it
         if semantic is not None:
             semantic = semantic.float() if self.visible_head.with_semantic else None
         return self.visible_head(candidates, features.float(), semantic)

@@ -10,9 +10,8 @@ import fvcore.nn.weight_init as weight_init
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
-from detectron2.layers import Conv2d, paste_masks_in_image
+from detectron2.layers import Conv2d, ROIAlign, paste_masks_in_image
 
 from .candidates import Candidates, mask_extents
 from .pair_evidence import GEOMETRY_DIM, geometry
@@ -57,8 +56,9 @@ class VisibleMaskHead(nn.Module):
             resolution: M; visibility is said for M x M parts of the instance's extent.
         """
         super().__init__()
-        self.resolution = resolution
         self.with_semantic = with_semantic
+        size = resolution, resolution
+        self.roi_align = ROIAlign(size, spatial_scale=1.0, sampling_ratio=2, aligned=True)
         self.projection = Conv2d(feature_channels, conv_dim // 2, kernel_size=1)
         self.class_embedding = nn.Embedding(num_classes, conv_dim)
         self.geometry_embedding = nn.Linear(GEOMETRY_DIM, conv_dim)
@@ -142,7 +142,7 @@ class VisibleMaskHead(nn.Module):
         """
         index = torch.arange(len(extents), device=extents.device) * (not one_map)
         rois = torch.cat([index[:, None], extents], dim=1).to(maps.dtype)
-        return roi_align(maps, rois, self.resolution, sampling_ratio=2, aligned=True)
+        return self.roi_align(maps, rois)
 
     def loss(
         self,

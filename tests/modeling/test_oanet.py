@@ -85,7 +85,7 @@ def test_gradients_are_not_all_zero(tiny_cfg):
     # (not every entry of a tensor: most classes are not in the batch)
     dead = {n for n, p in model.named_parameters() if not p.grad.any()}
     # f(a, b) - f(b, a): what is added to both is lost
-    assert dead <= {"srm_head.compare.4.bias"}
+    assert dead <= {"srm_head.compare.6.bias"}
 
 
 def test_every_step_takes_one_of_the_sources(tiny_cfg):
@@ -154,6 +154,24 @@ def test_learns_from_what_it_detects(tiny_cfg):
     assert losses["loss_srm_pairs"] > 0
     losses["loss_srm_pairs"].backward()
     assert model.srm_head.compare[0].weight.grad.any()
+
+
+def test_only_what_is_visible_teaches_the_backbone(tiny_cfg):
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
+    tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("semantic", "features", "visible")
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).train()
+    with EventStorage():
+        losses = model(make_batch("ordinary"))
+
+    def touched(loss):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        changed = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+        return {n.split(".")[0] for n in changed}
+
+    assert touched(losses["loss_srm_visible"]) == {"srm_head", "backbone"}
+    assert touched(losses["loss_srm_pairs"]) == {"srm_head"}
 
 
 def test_the_ranking_loss_changes_nothing_but_the_ranking(tiny_cfg):
@@ -251,7 +269,7 @@ def test_srm_decides_who_lies_on_top(tiny_cfg):
     # logit(a, b) = [a is the favoured] - [b is]
     for parameter in (*model.srm_head.compare.parameters(), model.srm_head.class_embedding.weight):
         torch.nn.init.zeros_(parameter)
-    for layer in model.srm_head.compare[::2]:
+    for layer in model.srm_head.compare[::3]:
         layer.weight.data[0, 0] = 1.0
 
     def owner_of_the_overlap(favoured, order):

@@ -6,20 +6,25 @@ from torch.nn import functional as F
 
 from oanet_d2.modeling import SRM_HEAD_REGISTRY, PairwiseRankingHead
 from oanet_d2.modeling.candidates import RankingTarget
-from oanet_d2.modeling.pair_head import EVIDENCE
+from oanet_d2.modeling.pair_head import EVIDENCE, PairNorm
 from tests.conftest import box_mask, make_candidates, thing
 
 SIZE = (12, 12)
 CLASSES, CHANNELS = 3, 4
 VOID = 255
 # f(a, b) - f(b, a): what is added to both is lost.
-CANCELS = {"compare.4.bias"}
+CANCELS = {"compare.6.bias"}
 
 
 def make_head(evidence=EVIDENCE, **kwargs):
     args = {"num_classes": CLASSES, "conv_dim": 4, "num_blocks": 1, "kernel_size": 3, "stride": 1}
     dims = {"feature_channels": CHANNELS, "embed_dim": 4, "feature_dim": 6, "hidden_dim": 16}
     return PairwiseRankingHead(evidence=evidence, **{**args, **dims, **kwargs})
+
+
+def make_ready(*args, **kwargs):
+    """For a head that only has to answer: its statistics stand still."""
+    return make_head(*args, **kwargs).eval()
 
 
 def scene(masks, classes, scores=None):
@@ -54,7 +59,7 @@ def boxes(seed, n):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
     torch.manual_seed(seed)
-    head, maps, n = make_head(), random_maps(), 7
+    head, maps, n = make_ready(), random_maps(), 7
     masks, classes = boxes(seed, n), torch.randint(CLASSES, (n,))
     scores = torch.rand(n)
     permutation = torch.randperm(n)
@@ -74,7 +79,7 @@ def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_margins_are_antisymmetric_and_bounded_by_the_shared_cells(seed):
     torch.manual_seed(seed)
-    head, n = make_head(), 6
+    head, n = make_ready(), 6
     for parameter in head.compare.parameters():
         parameter.data *= 5  # sure of itself
     candidates, _ = scene(boxes(seed, n), torch.randint(CLASSES, (n,)).tolist())
@@ -96,7 +101,7 @@ def test_two_that_are_the_same_to_it_are_a_draw():
     mask = box_mask(2, 2, 8, 8, SIZE)
     candidates, _ = scene([mask, mask], [1, 1], [0.5, 0.5])
     with torch.no_grad():
-        (pairs,), (logits,) = make_head().pair_logits(
+        (pairs,), (logits,) = make_ready().pair_logits(
             [candidates], [torch.rand(CLASSES, *SIZE)], *random_maps()
         )
     assert pairs.cells.tolist() == [36] and logits.tolist() == [0]
@@ -107,22 +112,24 @@ def prefer(head, values):
     for parameter in (*head.compare.parameters(), head.class_embedding.weight):
         torch.nn.init.zeros_(parameter)
     head.class_embedding.weight.data[:, 0] = torch.tensor(values)
-    for layer in (head.compare[0], head.compare[2], head.compare[4]):
+    for layer in (head.compare[0], head.compare[3], head.compare[6]):
         layer.weight.data[0, 0] = 1.0
     return head
 
 
 def test_margin_by_hand():
-    head = prefer(make_head(), [0.0, math.log(3.0), 0.0])
+    head = prefer(make_ready(), [0.0, math.log(3.0), 0.0])
     candidates, _ = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
     with torch.no_grad():
         margins = head.evidence([candidates], *random_maps())[0].pair_margins
     # four shared cells, with P = 3/4 for the second
-    torch.testing.assert_close(margins, torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
+    torch.testing.assert_close(
+        margins, torch.tensor([[0.0, -2.0], [2.0, 0.0]]), atol=2e-3, rtol=0
+    )
 
 
 def test_pair_loss_by_hand():
-    head = prefer(make_head((), pair_loss_weight=0.5), [0.0, math.log(3.0), 0.0])
+    head = prefer(make_ready((), pair_loss_weight=0.5), [0.0, math.log(3.0), 0.0])
     first = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
     second = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(3, 3, 9, 9, SIZE)], [1, 2])
     draw = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [2, 1])
@@ -135,18 +142,18 @@ def test_pair_loss_by_hand():
     # 36, with P = 1/4
     weights = math.sqrt(4 / 25), math.sqrt(9 / 36)
     expected = 0.5 * (weights[0] * math.log(4 / 3) + weights[1] * math.log(4)) / sum(weights)
-    assert losses["loss_srm_pairs"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses["loss_srm_pairs"].item() == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_batch_that_hardly_decides_anything_counts_for_less():
     """120 shared cells show 60 of the one, 59 of the other and void; each has 132."""
-    head = prefer(make_head(()), [0.0, math.log(3.0), 0.0])
+    head = prefer(make_ready(()), [0.0, math.log(3.0), 0.0])
     candidates, target = scene([box_mask(0, 0, 11, 12, SIZE), box_mask(1, 0, 12, 12, SIZE)], [0, 1])
     target.ids[:6, 1:11] = 1
     target.ids[11, 10] = 0
     loss = head.losses([candidates], [target])["loss_srm_pairs"]
     # the first is shown, with P = 1/4
-    assert loss.item() == pytest.approx(math.sqrt(1 / 132) * math.log(4) / 0.1, rel=1e-5)
+    assert loss.item() == pytest.approx(math.sqrt(1 / 132) * math.log(4) / 0.1, rel=2e-3)
 
 
 def test_the_map_learns_as_it_does_without_pairs():
@@ -163,7 +170,7 @@ def test_the_map_learns_as_it_does_without_pairs():
 @pytest.mark.parametrize("evidence, runs", [(("geometry",), False), (("score_map",), True)])
 def test_the_map_is_left_out_where_nobody_looks_at_it(evidence, runs):
     torch.manual_seed(0)
-    head = make_head(evidence, loss_weight=0.0)
+    head = make_ready(evidence, loss_weight=0.0)
     calls = []
     head.register_forward_hook(lambda *_: calls.append(1))
     candidates, target = scene(boxes(0, 4), [0, 1, 2, 1])
@@ -204,18 +211,17 @@ def test_without_a_pair_the_loss_is_zero_with_gradients(name):
 )
 def test_asks_for_no_map_that_it_does_not_use(evidence):
     torch.manual_seed(0)
-    head = make_head(evidence, feature_channels=CHANNELS if "features" in evidence else 0)
+    looks, knows = ({kind, "visible"} & set(evidence) for kind in ("features", "semantic"))
+    head = make_head(evidence, feature_channels=CHANNELS if looks else 0)
     semantic, features = random_maps()
-    maps = (
-        semantic if "semantic" in evidence else None,
-        features if "features" in evidence else None,
-    )
+    maps = (semantic if knows else None, features if looks else None)
     candidates, target = scene(boxes(0, 4), [0, 1, 2, 1])
     sum(head.losses([candidates], [target], *maps).values()).backward()
     dead = {n for n, p in head.named_parameters() if not p.grad.any()}
     assert dead <= CANCELS
     assert head.evidence([candidates], *maps)[0].pair_margins.any()
     assert hasattr(head, "feature_projection") == ("features" in evidence)
+    assert hasattr(head, "visible_head") == ("visible" in evidence)
 
 
 @pytest.mark.parametrize("kind", EVIDENCE)
@@ -231,7 +237,11 @@ def test_every_evidence_matters(kind):
         "semantic": (candidates, score_map, semantic.flip(0), features),
         "features": (candidates, score_map, semantic, features.flip(0)),
     }
-    head = make_head((kind,))
+    # What is visible is seen in all that the image shows, by a head that knows the scores.
+    rests_on = {"geometry", "semantic", "features"} if kind == "visible" else {kind}
+    head = make_ready((kind,))
+    if kind == "visible":  # sure enough of itself for steps of 1/255
+        head.visible_head.predictor.weight.data *= 100
     with torch.no_grad():
 
         def logits(candidates, *maps):
@@ -239,7 +249,7 @@ def test_every_evidence_matters(kind):
 
         before = logits(candidates, score_map, semantic, features)
         for what, args in changed.items():
-            assert torch.equal(logits(*args), before) == (what != kind)
+            assert torch.equal(logits(*args), before) == (what not in rests_on)
 
 
 def test_images_of_a_batch_do_not_mix():
@@ -250,7 +260,7 @@ def test_images_of_a_batch_do_not_mix():
         scene([box_mask(2, 2, 8, 8, SIZE)], [1])[0],
         scene(boxes(1, 2), [2, 1])[0],
     ]
-    head, score_maps = make_head(), torch.rand(3, CLASSES, *SIZE)
+    head, score_maps = make_ready(), torch.rand(3, CLASSES, *SIZE)
     semantic, features = torch.rand(3, CLASSES, *SIZE), random_maps()[1].repeat(3, 1, 1, 1)
     with torch.no_grad():
         _, together = head.pair_logits(batch, score_maps, semantic, features)
@@ -350,6 +360,49 @@ def test_learns_nothing_from_what_does_not_tell(draw, evidence):
     assert after > 0.6
 
 
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_a_dropout_that_is_no_share_is_refused(dropout):
+    with pytest.raises(ValueError, match=f"PAIRS.DROPOUT is {dropout}.*in \\[0, 1\\)"):
+        make_head(dropout=dropout)
+
+
+def test_dropout_only_in_training():
+    torch.manual_seed(0)
+    head, maps = make_head(dropout=0.5), random_maps()
+    candidates, _ = scene(boxes(1, 4), [0, 1, 2, 1])
+
+    def margins():
+        with torch.no_grad():
+            return head.evidence([candidates], *maps)[0].pair_margins
+
+    assert not torch.equal(margins(), margins())
+    head.eval()
+    assert torch.equal(margins(), margins())
+
+
+def test_inputs_are_brought_to_one_scale_by_what_batch_norm_would_remember():
+    torch.manual_seed(0)
+    norm, reference = PairNorm(3), torch.nn.BatchNorm1d(3, eps=1e-3, affine=False)
+    for rows in (40, 1, 0, 7, 25):
+        x = 3 + 5 * torch.randn(2, rows, 3)
+        found = norm(x)
+        if rows:
+            reference.train()(x.flatten(0, 1))
+        expected = reference.eval()(x.flatten(0, 1)).view_as(x) if rows else x
+        torch.testing.assert_close(found, expected)
+    norm.eval()
+    before = norm.running_mean.clone()
+    torch.testing.assert_close(norm(x), expected)
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_a_number_that_never_changed_in_training_does_not_explode():
+    norm = PairNorm(1)
+    for _ in range(500):
+        norm(torch.ones(2, 8, 1))  # the score of ground truth
+    assert norm.eval()(torch.full((2, 1, 1), 0.9)).abs().max() < 4
+
+
 def test_unknown_evidence_is_refused_by_name():
     with pytest.raises(ValueError, match="PAIRS.EVIDENCE.*'depth'.*geometry"):
         make_head(("geometry", "depth"))
@@ -359,7 +412,7 @@ def test_semantic_evidence_of_one_sided_logits():
     """By hand: where the branch sees class 1 in the whole overlap, 'semantic' says so."""
     head = make_head(("semantic",))
     seen = []
-    head.compare.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    head.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     semantic = torch.zeros(CLASSES, *SIZE)
     semantic[1] = 8.0
     candidates, _ = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
