@@ -1,6 +1,6 @@
 """
-How the network is run: memory format, precision, compilation. What it computes stays the same, up
-to rounding.
+How the network is run: memory, memory format, precision, compilation. What it computes stays the
+same, up to rounding.
 """
 
 import os
@@ -11,6 +11,8 @@ from typing import Optional
 
 import torch
 from torch import nn
+
+from .lean_fpn import make_lean
 
 __all__ = ["Execution"]
 
@@ -63,11 +65,12 @@ class Execution:
         """
         Change a model that has just been built, in place. Names of parameters stay.
         """
+        backbone = make_lean(model.get_submodule("backbone"))
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
         if self.compile:
             # Images come in many sizes.
-            model.get_submodule("backbone").compile(dynamic=True)
+            backbone.compile(dynamic=True)
 
     def images(self, batch: torch.Tensor) -> torch.Tensor:
         """
