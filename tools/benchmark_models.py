@@ -152,9 +152,7 @@ def inference(
         count_work: whether to count what the last variant has to do.
         num_painted: so many of the detections have a score above the threshold; None: all.
     """
-    models = {
-        name: build_detecting(config, opts, num_painted) for name, opts in variants.items()
-    }
+    models = {name: build_detecting(config, opts, num_painted) for name, opts in variants.items()}
     first = next(iter(models.values())).state_dict()
     for model in models.values():
         shapes = {k: v.shape for k, v in model.state_dict().items()}

@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .lean_fpn import make_lean
+from .lean import make_lean
 
 __all__ = ["Execution"]
 
@@ -65,12 +65,15 @@ class Execution:
         """
         Change a model that has just been built, in place. Names of parameters stay.
         """
-        backbone = make_lean(model.get_submodule("backbone"))
+        for name, part in model.named_children():
+            # A compiler finds out for itself when a map is not needed any more.
+            if not (self.compile and name == "backbone"):
+                make_lean(part)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
         if self.compile:
             # Images come in many sizes.
-            backbone.compile(dynamic=True)
+            model.get_submodule("backbone").compile(dynamic=True)
 
     def images(self, batch: torch.Tensor) -> torch.Tensor:
         """
