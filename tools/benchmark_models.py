@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 
 import oanet_d2
@@ -73,26 +74,50 @@ def work_of(model: nn.Module, run: Callable) -> Tuple[int, int]:
 # ---------------------------------------------------------------------------------- inference
 
 
-def build_detecting(config: str, opts: Sequence) -> nn.Module:
+def build_detecting(config: str, opts: Sequence, num_painted: Optional[int] = None) -> nn.Module:
     """
-    A model with random weights for inference. Those detect nothing sensible: what the ROI heads
-    return is replaced, after they have computed it, by :func:`make_detections`.
+    A model with random weights for inference. Those detect nothing sensible: the boxes, scores and
+    classes that the box head comes to are replaced, after it has computed them, by those of
+    :func:`make_detections`, and so are the masks that the mask head makes of these boxes, be it of
+    all or of some.
+
+    Args:
+        num_painted: as many of the detections have a score above the threshold; None: all.
     """
-    # Inputs so small that nothing overflows, and as many detections as the mask head may be given.
-    detect_all = ["MODEL.PIXEL_STD", "[1e8, 1e8, 1e8]", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-    cfg = load_config(config, [*detect_all, *opts])
+    # Inputs so small that nothing overflows.
+    cfg = load_config(config, ["MODEL.PIXEL_STD", "[1e8, 1e8, 1e8]", *opts])
     model = build_model(cfg).eval()
-    detect, most = model.roi_heads.forward, cfg.TEST.DETECTIONS_PER_IMAGE
+    detect_boxes = model.roi_heads.box_predictor.inference
+    make_masks = model.roi_heads.mask_head.forward
 
-    def roi_heads(*args):
-        found, _ = detect(*args)
-        for instances in found:
-            if len(instances) != most:
-                raise RuntimeError(f"The mask head has had {len(instances)} boxes, not {most}.")
-        return [make_detections(most, x.image_size) for x in found], {}
+    def made_up_boxes(predictions, proposals):
+        found, kept = detect_boxes(predictions, proposals)
+        return [_made_up(cfg, x.image_size, num_painted) for x in found], kept
 
-    model.roi_heads.forward = roi_heads
+    def made_up_masks(x, instances):
+        for made in make_masks(x, instances):
+            made.pred_masks = made.made_up_masks
+        return instances
+
+    model.roi_heads.box_predictor.inference = made_up_boxes
+    model.roi_heads.mask_head.forward = made_up_masks
     return model
+
+
+def _made_up(cfg, size: Tuple[int, int], num_painted: Optional[int]) -> Instances:
+    """
+    As many detections as there are at the most, the best first, as a box head returns them; with
+    "made_up_masks".
+    """
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    instances = make_detections(most, size)
+    instances = instances[instances.scores.argsort(descending=True)]
+    if num_painted is not None:
+        threshold = cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH
+        instances.scores[num_painted:] *= threshold / 1.01
+    instances.made_up_masks = instances.pred_masks
+    instances.remove("pred_masks")
+    return instances
 
 
 def infer(model: nn.Module, size: Tuple[int, int]) -> Callable:
@@ -115,6 +140,7 @@ def inference(
     variants: Dict[str, Sequence],
     size: Tuple[int, int] = (800, 1216),
     count_work: bool = True,
+    num_painted: Optional[int] = None,
 ) -> Prepared:
     """
     Whole inference of models with the same weights, as far as they have the same layers.
@@ -124,8 +150,9 @@ def inference(
         variants: config overrides for each, by name.
         size: (H, W) of the image.
         count_work: whether to count what the last variant has to do.
+        num_painted: so many of the detections have a score above the threshold; None: all.
     """
-    models = {name: build_detecting(config, opts) for name, opts in variants.items()}
+    models = {name: build_detecting(config, opts, num_painted) for name, opts in variants.items()}
     first = next(iter(models.values())).state_dict()
     for model in models.values():
         shapes = {k: v.shape for k, v in model.state_dict().items()}

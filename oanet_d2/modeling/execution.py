@@ -1,6 +1,6 @@
 """
-How the network is run: memory format, precision, compilation. What it computes stays the same, up
-to rounding.
+How the network is run: memory, memory format, precision, compilation. What it computes stays the
+same, up to rounding.
 """
 
 import os
@@ -11,6 +11,8 @@ from typing import Optional
 
 import torch
 from torch import nn
+
+from .lean import make_lean
 
 __all__ = ["Execution"]
 
@@ -63,6 +65,10 @@ class Execution:
         """
         Change a model that has just been built, in place. Names of parameters stay.
         """
+        for name, part in model.named_children():
+            # A compiler finds out for itself when a map is not needed any more.
+            if not (self.compile and name == "backbone"):
+                make_lean(part)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
         if self.compile:

@@ -20,6 +20,7 @@ from .candidates import (
     relative_boxes,
     roi_masks_to_grid,
 )
+from .detection import detect
 from .execution import Execution
 from .false_positives import with_false_positives
 from .instance_masks import BoxedMasks
@@ -211,7 +212,10 @@ class OANet(PanopticFPN):
         features = self.backbone(images.tensor)
         semantic = self.sem_seg_head.layers(features)
         proposals, _ = self.proposal_generator(images, features, None)
-        detector_results, _ = self.roi_heads(images, features, proposals, None)
+        # A mask that is neither returned nor painted is not made.
+        every_mask = "pred_masks" in self.outputs or not do_postprocess
+        threshold = -torch.inf if every_mask else self.combine_instances_score_thresh
+        detector_results = detect(self.roi_heads, images, features, proposals, threshold)
         if not do_postprocess:
             return detector_results, self.sem_seg_head.predict(semantic)
 
@@ -271,7 +275,8 @@ class OANet(PanopticFPN):
         Fuse one image's post-processed instances and semantic labels in the given painting order.
 
         Args:
-            masks: of the N instances.
+            masks: of the N instances. Without "pred_masks" in `outputs` those of instances below
+                the confidence threshold, which are not painted, are empty.
             instances: "scores" and "pred_classes".
             semantic: (H, W) int64, see :func:`semantic_labels`.
             order: (N,) int64, first painted first.
@@ -392,7 +397,9 @@ class OANet(PanopticFPN):
     def _detected_in_training(self, images, features, proposals, gt_instances):
         # As many proposals as there are at inference; they come with the best first.
         most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
-        detected, _ = self.roi_heads(images, features, [x[:most] for x in proposals], None)
+        proposals = [x[:most] for x in proposals]
+        threshold = self.combine_instances_score_thresh
+        detected = detect(self.roi_heads, images, features, proposals, threshold)
         return [self._detected(images, x) for x in detected]
 
     def ranking_targets(self, images: ImageList, batched_inputs) -> List[RankingTarget]:

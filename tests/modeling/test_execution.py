@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from detectron2.modeling import build_model
+from detectron2.modeling import FPN, build_model
 from detectron2.utils.events import EventStorage
 
 from oanet_d2.modeling.execution import Execution
+from oanet_d2.modeling.lean import LeanMaskHead
 from tests.conftest import make_input
 
 SIZE = (64, 96)
@@ -112,6 +113,8 @@ def test_compile_is_of_the_backbone_and_keeps_names(tiny_cfg, monkeypatch):
     plain = build(tiny_cfg)
     model = build(tiny_cfg, "MODEL.OANET.COMPILE", "True", like=plain)
     assert compiled == [model.backbone]
+    # which is Detectron2's own then; what is not compiled is lean
+    assert type(model.backbone) is FPN and type(model.roi_heads.mask_head) is LeanMaskHead
     assert set(model.state_dict()) == set(plain.state_dict())
 
 

@@ -1,0 +1,139 @@
+"""
+Parts of Detectron2's networks that need less memory in inference, and the time that it takes to get
+and clear it. Names of parameters, and results to the bit, are Detectron2's.
+"""
+
+from typing import List, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import FPN
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+
+__all__ = ["LeanFPN", "LeanFrozenBatchNorm2d", "LeanMaskHead", "LeanReLU", "make_lean"]
+
+# What the mask head is given at once on a CPU. Up to 16 boxes PyTorch may convolve in another way,
+# which rounds differently; equal parts of what is more than this are more than 16 each.
+BOXES_AT_ONCE = 33
+
+
+def make_lean(model: nn.Module) -> nn.Module:
+    """
+    Turn what can be made lean into the classes below, in place, with parameters, hooks and modes.
+    Only Detectron2's own classes are: what a subclass does with its maps is not known.
+
+    Returns:
+        `model`.
+    """
+    for module in model.modules():
+        if type(module) is FPN:
+            # As PyTorch's parametrize and fully_shard do.
+            module.__class__ = LeanFPN
+        elif type(module) is MaskRCNNConvUpsampleHead:
+            module.__class__ = LeanMaskHead
+        elif isinstance(module, Conv2d):
+            # Nobody else has what a convolution gives to its norm, and that to its activation.
+            if type(module.norm) is FrozenBatchNorm2d:
+                module.norm.__class__ = LeanFrozenBatchNorm2d
+            if type(module.activation) is nn.ReLU:
+                module.activation.__class__ = LeanReLU
+            elif module.activation is F.relu:
+                module.activation = LeanReLU()
+    return model
+
+
+class LeanFPN(FPN):
+    """
+    Detectron2's :class:`FPN`, to the bit, that in inference lets go of every map as soon as it has
+    been used for the last time. Detectron2's holds all maps of the backbone below until it returns,
+    and makes a new map for every sum.
+    """
+
+    def forward(self, x):
+        """
+        Args:
+            x: (B, 3, H, W) images.
+
+        Returns:
+            dict of feature maps, as :meth:`FPN.forward` does.
+        """
+        if torch.is_grad_enabled():
+            return super().forward(x)  # a backward pass needs what is let go of here
+        below = dict(self.bottom_up(x))  # a copy, as what is not needed any more is taken out
+        in_feature = getattr(self.top_block, "in_feature", None)
+        of_top_block = below.get(in_feature)
+        merged: Optional[torch.Tensor] = None
+        results: List[torch.Tensor] = []
+        for name, lateral_conv, output_conv in zip(
+            reversed(self.in_features), self.lateral_convs, self.output_convs
+        ):
+            lateral = lateral_conv(below.pop(name))
+            if merged is None:
+                merged = lateral
+            else:
+                # In place in the map that is made here: hooks may have kept the other one.
+                merged = F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                merged += lateral
+                if self._fuse_type == "avg":
+                    merged /= 2
+            del lateral
+            results.insert(0, output_conv(merged))
+        if self.top_block is not None:
+            if of_top_block is None:
+                of_top_block = results[self._out_features.index(in_feature)]
+            results.extend(self.top_block(of_top_block))
+        return dict(zip(self._out_features, results))
+
+
+class LeanMaskHead(MaskRCNNConvUpsampleHead):
+    """
+    Detectron2's mask head, which in inference on a CPU takes a few boxes at a time: its largest
+    map has 0.8 MB for each.
+    """
+
+    def layers(self, x):
+        """
+        Args:
+            x: (N, C, h, w) pooled features.
+
+        Returns:
+            (N, classes, 2 h, 2 w) logits.
+        """
+        layers = super().layers
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return layers(x)
+        num_parts = max(1, -(-len(x) // BOXES_AT_ONCE))
+        return torch.cat([layers(part) for part in x.tensor_split(num_parts)])
+
+
+class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """
+    Detectron2's frozen batch norm, which in inference on a CPU writes over its input.
+    """
+
+    def forward(self, x):
+        hooks = self._forward_pre_hooks or self._forward_hooks  # which may keep the input
+        if torch.is_grad_enabled() or x.device.type != "cpu" or hooks:
+            return super().forward(x)
+        # What F.batch_norm calls, with a place for the result; the last two are for training.
+        statistics = self.running_mean, self.running_var
+        unused = self.weight.new_empty(0), self.weight.new_empty(0)
+        torch.ops.aten.native_batch_norm.out(
+            *(x, self.weight, self.bias, *statistics, False, 0.1, self.eps),
+            out=x,
+            save_mean=unused[0],
+            save_invstd=unused[1],
+        )
+        return x
+
+
+class LeanReLU(nn.ReLU):
+    """
+    ReLU that in inference writes over its input.
+    """
+
+    def forward(self, x):
+        return F.relu(x, inplace=not torch.is_grad_enabled())
