@@ -397,9 +397,7 @@ class OANet(PanopticFPN):
     def _detected_in_training(self, images, features, proposals, gt_instances):
         # As many proposals as there are at inference; they come with the best first.
         most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
-        proposals = [x[:most] for x in proposals]
-        threshold = self.combine_instances_score_thresh
-        detected = detect(self.roi_heads, images, features, proposals, threshold)
+        detected, _ = self.roi_heads(images, features, [x[:most] for x in proposals], None)
         return [self._detected(images, x) for x in detected]
 
     def ranking_targets(self, images: ImageList, batched_inputs) -> List[RankingTarget]:
