@@ -1,5 +1,6 @@
-from typing import Tuple
+from typing import Sequence, Tuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -35,10 +36,22 @@ class BoxedMasks:
         self.threshold = threshold
         # The one time that the host waits for the device, however many instances there are.
         self._regions = self._regions_of_masks().tolist()
-        self._centers = [
-            torch.arange(size, device=boxes.device, dtype=torch.float32) + 0.5
-            for size in image_size
-        ]
+        regions = np.array(self._regions, dtype=np.int64).reshape(-1, 4)
+        self._x, self._y = (self._relative_centers(regions, axis) for axis in (0, 1))
+
+    def _relative_centers(self, regions: np.ndarray, axis: int) -> Sequence[torch.Tensor]:
+        """
+        Where the centres of pixels lie in the boxes, -1 to 1 from edge to edge: for every instance
+        those of the columns (axis 0) or rows (1) of its region. All at once, for there may be many.
+        """
+        sizes = regions[:, axis + 2] - regions[:, axis]
+        # Pixels 0, 1, ... of each region, one region after the other, and whose they are.
+        owner = np.repeat(np.arange(len(regions)), sizes)
+        pixel = np.arange(len(owner)) - (sizes.cumsum() - sizes - regions[:, axis])[owner]
+        of_instance, of_pixel = (torch.from_numpy(x).to(self.boxes.device) for x in (owner, pixel))
+        first, last = (self.boxes[:, i][of_instance] for i in (axis, axis + 2))
+        centers = (of_pixel.float() + 0.5 - first) / (last - first) * 2 - 1
+        return centers.split(sizes.tolist())
 
     def _regions_of_masks(self) -> torch.Tensor:
         """
@@ -70,12 +83,12 @@ class BoxedMasks:
         """
         left, top, right, bottom = self._regions[index]
         region = slice(top, bottom), slice(left, right)
-        x0, y0, x1, y1 = self.boxes[index]
-        y = (self._centers[0][region[0]] - y0) / (y1 - y0) * 2 - 1
-        x = (self._centers[1][region[1]] - x0) / (x1 - x0) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)
+        x, y = self._x[index], self._y[index][:, None]
+        shape = bottom - top, right - left
+        # x and y beside each other, made in one pass
+        grid = torch.view_as_real(torch.complex(x.expand(shape), y.expand(shape)))
         # Every row is a sample of its own: F.grid_sample spreads samples over threads.
-        rows = self.roi_masks[index].expand(len(y), 1, -1, -1)
+        rows = self.roi_masks[index].expand(shape[0], 1, -1, -1)
         sampled = F.grid_sample(rows, grid[:, None], align_corners=False)
         return sampled[:, 0, 0] >= self.threshold, region
 

@@ -5,6 +5,7 @@ Fusion: paint instances in a given order, then fill what is left with stuff.
 import itertools
 from typing import Dict, Iterator, List, Tuple, Union
 
+import numpy as np
 import torch
 
 from .instance_masks import BoxedMasks
@@ -32,8 +33,8 @@ def combine(
     every overlap threshold below 1 and stuff area limit above 0. (Outside of that Detectron2 lists
     segments of which no pixel is visible, which panopticapi refuses; here they are left out.)
 
-    An instance costs what its box does, not what the image does. What is painted is decided on the
-    device: the host waits for it a few times in all, however many instances there are.
+    An instance costs what its box does, not what the image does. The host waits for a GPU a few
+    times in all, however many instances there are.
 
     Args:
         masks: N masks in their boxes, or an (N, H, W) bool tensor.
@@ -90,10 +91,31 @@ def _paint_instances(
     Returns:
         which of `painted` were not dropped.
     """
+    paint = _paint_on_cpu if panoptic_seg.device.type == "cpu" else _paint_on_device
+    boxed = (masks[i] if isinstance(masks, BoxedMasks) else (masks[i], ...) for i in painted)
+    return paint(panoptic_seg, boxed, overlap_threshold)
+
+
+def _paint_on_cpu(panoptic_seg: torch.Tensor, boxed, overlap_threshold: float) -> List[bool]:
+    # NumPy: of calls as small as these most of the time is PyTorch's overhead.
+    panoptic, count, kept = panoptic_seg.numpy(), 0, []
+    for mask, region in boxed:
+        mask, free = mask.to("cpu", torch.bool).numpy(), panoptic[region]
+        visible = mask & (free == 0)
+        area, visible_area = np.count_nonzero(mask), np.count_nonzero(visible)
+        keep = visible_area > 0 and (area - visible_area) / area <= overlap_threshold
+        if keep:
+            count += 1
+            np.copyto(free, count, where=visible)
+        kept.append(keep)
+    return kept
+
+
+def _paint_on_device(panoptic_seg: torch.Tensor, boxed, overlap_threshold: float) -> List[bool]:
+    # Whether an instance is kept is decided on the device: the host waits for it once, at the end.
     count = torch.zeros((), dtype=torch.int32, device=panoptic_seg.device)
     kept = []
-    for index in painted:
-        mask, region = masks[index] if isinstance(masks, BoxedMasks) else (masks[index], ...)
+    for mask, region in boxed:
         free = panoptic_seg[region]
         visible = mask.to(free.device, torch.bool) & (free == 0)
         area, visible_area = mask.count_nonzero(), visible.count_nonzero()

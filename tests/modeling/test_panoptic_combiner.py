@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 
+from oanet_d2.modeling import panoptic_combiner
 from oanet_d2.modeling.instance_masks import BoxedMasks
 from oanet_d2.modeling.panoptic_combiner import combine
 
@@ -194,7 +195,21 @@ class CountingWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
+def test_painting_on_a_device_is_painting_on_a_cpu(seed, threshold):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(12, *SIZE, generator=generator) < 0.3
+    masks[3] = False
+    boxed = [(mask, ...) for mask in masks]
+    on_cpu, on_device = torch.zeros(2, *SIZE, dtype=torch.int32)
+    kept = panoptic_combiner._paint_on_cpu(on_cpu, boxed, threshold)
+    assert kept == panoptic_combiner._paint_on_device(on_device, boxed, threshold)
+    assert torch.equal(on_cpu, on_device) and any(kept) and not all(kept)
+
+
 def test_the_host_does_not_wait_for_every_instance(monkeypatch):
+    monkeypatch.setattr(panoptic_combiner, "_paint_on_cpu", panoptic_combiner._paint_on_device)
     waits = {}
     for n in (3, 60):
         first = torch.rand(n, 2) * 20
