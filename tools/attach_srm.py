@@ -10,7 +10,6 @@ The config describes the OANet that comes out of it.
 """
 
 import argparse
-import os
 
 import torch
 
@@ -18,6 +17,7 @@ from detectron2.modeling import build_model
 
 from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
+from oanet_d2.whole_files import whole_path
 
 PREFIX = "srm_head."
 
@@ -86,8 +86,8 @@ def attach(cfg, base: str, srm: str, output: str) -> None:
     allow_pickle = cfg.MODEL.ALLOW_PICKLE
     load(model, base, "--base", lambda name: not name.startswith(PREFIX), allow_pickle)
     load(model, srm, "--srm", lambda name: name.startswith(PREFIX), allow_pickle)
-    torch.save({"model": model.state_dict()}, f"{output}.partial")
-    os.replace(f"{output}.partial", output)
+    with whole_path(output) as temporary:
+        torch.save({"model": model.state_dict()}, temporary)
 
 
 def main():

@@ -14,7 +14,6 @@ Each folder is the output of a `train_net.py` run on OcclusionScenes. The cache 
 import argparse
 import json
 import logging
-import os
 import random
 import sys
 import time
@@ -52,6 +51,7 @@ from oanet_d2.modeling import (
 from oanet_d2.modeling.candidates import Candidates, RankingTarget
 from oanet_d2.modeling.false_positives import with_false_positives
 from oanet_d2.modeling.matching import margins_of_matched, match_to_segments
+from oanet_d2.whole_files import whole_file, whole_path
 
 SOURCES = ("gt", "pred", "detections")
 FALSE_POSITIVES = "gt with false positives"
@@ -196,8 +196,9 @@ def cached_predictions(cfg, model, path: Path):
         ValueError: the file holds something else.
     """
     if not path.exists():
-        torch.save(predict(cfg, model, TRAIN_IMAGES), f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        predictions = predict(cfg, model, TRAIN_IMAGES)
+        with whole_path(str(path)) as temporary:
+            torch.save(predictions, temporary)
     # Only what the cache is made of is unpickled.
     with torch.serialization.safe_globals(CACHED):
         try:
@@ -562,8 +563,8 @@ def run(folder: Path, tables: Optional[Sequence[str]] = None) -> Dict:
     train, val = cached_predictions(cfg, model, folder / f"predictions_{TRAIN_IMAGES}.pt")
 
     def save():
-        path.with_suffix(".tmp").write_text(json.dumps(results, indent=2))
-        os.replace(path.with_suffix(".tmp"), path)
+        with whole_file(str(path)) as f:
+            json.dump(results, f, indent=2)
 
     if "pairs" not in results:
         results["pairs"] = pair_report(val, MetadataCatalog.get(cfg.DATASETS.TEST[0]))
