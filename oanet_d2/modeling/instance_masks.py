@@ -70,7 +70,8 @@ class BoxedMasks:
         # One pixel around the box, as Detectron2 has it.
         first = first.maximum(box_first).floor() - 1
         last = last.minimum(box_last).ceil() + 1
-        return torch.cat([first.clamp(min=0), last.minimum(size)], dim=1).int()
+        first = first.clamp(min=0)
+        return torch.cat([first, last.minimum(size).maximum(first)], dim=1).int()
 
     def __len__(self) -> int:
         return len(self.roi_masks)
