@@ -122,26 +122,27 @@ class VisibleMaskHead(nn.Module):
         num_classes = self.class_embedding.num_embeddings
         # How many instances of each class claim a cell.
         claims = masks.new_zeros(num_classes, *masks.shape[1:]).index_add(0, classes, masks)
-        maps = [features, claims, *([] if probabilities is None else [probabilities])]
         extents = mask_extents(candidates.masks)
-        cropped = self._crop(torch.cat(maps)[None], extents, one_map=True)
-        features, claims, *probabilities = cropped.split([len(x) for x in maps], dim=1)
+        first = torch.zeros_like(classes)
+        every = torch.arange(len(classes), device=classes.device)
 
-        mask = self._crop(masks[:, None], extents)[:, 0]
-        own = torch.arange(len(classes), device=classes.device), classes
-        shown = [mask, claims[own] - mask, claims.sum(1) - claims[own]]
-        if probabilities:
-            of_class = probabilities[0]
-            others = of_class.index_put(own, of_class.new_zeros(()))
-            shown += [of_class[own], others.amax(1)]
+        mask = self._crop(masks[:, None], extents, every)[:, 0]
+        same = self._crop(claims[:, None], extents, classes)[:, 0]
+        any_class = self._crop(claims.sum(0)[None, None], extents, first)[:, 0]
+        shown = [mask, same - mask, any_class - same]
+        if probabilities is not None:
+            of_class = self._crop(probabilities[None], extents, first)
+            own = every, classes
+            shown.append(of_class[own])
+            shown.append(of_class.index_put(own, of_class.new_zeros(())).amax(1))
+        features = self._crop(features[None], extents, first)
         return torch.cat([features, torch.stack(shown, dim=1)], dim=1)
 
-    def _crop(self, maps: torch.Tensor, extents: torch.Tensor, one_map=False) -> torch.Tensor:
+    def _crop(self, maps: torch.Tensor, extents: torch.Tensor, which: torch.Tensor):
         """
-        (N, channels, M, M): the extents, (N, 4) in cells, of one map, or of one map each.
+        (N, channels, M, M): the extents, (N, 4) in cells, of the maps `which`, (N,) int64.
         """
-        index = torch.arange(len(extents), device=extents.device) * (not one_map)
-        rois = torch.cat([index[:, None], extents], dim=1).to(maps.dtype)
+        rois = torch.cat([which[:, None], extents], dim=1).to(maps.dtype)
         return self.roi_align(maps, rois)
 
     def loss(
@@ -167,7 +168,8 @@ class VisibleMaskHead(nn.Module):
             masks = instances.masks
             contested = masks & (masks.sum(0) > 1)
             maps = torch.stack([masks, contested, masks & shown], dim=1).float()
-            cropped.append(self._crop(maps, mask_extents(masks)))
+            every = torch.arange(len(masks), device=masks.device)
+            cropped.append(self._crop(maps, mask_extents(masks), every))
         mask, contested, visible = torch.cat(cropped).unbind(1)
         weight = _UNCONTESTED_WEIGHT * mask + contested
         # Of a part that lies in the mask in part, the share of that.
@@ -195,4 +197,4 @@ def visible_on_grid(logits: torch.Tensor, candidates: Candidates) -> torch.Tenso
     pasted = paste_masks_in_image(
         logits.sigmoid(), mask_extents(masks).float(), masks.shape[1:], threshold=-1
     )
-    return pasted.float() / 255 * masks
+    return pasted.float().div_(255).mul_(masks)

@@ -104,7 +104,7 @@ def test_two_that_are_the_same_to_it_are_a_draw():
         (pairs,), (logits,) = make_ready().pair_logits(
             [candidates], [torch.rand(CLASSES, *SIZE)], *random_maps()
         )
-    assert pairs.cells.tolist() == [36] and logits.tolist() == [0]
+    assert pairs.cells.tolist() == [36] and logits.abs().item() < 1e-6
 
 
 def prefer(head, values):
