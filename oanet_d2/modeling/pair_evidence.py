@@ -156,11 +156,11 @@ def visible_evidence(visible: torch.Tensor, pairs: Pairs) -> Dict[str, torch.Ten
     """
     a, b = pairs.a, pairs.b
     found: Dict[str, List[torch.Tensor]] = {"ab": [], "ba": []}
-    own = visible.flatten(1)
+    probabilities = visible.flatten(1)
     inside = pairs.masks.bool()  # few of all cells
-    logits = torch.zeros_like(own)
-    logits[inside] = torch.logit(own[inside], eps=1 / 255) / 4
-    for own in (own, logits):
+    logits = torch.zeros_like(probabilities)
+    logits[inside] = torch.logit(probabilities[inside], eps=1 / 255) / 4
+    for own in (probabilities, logits):
         whole, meeting = own.sum(1), own @ pairs.masks.t()
         in_a, alone_a, _ = pairs.mean_over_parts(torch.stack([whole[a]] * 2), meeting[a, b])
         in_b, _, alone_b = pairs.mean_over_parts(torch.stack([whole[b]] * 2), meeting[b, a])
