@@ -71,11 +71,7 @@ def mask_as_one_sample() -> Prepared:
     masks = BoxedMasks(instances.pred_masks[:, 0], instances.pred_boxes.tensor, (800, 1333))
 
     def whole(index):
-        left, top, right, bottom = masks._regions[index]
-        x0, y0, x1, y1 = masks.boxes[index]
-        y = (masks._centers[0][top:bottom] - y0) / (y1 - y0) * 2 - 1
-        x = (masks._centers[1][left:right] - x0) / (x1 - x0) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)
+        grid = torch.stack(torch.meshgrid(masks._x[index], masks._y[index], indexing="xy"), dim=2)
         mask = masks.roi_masks[index][None, None]
         return F.grid_sample(mask, grid[None], align_corners=False)[0, 0] >= masks.threshold
 
