@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.utils import comm
 
 from .candidates import Candidates, RankingTarget
 from .matching import margins_of_matched, match_to_segments
@@ -51,6 +52,13 @@ class PairNorm(nn.BatchNorm1d):
         rows = x.flatten(0, -2)
         if self.training and len(rows) > 1:
             super().forward(rows.detach())  # for the statistics
+        if self.training and comm.get_world_size() > 1:
+            # One set of statistics: a checkpoint holds that of one process. (Every process comes
+            # here in every step, with pairs or without.)
+            for statistic in (self.running_mean, self.running_var):
+                assert statistic is not None
+                torch.distributed.all_reduce(statistic)
+                statistic /= comm.get_world_size()
         rows = F.batch_norm(rows, self.running_mean, self.running_var, eps=self.eps)
         return rows.view_as(x)
 
