@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from detectron2.layers import Conv2d, ROIAlign, paste_masks_in_image
 
-from .candidates import Candidates, mask_extents
+from .candidates import Candidates
 from .pair_evidence import GEOMETRY_DIM, geometry
 
 __all__ = ["VisibleMaskHead"]
@@ -122,7 +122,7 @@ class VisibleMaskHead(nn.Module):
         num_classes = self.class_embedding.num_embeddings
         # How many instances of each class claim a cell.
         claims = masks.new_zeros(num_classes, *masks.shape[1:]).index_add(0, classes, masks)
-        extents = mask_extents(candidates.masks)
+        extents = candidates.extents
         first = torch.zeros_like(classes)
         every = torch.arange(len(classes), device=classes.device)
 
@@ -169,7 +169,7 @@ class VisibleMaskHead(nn.Module):
             contested = masks & (masks.sum(0) > 1)
             maps = torch.stack([masks, contested, masks & shown], dim=1).float()
             every = torch.arange(len(masks), device=masks.device)
-            cropped.append(self._crop(maps, mask_extents(masks), every))
+            cropped.append(self._crop(maps, instances.extents, every))
         mask, contested, visible = torch.cat(cropped).unbind(1)
         weight = _UNCONTESTED_WEIGHT * mask + contested
         # Of a part that lies in the mask in part, the share of that.
@@ -195,6 +195,6 @@ def visible_on_grid(logits: torch.Tensor, candidates: Candidates) -> torch.Tenso
         return masks.float()
     # In steps of 1/255; interpolated only within the extents.
     pasted = paste_masks_in_image(
-        logits.sigmoid(), mask_extents(masks).float(), masks.shape[1:], threshold=-1
+        logits.sigmoid(), candidates.extents.float(), masks.shape[1:], threshold=-1
     )
     return pasted.float().div_(255).mul_(masks)
