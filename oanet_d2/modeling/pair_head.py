@@ -241,7 +241,8 @@ class PairwiseRankingHead(SpatialRankingHead):
         assert features is not None  # from_config sees to it
         if semantic is not None:
             semantic = semantic.float() if self.visible_head.with_semantic else None
-        return self.visible_head(candidates, features.float(), semantic)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.visible_head(candidates, features.float(), semantic)
 
     def _inputs(
         self, candidates: Candidates, pairs: Pairs, score_map, semantic, features, visible
@@ -301,8 +302,7 @@ class PairwiseRankingHead(SpatialRankingHead):
             score_maps = self.score_map(logits).detach()
         visible = None
         if "visible" in self.kinds:
-            with torch.autocast(candidates[0].masks.device.type, enabled=False):
-                visible = self.visible_logits(candidates, semantic, features)
+            visible = self.visible_logits(candidates, semantic, features)
         pairs, pair_logits = self.pair_logits(candidates, score_maps, semantic, features, visible)
         shares_by_image, shows = [], []
         for instances, target, found in zip(candidates, targets, pairs):
