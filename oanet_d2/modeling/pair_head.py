@@ -225,7 +225,9 @@ class PairwiseRankingHead(SpatialRankingHead):
                 maps = (x if x is None else x[i] for x in of_batch)
                 inputs.append(self._inputs(instances, pairs[-1], *maps))
             # All images at once: the network is so small that calling it costs more than it does.
-            seen_from_a, seen_from_b = self.compare(self.norm(torch.cat(inputs, dim=1)))[..., 0]
+            # One side at a time: what is the same from both is then the same to the bit.
+            sides = self.norm(torch.cat(inputs, dim=1))
+            seen_from_a, seen_from_b = (self.compare(side)[:, 0] for side in sides)
             logits = (seen_from_a - seen_from_b).split([len(x.a) for x in pairs])
         return pairs, list(logits)
 
