@@ -23,6 +23,8 @@ ElementTree.register_namespace("", SVG[1:-1])
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 POINTS_PER_PIXEL = 0.75
 ROW = 26  # pixels
+# What no XML document, and so no SVG, may hold, not even escaped.
+NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Colors that stand for variables of the page's style sheet.
 VARIABLES = {
     "#010101": "var(--ink)",
@@ -105,6 +107,7 @@ def _draw(axes, classes: List[ClassQuality]):
 
 
 def _short(name: str) -> str:
+    name = NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", name)
     return name if len(name) <= 22 else name[:21] + "…"
 
 

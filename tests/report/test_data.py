@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -190,6 +190,7 @@ def places(value, path=()):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), odd=st.sampled_from(ODD), remove=st.booleans())
+@example(seed=957485, odd="\x00", remove=False)  # the name of a class
 def test_one_odd_value_is_refused_or_does_no_harm(folder, evaluated, seed, odd, remove):
     content = copy.deepcopy(read_json(evaluated))
     content["cases"] = content["cases"][:1]

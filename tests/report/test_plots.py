@@ -77,3 +77,10 @@ def test_names_are_text(name):
     shown = name if len(name) <= 22 else name[:21] + "…"
     assert shown in [*texts(root), ""]
     assert not list(root.iter(SVG + "script"))
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b", "\ufffe"])
+def test_what_no_svg_may_hold_is_replaced(character):
+    named = [{**CLASSES[0], "name": f"a{character}b"}]
+    root = ElementTree.fromstring(class_quality_plot(named, "a", 300))
+    assert [t for t in texts(root) if not t.isdigit()] == ["a\N{REPLACEMENT CHARACTER}b"]
