@@ -46,7 +46,7 @@ def add_oanet_config(cfg):
     #   "pred": the mask head's output on the ground-truth boxes,
     #   "detections": what inference would give, with its duplicates and mistakes.
     # At inference it always sees detections.
-    cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("pred", "detections")
+    cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("detections",)
     # "gt": probability that a ground-truth mask gets a made-up false positive beside it, a moved
     # and stretched copy of lower score, so that a ranking that never sees a detector learns what
     # a detection score is worth. 0: ground truth as it is, with scores of 1 (the paper's).
@@ -58,16 +58,15 @@ def add_oanet_config(cfg):
     # overlap (MODEL.OANET.ORDER "srm_pairs").
     cfg.MODEL.SRM_HEAD.PAIRS = CN()
     # What it is told of a pair, besides the two classes; see PairwiseRankingHead. "geometry" and
-    # "score_map" come from masks alone, "semantic", "features" and "visible" from the image.
-    cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features", "visible")
+    # "score_map" come from masks alone, "semantic" and "features" from the image.
+    cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features")
     # Channels that IN_FEATURE is projected to, and width of the two hidden layers.
     cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 32
     cfg.MODEL.SRM_HEAD.PAIRS.HIDDEN_DIM = 128
     # Share of the hidden layers' numbers that is dropped in training.
     cfg.MODEL.SRM_HEAD.PAIRS.DROPOUT = 0.3
-    # Weight of the loss over pairs, and of the loss over the cells of "visible".
+    # Weight of the loss over pairs.
     cfg.MODEL.SRM_HEAD.PAIRS.LOSS_WEIGHT = 1.0
-    cfg.MODEL.SRM_HEAD.PAIRS.VISIBLE_LOSS_WEIGHT = 1.0
 
     # ---------------------------------------------------------------- fusion
     cfg.MODEL.OANET = CN()

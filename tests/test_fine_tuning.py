@@ -35,7 +35,7 @@ def test_only_the_ranking_learns(srm_only_cfg, source):
     model = build_model(srm_only_cfg).train()
     with EventStorage():
         losses = model(batch())
-    assert set(losses) == {"loss_srm", "loss_srm_pairs", "loss_srm_visible"}
+    assert set(losses) == {"loss_srm", "loss_srm_pairs"}
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("srm_head."), name

@@ -55,8 +55,8 @@ from oanet_d2.whole_files import whole_file, whole_path
 
 SOURCES = ("gt", "pred", "detections")
 FALSE_POSITIVES = "gt with false positives"
-DEFAULT_SOURCES = ("pred", "detections")
-EVIDENCE = ("geometry", "semantic", "features", "visible")
+DEFAULT_SOURCES = ("detections",)
+EVIDENCE = ("geometry", "semantic", "features")
 TRAIN_IMAGES, ITERATIONS, BATCH = 1000, 400, 8
 
 
@@ -442,12 +442,9 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             "features": lambda: pairs(("features",)),
             "geometry + semantic": lambda: pairs(("geometry", "semantic")),
             "geometry + features": lambda: pairs(("geometry", "features")),
-            "geometry + semantic + features": lambda: pairs(EVIDENCE[:3]),
-            "visible": lambda: pairs(("visible",)),
-            "geometry + visible": lambda: pairs(("geometry", "visible")),
-            "all four (default)": pairs,
-            "all four, without dropout": lambda: pairs(dropout=0.0),
-            "all four + S": lambda: pairs((*EVIDENCE, "score_map")),
+            "all three (default)": pairs,
+            "all three, without dropout": lambda: pairs(dropout=0.0),
+            "all three + S": lambda: pairs((*EVIDENCE, "score_map")),
         },
         # What the ranking from annotations alone is compared with.
         "geometry": {"geometry": lambda: pairs(("geometry",))},
@@ -457,9 +454,9 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
                 ("gt",),
                 (FALSE_POSITIVES,),
                 ("pred",),
-                ("detections",),
                 DEFAULT_SOURCES,
-                (*DEFAULT_SOURCES, FALSE_POSITIVES),
+                ("pred", "detections"),
+                ("pred", "detections", FALSE_POSITIVES),
             )
         }
         | {

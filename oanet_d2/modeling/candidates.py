@@ -4,7 +4,6 @@ cell is `stride` x `stride` pixels of the (padded) input image and is sampled at
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Dict, List, Tuple, Union
 
 import numpy as np
@@ -45,11 +44,6 @@ class Candidates:
     classes: torch.Tensor
     scores: torch.Tensor
     boxes: torch.Tensor
-
-    @cached_property
-    def extents(self) -> torch.Tensor:
-        """(N, 4) int64: see :func:`mask_extents`."""
-        return mask_extents(self.masks)
 
 
 @dataclass

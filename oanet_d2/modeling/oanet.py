@@ -311,9 +311,9 @@ class OANet(PanopticFPN):
 
     def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict):
         """
-        The image's part of the evidence, on the grid of the ranking module. What the semantic
-        branch says is detached: it is evidence, not something that the ranking may change. What
-        the head's losses do to the feature map is the head's to decide.
+        The image's part of the evidence, on the grid of the ranking module. Detached: it is
+        evidence, not something that the ranking may change. (Attached, its loss lowers the
+        quality of the semantic and the instance branch.)
 
         Returns:
             logits of the semantic branch for the thing classes, (B, C, h, w), or None where it
@@ -322,9 +322,9 @@ class OANet(PanopticFPN):
         """
         size = grid_size(images.tensor.shape[-2:], self.srm_head.stride)
         num_things = self.sem_seg_head.num_things
-        of_things = semantic[:, :num_things].detach() if num_things > 0 else None
+        of_things = semantic[:, :num_things] if num_things > 0 else None
         maps = (of_things, features.get(self.srm_in_feature))
-        return tuple(x if x is None else _resize(x, size) for x in maps)
+        return tuple(x if x is None else _resize(x.detach(), size) for x in maps)
 
     def _detected(self, images: ImageList, instances: Instances) -> Candidates:
         """
@@ -397,7 +397,13 @@ class OANet(PanopticFPN):
     def _detected_in_training(self, images, features, proposals, gt_instances):
         # As many proposals as there are at inference; they come with the best first.
         most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
-        detected, _ = self.roi_heads(images, features, [x[:most] for x in proposals], None)
+        detected = detect(
+            self.roi_heads,
+            images,
+            features,
+            [x[:most] for x in proposals],
+            self.combine_instances_score_thresh,
+        )
         return [self._detected(images, x) for x in detected]
 
     def ranking_targets(self, images: ImageList, batched_inputs) -> List[RankingTarget]:

@@ -18,13 +18,11 @@ __all__ = [
     "class_evidence",
     "geometry_evidence",
     "overlapping_pairs",
-    "visible_evidence",
 ]
 
 GEOMETRY_DIM = 8  # numbers per instance, see geometry()
 PAIR_GEOMETRY_DIM = 3 * GEOMETRY_DIM + 4
 CLASS_EVIDENCE_DIM = 6
-VISIBLE_EVIDENCE_DIM = 8
 
 
 def geometry(candidates: Candidates) -> torch.Tensor:
@@ -141,32 +139,6 @@ def class_evidence(
         "ab": torch.stack([in_a, in_b, a_in_a, a_in_b, b_in_a, b_in_b], dim=1),
         "ba": torch.stack([in_b, in_a, b_in_b, b_in_a, a_in_b, a_in_a], dim=1),
     }
-
-
-def visible_evidence(visible: torch.Tensor, pairs: Pairs) -> Dict[str, torch.Tensor]:
-    """
-    How visible each of the two is, in the overlap and in what it has for itself.
-
-    Args:
-        visible: (N, h, w) float in [0, 1], see :func:`visible_on_grid`; 0 outside the masks.
-
-    Returns:
-        "ab" and "ba", (P, VISIBLE_EVIDENCE_DIM) each: means of the probabilities and of their
-        logits.
-    """
-    a, b = pairs.a, pairs.b
-    found: Dict[str, List[torch.Tensor]] = {"ab": [], "ba": []}
-    probabilities = visible.flatten(1)
-    inside = pairs.masks.bool()  # few of all cells
-    logits = torch.zeros_like(probabilities)
-    logits[inside] = torch.logit(probabilities[inside], eps=1 / 255) / 4
-    for own in (probabilities, logits):
-        whole, meeting = own.sum(1), own @ pairs.masks.t()
-        in_a, alone_a, _ = pairs.mean_over_parts(torch.stack([whole[a]] * 2), meeting[a, b])
-        in_b, _, alone_b = pairs.mean_over_parts(torch.stack([whole[b]] * 2), meeting[b, a])
-        found["ab"] += [in_a, in_b, alone_a, alone_b]
-        found["ba"] += [in_b, in_a, alone_b, alone_a]
-    return {seen: torch.stack(numbers, dim=1) for seen, numbers in found.items()}
 
 
 def _sums_over_overlaps(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:

@@ -13,22 +13,19 @@ from .matching import margins_of_matched, match_to_segments
 from .pair_evidence import (
     CLASS_EVIDENCE_DIM,
     PAIR_GEOMETRY_DIM,
-    VISIBLE_EVIDENCE_DIM,
     Pairs,
     appearance_evidence,
     class_evidence,
     geometry_evidence,
     overlapping_pairs,
-    visible_evidence,
 )
 from .ranking import RankingEvidence
 from .ranking_metrics import put_ranking_scalars
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead
-from .visible_head import VisibleMaskHead, visible_on_grid
 
 __all__ = ["EVIDENCE", "PairwiseRankingHead"]
 
-EVIDENCE = ("geometry", "score_map", "semantic", "features", "visible")
+EVIDENCE = ("geometry", "score_map", "semantic", "features")
 # A batch whose pairs weigh less than this all together counts for less than others.
 _LEAST_WEIGHT = 0.1
 
@@ -77,8 +74,6 @@ class PairwiseRankingHead(SpatialRankingHead):
       beside it;
     * "semantic": the same for the semantic branch, which is supervised on objects too;
     * "features": whether the overlap looks, in p2, like the rest of the one or of the other;
-    * "visible": how visible each of the two is there, by a :class:`VisibleMaskHead`, which learns
-      from every instance and not only from those that overlap;
 
     and always their classes. The answer is antisymmetric by construction:
     logit(a, b) = f(a, b) - f(b, a).
@@ -95,8 +90,6 @@ class PairwiseRankingHead(SpatialRankingHead):
         hidden_dim: int = 128,
         dropout: float = 0.0,
         pair_loss_weight: float = 1.0,
-        visible_loss_weight: float = 1.0,
-        visible_from_semantic: bool = True,
         **kwargs,
     ):
         """
@@ -108,8 +101,6 @@ class PairwiseRankingHead(SpatialRankingHead):
             hidden_dim: width of the two hidden layers.
             dropout: share of the hidden layers' numbers that is dropped in training.
             pair_loss_weight: weight of the loss over pairs.
-            visible_loss_weight: weight of the loss of "visible".
-            visible_from_semantic: whether "visible" looks at the semantic branch too.
 
         Other arguments are the same as :class:`SpatialRankingHead`.
 
@@ -128,21 +119,15 @@ class PairwiseRankingHead(SpatialRankingHead):
             )
         self.kinds = tuple(evidence)
         self.pair_loss_weight = pair_loss_weight
-        self.visible_loss_weight = visible_loss_weight
         self.class_embedding = nn.Embedding(self.num_classes, embed_dim)
         dims = {
             "geometry": PAIR_GEOMETRY_DIM,
             "score_map": CLASS_EVIDENCE_DIM,
             "semantic": 2 * CLASS_EVIDENCE_DIM,
             "features": 4 * feature_dim + 3,
-            "visible": VISIBLE_EVIDENCE_DIM,
         }
         if "features" in evidence:
             self.feature_projection = Conv2d(feature_channels, feature_dim, kernel_size=1)
-        if "visible" in evidence:
-            self.visible_head = VisibleMaskHead(
-                self.num_classes, feature_channels, visible_from_semantic
-            )
         dim = 2 * embed_dim + sum(dims[e] for e in self.kinds)
         self.norm = PairNorm(dim)
         self.compare = nn.Sequential(
@@ -166,13 +151,12 @@ class PairwiseRankingHead(SpatialRankingHead):
                 "leave it out, or set SUPERVISION to 'things_and_stuff'."
             )
         channels = 0
-        looks = [kind for kind in ("features", "visible") if kind in pairs.EVIDENCE]
-        if looks:
+        if "features" in pairs.EVIDENCE:
             if cfg.MODEL.SRM_HEAD.IN_FEATURE not in input_shape:
                 raise ValueError(
                     f"MODEL.SRM_HEAD.IN_FEATURE is {cfg.MODEL.SRM_HEAD.IN_FEATURE!r}, but the "
-                    f"feature maps are {sorted(input_shape)}; name one of them, or leave {looks} "
-                    "out of MODEL.SRM_HEAD.PAIRS.EVIDENCE."
+                    f"feature maps are {sorted(input_shape)}; name one of them, or leave "
+                    "'features' out of MODEL.SRM_HEAD.PAIRS.EVIDENCE."
                 )
             channels = input_shape[cfg.MODEL.SRM_HEAD.IN_FEATURE].channels
         return {
@@ -183,8 +167,6 @@ class PairwiseRankingHead(SpatialRankingHead):
             "hidden_dim": pairs.HIDDEN_DIM,
             "dropout": pairs.DROPOUT,
             "pair_loss_weight": pairs.LOSS_WEIGHT,
-            "visible_loss_weight": pairs.VISIBLE_LOSS_WEIGHT,
-            "visible_from_semantic": cfg.MODEL.SEM_SEG_HEAD.SUPERVISION != "stuff",
         }
 
     def pair_logits(
@@ -193,7 +175,6 @@ class PairwiseRankingHead(SpatialRankingHead):
         score_maps: Union[torch.Tensor, Sequence[Optional[torch.Tensor]], None] = None,
         semantic: Optional[torch.Tensor] = None,
         features: Optional[torch.Tensor] = None,
-        visible: Optional[List[torch.Tensor]] = None,
     ) -> Tuple[List[Pairs], List[torch.Tensor]]:
         """
         Compare the instances of every image that overlap.
@@ -203,23 +184,17 @@ class PairwiseRankingHead(SpatialRankingHead):
             score_maps: B of (C, h, w) float, S.
             semantic: (B, C, h, w) float, logits of the semantic branch for the thing classes.
             features: (B, channels, h, w) float.
-            visible: what :meth:`visible_logits` returns; not given: it is called.
-            (Each is only needed where it is evidence; "visible" is made of the two before it.)
+            (Each is only needed where it is evidence.)
 
         Returns:
             for every image its pairs, and (P,) float logits: over 0 where a goes before b.
         """
         # Sums over many cells: not in half precision, whatever the network runs in.
         with torch.autocast(candidates[0].masks.device.type, enabled=False):
-            if "visible" in self.kinds:
-                if visible is None:
-                    visible = self.visible_logits(candidates, semantic, features)
-                visible = list(map(visible_on_grid, visible, candidates))
             if "features" in self.kinds and features is not None:
-                # Detached: the loss of the pairs would cost the other branches quality.
-                features = self.feature_projection(features.detach().float())
+                features = self.feature_projection(features.float())
             pairs, inputs = [], []
-            of_batch = score_maps, semantic, features, visible
+            of_batch = score_maps, semantic, features
             for i, instances in enumerate(candidates):
                 pairs.append(overlapping_pairs(instances.masks))
                 maps = (x if x is None else x[i] for x in of_batch)
@@ -231,23 +206,8 @@ class PairwiseRankingHead(SpatialRankingHead):
             logits = (seen_from_a - seen_from_b).split([len(x.a) for x in pairs])
         return pairs, list(logits)
 
-    def visible_logits(
-        self,
-        candidates: List[Candidates],
-        semantic: Optional[torch.Tensor],
-        features: Optional[torch.Tensor],
-    ) -> List[torch.Tensor]:
-        """
-        What the head of "visible" says, see :meth:`VisibleMaskHead.forward`.
-        """
-        assert features is not None  # from_config sees to it
-        if semantic is not None:
-            semantic = semantic.float() if self.visible_head.with_semantic else None
-        with torch.autocast(features.device.type, enabled=False):
-            return self.visible_head(candidates, features.float(), semantic)
-
     def _inputs(
-        self, candidates: Candidates, pairs: Pairs, score_map, semantic, features, visible
+        self, candidates: Candidates, pairs: Pairs, score_map, semantic, features
     ) -> torch.Tensor:
         """
         Returns:
@@ -267,8 +227,6 @@ class PairwiseRankingHead(SpatialRankingHead):
             found.append(class_evidence(semantic / 4, classes, pairs))
         if "features" in self.kinds:
             found.append(appearance_evidence(features, pairs))
-        if "visible" in self.kinds:
-            found.append(visible_evidence(visible, pairs))
         return torch.stack([torch.cat([x[seen] for x in found], dim=1) for seen in ("ab", "ba")])
 
     def losses(
@@ -280,8 +238,7 @@ class PairwiseRankingHead(SpatialRankingHead):
     ) -> Dict[str, torch.Tensor]:
         """
         As :meth:`SpatialRankingHead.losses`, and for every pair the binary cross entropy of its
-        logit against who is visible in the overlap. These change the head alone; the loss of
-        "visible" changes the feature map too. A pair weighs as the square root of what the
+        logit against who is visible in the overlap. A pair weighs as the square root of what the
         smaller instance loses if it is wrong, as a share of that instance: PQ counts instances,
         not pixels.
 
@@ -291,8 +248,7 @@ class PairwiseRankingHead(SpatialRankingHead):
             features: (B, channels, h, w) float.
 
         Returns:
-            {"loss_srm", "loss_srm_pairs"}: scalars; 0 (with gradients, all 0) without a pair. With
-            "visible" as evidence its loss, "loss_srm_visible", too.
+            {"loss_srm", "loss_srm_pairs"}: scalars; 0 (with gradients, all 0) without a pair.
         """
         score_maps: Optional[torch.Tensor] = None
         loss_srm: Union[float, torch.Tensor] = 0.0
@@ -302,16 +258,12 @@ class PairwiseRankingHead(SpatialRankingHead):
             loss_srm = self.map_loss(logits, categories) * self.loss_weight
             # S is evidence here and learns from its own loss only.
             score_maps = self.score_map(logits).detach()
-        visible = None
-        if "visible" in self.kinds:
-            visible = self.visible_logits(candidates, semantic, features)
-        pairs, pair_logits = self.pair_logits(candidates, score_maps, semantic, features, visible)
-        shares_by_image, shows = [], []
+        pairs, pair_logits = self.pair_logits(candidates, score_maps, semantic, features)
+        shares_by_image = []
         for instances, target, found in zip(candidates, targets, pairs):
             matched = match_to_segments(
                 instances.masks, instances.classes, target.ids, target.segments_info
             )
-            shows.append(target.ids == matched[:, None, None])
             margins = margins_of_matched(instances.masks, matched, target.ids)
             smaller = torch.minimum(found.areas[found.a], found.areas[found.b])
             shares_by_image.append(margins[found.a, found.b] / smaller)
@@ -324,14 +276,10 @@ class PairwiseRankingHead(SpatialRankingHead):
         put_ranking_scalars(candidates, targets, score_maps, torch.cat(pair_logits), shares)
         # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
         anchor = torch.stack([p.sum() * 0 for p in self.parameters()]).sum()
-        losses = {
+        return {
             "loss_srm": anchor + loss_srm,
             "loss_srm_pairs": anchor + loss_pairs * self.pair_loss_weight,
         }
-        if visible is not None:
-            loss_visible = self.visible_head.loss(visible, candidates, shows)
-            losses["loss_srm_visible"] = anchor + loss_visible * self.visible_loss_weight
-        return losses
 
     def evidence(
         self,

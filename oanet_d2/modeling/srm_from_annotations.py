@@ -43,7 +43,7 @@ class SRMFromAnnotations(nn.Module):
                 f"MODEL.SRM_HEAD.TRAIN_MASKS is {cfg.MODEL.SRM_HEAD.TRAIN_MASKS!r}; without "
                 "images there are only ground-truth masks, set it to ('gt',)."
             )
-        shown = {"semantic", "features", "visible"} & set(cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE)
+        shown = {"semantic", "features"} & set(cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE)
         if cfg.MODEL.SRM_HEAD.NAME == "PairwiseRankingHead" and shown:
             raise ValueError(
                 f"MODEL.SRM_HEAD.PAIRS.EVIDENCE holds {sorted(shown)}, which only an image can "

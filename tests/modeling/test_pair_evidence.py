@@ -14,17 +14,15 @@ from oanet_d2.modeling.candidates import Candidates
 from oanet_d2.modeling.pair_evidence import (
     CLASS_EVIDENCE_DIM,
     PAIR_GEOMETRY_DIM,
-    VISIBLE_EVIDENCE_DIM,
     appearance_evidence,
     class_evidence,
     geometry_evidence,
     overlapping_pairs,
-    visible_evidence,
 )
 from tests.conftest import box_mask, make_candidates
 
 H, W, CLASSES, CHANNELS = 5, 6, 3, 4
-KINDS = ("geometry", "class", "appearance", "visible")
+KINDS = ("geometry", "class", "appearance")
 seeds = st.integers(0, 2**31 - 1)
 counts = st.integers(0, 6)
 
@@ -54,15 +52,7 @@ def evidence_of(kind, case):
         return geometry_evidence(candidates, pairs)
     if kind == "class":
         return class_evidence(class_map, candidates.classes, pairs)
-    if kind == "visible":
-        return visible_evidence(visible_of(case), pairs)
     return appearance_evidence(features, pairs)
-
-
-def visible_of(case):
-    """(N, h, w) in [0, 1], of each instance what its class has in the class map."""
-    candidates, class_map, _ = case
-    return class_map[candidates.classes] * candidates.masks
 
 
 def cells_of(mask):
@@ -135,35 +125,11 @@ def slow_appearance(one, other, case):
     return torch.cat([*like, *unlike, torch.stack(cosines)])
 
 
-def slow_visible(one, other, case):
-    masks, visible = case[0].masks, visible_of(case)
-    cells = {i: cells_of(masks[i]) for i in (one, other)}
-    both = cells[one] & cells[other]
-    parts = (one, both), (other, both), (one, cells[one] - both), (other, cells[other] - both)
-
-    def logit(p):
-        p = min(max(p, 1 / 255), 254 / 255)
-        return math.log(p / (1 - p)) / 4
-
-    numbers = []
-    for of in (float, logit):
-        for i, part in parts:
-            said = [of(visible[i, y, x].item()) for y, x in part]
-            numbers.append(sum(said) / len(said) if said else 0.0)
-    return numbers
-
-
-SLOW = {
-    "geometry": slow_geometry,
-    "class": slow_class,
-    "appearance": slow_appearance,
-    "visible": slow_visible,
-}
+SLOW = {"geometry": slow_geometry, "class": slow_class, "appearance": slow_appearance}
 WIDTHS = {
     "geometry": PAIR_GEOMETRY_DIM,
     "class": CLASS_EVIDENCE_DIM,
     "appearance": 4 * CHANNELS + 3,
-    "visible": VISIBLE_EVIDENCE_DIM,
 }
 
 

@@ -108,7 +108,7 @@ def test_refuses_masks_that_need_an_image(srm_cfg, sources):
         build_model(srm_cfg)
 
 
-@pytest.mark.parametrize("evidence", ["semantic", "features", "visible"])
+@pytest.mark.parametrize("evidence", ["semantic", "features"])
 def test_refuses_evidence_that_needs_an_image(srm_cfg, evidence):
     srm_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", evidence)
     with pytest.raises(ValueError, match=f"PAIRS.EVIDENCE.*'{evidence}'.*'geometry'"):
