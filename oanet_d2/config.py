@@ -111,6 +111,11 @@ def add_oanet_config(cfg):
     cfg.MODEL.ALLOW_PICKLE = False
     # "SGD" (Detectron2's) or "ADAMW", which learns a network from scratch in fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Share of the iterations, the last ones, in which the ranking head learns alone, as with
+    # MODEL.OANET.TRAIN_SRM_ONLY: from a network that does not change any more and is run as at
+    # inference. The learning rate begins anew there and falls to 0; its schedule before, WARMUP_ITERS
+    # and STEPS, is that of a training that ends there.
+    cfg.SOLVER.SRM_ONLY_SHARE = 0.0
 
     # ---------------------------------------------------------------- evaluation
     # Painting orders to compare on the same predictions at evaluation: rules as in

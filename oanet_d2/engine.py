@@ -35,6 +35,7 @@ from .evaluation.report_data import FOLDER as REPORT_FOLDER
 from .hooks import DataOrder, NonFiniteLoss, RunConfig
 from .output_folder import check_free_space
 from .report import write_report
+from .srm_last import SRMLast, first_srm_only_iteration, with_cosine_at_the_end
 from .visualization import OrderPictures
 from .whole_files import drop_unfinished_line
 
@@ -62,12 +63,13 @@ class OANetTrainer(DefaultTrainer):
         cfg.freeze()
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the latter would be missed late
             require_files(name, images=cfg.INPUT.READ_IMAGE)
+        self.distribute = partial(create_ddp_model, broadcast_buffers=False)
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
         # DefaultTrainer gives DistributedDataParallel `device_ids`, which it refuses on CPU.
-        cpu_ddp = partial(create_ddp_model, device_ids=None)
-        with mock.patch("detectron2.engine.defaults.create_ddp_model", cpu_ddp):
+        self.distribute = partial(self.distribute, device_ids=None)
+        with mock.patch("detectron2.engine.defaults.create_ddp_model", self.distribute):
             super().__init__(cfg)
 
     def build_hooks(self):
@@ -82,6 +84,8 @@ class OANetTrainer(DefaultTrainer):
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # not if a subclass builds another loader
             hooks.append(DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
+        if first_srm_only_iteration(self.cfg) < self.cfg.SOLVER.MAX_ITER:
+            hooks.append(SRMLast(first_srm_only_iteration(self.cfg), self.distribute))
         hooks += [TrainingClock(), *super().build_hooks()]
         if comm.is_main_process() and self.cfg.TEST.ORDERS:
             hooks.append(OrderingReport())
@@ -154,6 +158,21 @@ class OANetTrainer(DefaultTrainer):
         raise ValueError(
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; it must be 'SGD' or 'ADAMW'."
         )
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        """
+        Detectron2's, of the iterations in which the whole network learns; see
+        :func:`with_cosine_at_the_end`.
+        """
+        first = first_srm_only_iteration(cfg)
+        if first == cfg.SOLVER.MAX_ITER:
+            return super().build_lr_scheduler(cfg, optimizer)
+        whole_network = cfg.clone()
+        whole_network.defrost()
+        whole_network.SOLVER.MAX_ITER = first
+        scheduler = super().build_lr_scheduler(whole_network, optimizer)
+        return with_cosine_at_the_end(scheduler, optimizer, cfg)
 
     @classmethod
     def build_train_loader(cls, cfg):

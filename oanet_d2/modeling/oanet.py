@@ -96,13 +96,12 @@ class OANet(PanopticFPN):
         self.srm_in_feature = srm_in_feature
         self.order = order
         self.keep_things_free = keep_things_free
-        self.train_srm_only = train_srm_only
+        self.train_srm_only = False
         self.return_evidence = return_evidence
         self.outputs = outputs
         self.execution = execution
         if train_srm_only:
-            self.requires_grad_(False)
-            self.srm_head.requires_grad_(True)
+            self.train_only_srm()
         execution.prepare(self)
 
     @classmethod
@@ -141,6 +140,15 @@ class OANet(PanopticFPN):
         ret["outputs"] = cfg.MODEL.OANET.OUTPUTS
         ret["execution"] = Execution.from_config(cfg)
         return ret
+
+    def train_only_srm(self):
+        """
+        From now on only the ranking head learns: everything else is frozen, and in evaluation mode.
+        """
+        self.train_srm_only = True
+        self.requires_grad_(False)
+        self.srm_head.requires_grad_(True)
+        self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)

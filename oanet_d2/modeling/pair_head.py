@@ -47,17 +47,28 @@ class PairNorm(nn.BatchNorm1d):
             x: (..., dim) float.
         """
         rows = x.flatten(0, -2)
-        if self.training and len(rows) > 1:
-            super().forward(rows.detach())  # for the statistics
-        if self.training and comm.get_world_size() > 1:
-            # One set of statistics: a checkpoint holds that of one process. (Every process comes
-            # here in every step, with pairs or without.)
-            for statistic in (self.running_mean, self.running_var):
-                assert statistic is not None
-                torch.distributed.all_reduce(statistic)
-                statistic /= comm.get_world_size()
+        if self.training:
+            self._remember(rows.detach().double())
         rows = F.batch_norm(rows, self.running_mean, self.running_var, eps=self.eps)
         return rows.view_as(x)
+
+    def _remember(self, rows: torch.Tensor) -> None:
+        """
+        Bring mean and variance up to date, as :class:`nn.BatchNorm1d` does it, by the rows of all
+        processes: a checkpoint holds the statistics of one. (Every process comes here in every
+        step, with rows or without.)
+        """
+        count = rows.new_full((1,), len(rows))
+        moments = torch.cat([count, rows.sum(0), rows.square().sum(0)])
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(moments)
+        count, total, squares = moments.split([1, self.num_features, self.num_features])
+        mean = total / count.clamp(min=1)
+        variance = (squares - total * mean) / (count - 1).clamp(min=1)
+        share = self.momentum * (count > 1)
+        for statistic, now in ((self.running_mean, mean), (self.running_var, variance)):
+            assert statistic is not None
+            statistic += share * (now - statistic)
 
 
 @SRM_HEAD_REGISTRY.register()
