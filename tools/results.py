@@ -38,7 +38,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS, DEMO = "configs/OcclusionScenes/", "oanet_R_18.yaml"
+CONFIGS = "configs/OcclusionScenes/"
+END_TO_END = "oanet_R_18_3x.yaml"
 BEST = "srm_pairs"
 COCO_TRAIN_IMAGES = 118_287
 # Rows of which the mean over the seeds matters; the other tables take the first seed alone.
@@ -46,7 +47,7 @@ TABLES_OF_ALL_SEEDS = ["rules", "gap", "geometry", "order"]
 # Enough to see whether ranking costs anything where masks do not overlap.
 VISIBLE_ITERATIONS = 1800
 # The demo evaluates on the first 200 of them, which do not tell small differences from chance.
-VAL_IMAGES = 1000
+VAL_IMAGES = 500
 
 
 # ------------------------------------------------------------------------------------ the runs
@@ -99,13 +100,13 @@ def end_to_end_of_seed(work: Path, opts: list, env: dict, seed: int, tables: lis
         the three evaluations and the ablation.
     """
     folder, of_seed = work / f"seed_{seed}", ["SEED", str(seed), *opts]
-    together = first_srm_only_iteration(load_config(ROOT / CONFIGS / DEMO, opts))
+    together = first_srm_only_iteration(load_config(ROOT / CONFIGS / END_TO_END, opts))
     checkpoints = ["SOLVER.CHECKPOINT_PERIOD", str(together)]
-    free = train_net(folder, DEMO, *of_seed, *checkpoints, env=env)
+    free = train_net(folder, END_TO_END, *of_seed, *checkpoints, env=env)
 
     def again(name: str, weights: str, *args: str) -> dict:
         args = ("MODEL.WEIGHTS", str(folder / weights), "TEST.ORDER_PICTURES", "0", *args)
-        return train_net(work / f"seed_{seed}_{name}", DEMO, "--eval-only", *args, *of_seed, env=env)
+        return train_net(work / f"seed_{seed}_{name}", END_TO_END, "--eval-only", *args, *of_seed, env=env)
 
     before = again("before", f"model_{together - 1:07d}.pth")
     stuff_only = again("stuff_only", "model_final.pth", "MODEL.OANET.KEEP_THINGS_FREE", "False")
@@ -303,7 +304,7 @@ def main():
         visible = pool.submit(
             train_net,
             work / f"seed_{first_seed}_visible",
-            DEMO,
+            "oanet_R_18.yaml",
             *["DATASETS.TRAIN", "('occlusion_scenes_train_visible',)"],
             *["DATASETS.TEST", "('occlusion_scenes_val_visible',)"],
             *["SEED", first_seed, "SOLVER.MAX_ITER", str(VISIBLE_ITERATIONS), *opts],
@@ -365,7 +366,7 @@ def main():
     command = "python tools/results.py --seeds " + " ".join(map(str, args.seeds))
     command += f" --jobs {args.jobs}" if args.jobs > 1 else ""
     command += " -- " + " ".join(args.opts) if args.opts else ""
-    config = CONFIGS + DEMO
+    config = CONFIGS + END_TO_END
     share = load_config(ROOT / config, opts).SOLVER.SRM_ONLY_SHARE
     args.out.write_text(
         f"""# Results on OcclusionScenes
