@@ -43,10 +43,10 @@ END_TO_END = "oanet_R_18_3x.yaml"
 BEST = "srm_pairs"
 COCO_TRAIN_IMAGES = 118_287
 # Rows of which the mean over the seeds matters; the other tables take the first seed alone.
-TABLES_OF_ALL_SEEDS = ["rules", "gap", "geometry", "order"]
+TABLES_OF_ALL_SEEDS = ["rules", "gap", "order"]
 # Enough to see whether ranking costs anything where masks do not overlap.
-VISIBLE_ITERATIONS = 1800
-# The demo evaluates on the first 200 of them, which do not tell small differences from chance.
+VISIBLE_ITERATIONS = 1300
+# The demo evaluates on the first 200 of them, too few to tell small differences from chance.
 VAL_IMAGES = 500
 
 
@@ -93,26 +93,36 @@ def train_net(output_dir: Path, config: str, *args: str, env=None) -> dict:
 
 def end_to_end_of_seed(work: Path, opts: list, env: dict, seed: int, tables: list) -> tuple:
     """
-    Train a seed end to end, evaluate it at the end, before the part that is the ranking's alone, and
-    without `KEEP_THINGS_FREE`, and ablate its ranking.
+    Train a seed end to end, evaluate it, and ablate its ranking.
+
+    Args:
+        tables: of tools/ranking_ablation.py; none: all of them.
 
     Returns:
-        the three evaluations and the ablation.
+        the evaluation and the ablation.
     """
-    folder, of_seed = work / f"seed_{seed}", ["SEED", str(seed), *opts]
-    together = first_srm_only_iteration(load_config(ROOT / CONFIGS / END_TO_END, opts))
-    checkpoints = ["SOLVER.CHECKPOINT_PERIOD", str(together)]
-    free = train_net(folder, END_TO_END, *of_seed, *checkpoints, env=env)
-
-    def again(name: str, weights: str, *args: str) -> dict:
-        args = ("MODEL.WEIGHTS", str(folder / weights), "TEST.ORDER_PICTURES", "0", *args)
-        return train_net(work / f"seed_{seed}_{name}", END_TO_END, "--eval-only", *args, *of_seed, env=env)
-
-    before = again("before", f"model_{together - 1:07d}.pth")
-    stuff_only = again("stuff_only", "model_final.pth", "MODEL.OANET.KEEP_THINGS_FREE", "False")
+    folder = work / f"seed_{seed}"
+    checkpoints = ["SOLVER.CHECKPOINT_PERIOD", str(iterations_together(opts))]
+    evaluation = train_net(folder, END_TO_END, "SEED", str(seed), *opts, *checkpoints, env=env)
     only = ["--tables", *tables] if tables else []
     run("tools/ranking_ablation.py", folder, *only, env=env)
-    return free, before, stuff_only, read_json(str(folder / "ablation.json"))
+    return evaluation, read_json(str(folder / "ablation.json"))
+
+
+def iterations_together(opts: list) -> int:
+    """
+    How many iterations the whole network learns, before the ranking head learns alone.
+    """
+    return first_srm_only_iteration(load_config(ROOT / CONFIGS / END_TO_END, opts))
+
+
+def evaluate_again(folder: Path, name: str, weights: str, *args: str, env=None) -> dict:
+    """
+    Evaluate a checkpoint of the run in `folder`, into `folder`_`name`.
+    """
+    args = ("MODEL.WEIGHTS", str(folder / weights), "TEST.ORDER_PICTURES", "0", *args)
+    output_dir = folder.with_name(f"{folder.name}_{name}")
+    return train_net(output_dir, END_TO_END, "--eval-only", *args, env=env)
 
 
 def train_from_annotations(output_dir: Path, *args: str, env=None) -> dict:
@@ -191,20 +201,19 @@ def seeds_table(seeds: list, runs: list) -> str:
     return table(rows, *headers)
 
 
-def last_part_table(before: list, after: list) -> str:
+def last_part_table(before: dict, after: dict) -> str:
     rows = []
-    for name, runs in (("before", before), ("after", after)):
-        orderings = [r["orderings"] for r in runs]
+    for name, orderings in (("before", before["orderings"]), ("after", after["orderings"])):
         for order in ("srm_overlap", BEST):
-            metrics = [spread([o[order][m] for o in orderings]) for m in ("PQ", "PQ_th", "PQ_st")]
-            rows.append([name, order, *metrics, spread([closure(o, order) for o in orderings], 3)])
+            metrics = [f"{orderings[order][m]:.1f}" for m in ("PQ", "PQ_th", "PQ_st")]
+            rows.append([name, order, *metrics, f"{closure(orderings, order):.3f}"])
     return table(rows, "the last part", "order", "PQ", "PQ_th", "PQ_st", "closure")
 
 
-def free_pixels_table(free: list, stuff_only: list) -> str:
+def free_pixels_table(free: dict, stuff_only: dict) -> str:
     rows = [
-        [name, *(spread([r["orderings"][BEST][m] for r in runs]) for m in METRICS)]
-        for name, runs in (("True", free), ("False", stuff_only))
+        [name, *(f"{r['orderings'][BEST][m]:.1f}" for m in METRICS)]
+        for name, r in (("True", free), ("False", stuff_only))
     ]
     return table(rows, "KEEP_THINGS_FREE", *METRICS)
 
@@ -235,13 +244,16 @@ def pair_table(ablations: list) -> str:
     return table(rows, "pair", "pairs", "right by score, %", f"right by {BEST}, %")
 
 
-def annotations_table(end_to_end: list, attached: list) -> str:
+def annotations_table(ablation: dict, attached: dict) -> str:
+    end_to_end = {
+        "srm_mean": closure(ablation["rules"], "srm_mean"),
+        "srm_overlap": closure(ablation["rules"], "srm_overlap"),
+        BEST: closure(ablation["geometry"], "geometry", ablation["rules"]),
+    }
     rows = []
-    for order in ("srm_mean", "srm_overlap", BEST):
-        alone = [closure(a["orderings"], order) for a in attached]
-        together = [e[order] for e in end_to_end]
-        ratios = [a / t for a, t in zip(alone, together)]
-        rows.append([order, spread(alone, 3), spread(together, 3), spread(ratios, 2)])
+    for order, together in end_to_end.items():
+        alone = closure(attached["orderings"], order)
+        rows.append([order, f"{alone:.3f}", f"{together:.3f}", f"{alone / together:.2f}"])
     return table(rows, "order", "closure, from annotations", "closure, end to end", "ratio")
 
 
@@ -310,16 +322,26 @@ def main():
             *["SEED", first_seed, "SOLVER.MAX_ITER", str(VISIBLE_ITERATIONS), *opts],
             env=at_once,
         ).result()
-        free, before, stuff_only, ablations = zip(*ends)
+        ends = list(ends)
+        first = work / f"seed_{first_seed}"
+        before = pool.submit(
+            evaluate_again,
+            *(first, "before", f"model_{iterations_together(opts) - 1:07d}.pth", *opts),
+            env=at_once,
+        )
+        stuff_only = pool.submit(
+            evaluate_again,
+            *(first, "stuff_only", "model_final.pth"),
+            *("MODEL.OANET.KEEP_THINGS_FREE", "False", *opts),
+            env=at_once,
+        ).result()
+        before = before.result()
+    runs, ablations = zip(*ends)
 
     # One after the other, on all CPUs: their times are results.
-    alone, attached = [], []
-    for seed in args.seeds:
-        of_seed = ["SEED", str(seed), *opts]
-        srm = work / f"seed_{seed}_annotations"
-        alone.append(train_from_annotations(srm, *of_seed, env=env))
-        base, folder = work / f"seed_{seed}", work / f"seed_{seed}_attached"
-        attached.append(attach(base, srm, folder, *of_seed, env=env))
+    srm = work / f"seed_{first_seed}_annotations"
+    alone = train_from_annotations(srm, "SEED", first_seed, *opts, env=env)
+    attached = attach(first, srm, work / f"seed_{first_seed}_attached", *opts, env=env)
     # As large as a COCO image, to see how fast annotations are read and learned from there.
     large = train_from_annotations(
         work / "annotations_640",
@@ -332,18 +354,9 @@ def main():
     if not benchmark.exists():
         run("tools/benchmark_ranking.py", "--json", benchmark)
 
-    end_to_end = [
-        {
-            "srm_mean": closure(a["rules"], "srm_mean"),
-            "srm_overlap": closure(a["rules"], "srm_overlap"),
-            BEST: closure(a["geometry"], "geometry", a["rules"]),
-        }
-        for a in ablations
-    ]
     pictures = args.out.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    first = work / f"seed_{first_seed}"
-    draw_closures(free, pictures / "closure.png")
+    draw_closures(runs, pictures / "closure.png")
     right = copy_pictures(first / "pictures", pictures, "right", 4)
     wrong = copy_pictures(first / "pictures_still_wrong", pictures, "wrong", 4)
     mistakes = ablations[0]["pairs"]["mistakes"]
@@ -377,7 +390,7 @@ Everything on this page was written by
 
 on {torch.get_num_threads()} CPU threads with PyTorch {torch.__version__}: {len(args.seeds)} trainings
 of `{config}` that differ in their seed (initial weights and the order of the
-training images), {args.jobs} at once, each evaluated on the same {free[0]["images"]} scenes, none of which is
+training images), {args.jobs} at once, each evaluated on the same {runs[0]["images"]} scenes, none of which is
 trained on (`make demo` evaluates on the first 200 of them). Numbers are mean
 ± standard deviation over the seeds, in percent, by the official `panopticapi`; *closure* is a share.
 
@@ -393,16 +406,16 @@ default. *oracle*: the order that the ground truth gives; it also puts a detecti
 nothing behind one that matches something, which no depth order could (one that leaves those to the
 detection score has its row under "What the ranking rests on").
 
-{orders_table(free)}
+{orders_table(runs)}
 
 ![closure by order](pictures/closure.png)
 
-{seeds_table(args.seeds, free)}
+{seeds_table(args.seeds, runs)}
 
 In the last {100 * share:.0f} % of its iterations (`SOLVER.SRM_ONLY_SHARE`) the ranking head learns alone, from a
-network that stands still. What that gains:
+network that stands still. What that gains, seed {first_seed}:
 
-{last_part_table(before, free)}
+{last_part_table(before, runs[0])}
 
 ## Where the rest of the gap is
 
@@ -473,14 +486,14 @@ in many real datasets. Ranking must not cost anything there. One training of {VI
 ## The ranking from annotations alone
 
 `{CONFIGS}srm_from_annotations.yaml` trains the ranking without an image or a
-backbone, on ground-truth masks and made-up false positives; `tools/attach_srm.py` puts it into the network of the run of the
-same seed. End to end: the score map of that run, and a comparison of pairs that is given the same
+backbone, on ground-truth masks and made-up false positives; `tools/attach_srm.py` puts it into the network of the run of
+seed {first_seed}. End to end: the score map of that run, and a comparison of pairs that is given the same
 evidence, geometry, but learns from predictions.
 
-{annotations_table(end_to_end, attached)}
+{annotations_table(ablations[0], attached)}
 
-The training took {spread([a["train"] for a in alone], 0)} s ({spread([a["seconds"] for a in alone], 0)} s with start and data)
-for {alone[0]["images"]} images, {spread([a["images"] / a["train"] for a in alone], 0)} images a second.
+The training took {alone["train"]:.0f} s ({alone["seconds"]:.0f} s with start and data)
+for {alone["images"]} images, {alone["images"] / alone["train"]:.0f} images a second.
 On images of 640 x 640, about COCO's size, it takes {large["images"] / large["train"]:.0f} images a second, with {large["memory"] / 2**20:.0f} MiB in its largest
 process: {coco_hours:.1f} hours for one pass over COCO's {COCO_TRAIN_IMAGES} training images, whose
 annotations would take about {coco_memory:.0f} MiB in memory, shared by the workers, if they were like
@@ -490,9 +503,9 @@ these (they are kept serialized, by Detectron2's loader; PNGs are read as they a
 
 With the order *{BEST}*: `MODEL.OANET.KEEP_THINGS_FREE True` (default) leaves a pixel whose best
 semantic class is a thing void; `False` gives it its best stuff class (the paper: only the stuff
-scores are used at inference).
+scores are used at inference). Seed {first_seed}:
 
-{free_pixels_table(free, stuff_only)}
+{free_pixels_table(runs[0], stuff_only)}
 
 ## What the ranking costs
 
