@@ -31,7 +31,10 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture
 def train_cfg(datasets, tmp_path):
-    """The demo's network at its smallest, on a few scenes; a checkpoint every second step."""
+    """
+    The demo's network at its smallest, learning as a whole on a few scenes; a checkpoint every
+    second step.
+    """
     return load_config(
         "OcclusionScenes/oanet_R_18.yaml",
         *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
@@ -41,6 +44,7 @@ def train_cfg(datasets, tmp_path):
         *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
         *["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "6"],
         *["SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", str(tmp_path / "out")],
+        *["SOLVER.SRM_ONLY_SHARE", "0.0"],
     )
 
 
