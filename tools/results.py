@@ -391,7 +391,8 @@ Everything on this page was written by
 on {torch.get_num_threads()} CPU threads with PyTorch {torch.__version__}: {len(args.seeds)} trainings
 of `{config}` that differ in their seed (initial weights and the order of the
 training images), {args.jobs} at once, each evaluated on the same {runs[0]["images"]} scenes, none of which is
-trained on (`make demo` evaluates on the first 200 of them). Numbers are mean
+trained on (`make demo` evaluates on the first 200 of them). Trainings and ablations shared the CPUs, so
+their times are upper bounds. Numbers are mean
 ± standard deviation over the seeds, in percent, by the official `panopticapi`; *closure* is a share.
 
 ## Painting orders
