@@ -84,8 +84,9 @@ class OANetTrainer(DefaultTrainer):
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # not if a subclass builds another loader
             hooks.append(DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
-        if first_srm_only_iteration(self.cfg) < self.cfg.SOLVER.MAX_ITER:
-            hooks.append(SRMLast(first_srm_only_iteration(self.cfg), self.distribute))
+        first_alone = first_srm_only_iteration(self.cfg)
+        if first_alone < self.cfg.SOLVER.MAX_ITER:
+            hooks.append(SRMLast(first_alone, self.distribute))
         hooks += [TrainingClock(), *super().build_hooks()]
         if comm.is_main_process() and self.cfg.TEST.ORDERS:
             hooks.append(OrderingReport())

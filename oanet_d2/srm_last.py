@@ -74,18 +74,14 @@ class SRMLast(HookBase):
         """
         self.first_iteration = first_iteration
         self.distribute = distribute
-        self.begun = False
 
     def before_step(self):
-        if self.begun or self.trainer.iter < self.first_iteration:
+        model = self.trainer.checkpointer.model  # as it is without DistributedDataParallel
+        if model.train_srm_only or self.trainer.iter < self.first_iteration:
             return
-        self.begun = True
         logger.info(f"From iteration {self.trainer.iter} on the ranking head learns alone.")
-        wrapped = self.trainer._trainer.model
-        model = getattr(wrapped, "module", wrapped)
         model.train_only_srm()
         # DistributedDataParallel waits for the gradients of those that it saw when it was made.
-        del wrapped
         self.trainer._trainer.model = None
         self.trainer._trainer.model = self.distribute(model)
         # With a gradient, though of the step before, they would be changed once more.
