@@ -97,7 +97,7 @@ def add_oanet_config(cfg):
     # that is differentiated.
     cfg.MODEL.OANET.INFERENCE_MODE = False
     # Inference in mixed precision: "bfloat16", or "float16" (not on a CPU); "": in single precision.
-    # (Training: SOLVER.AMP.ENABLED.)
+    # (Training: SOLVER.AMP.ENABLED, which on a CPU is bfloat16.)
     cfg.MODEL.OANET.AUTOCAST = ""
     # True: the backbone is compiled with torch.compile when it is first used, which takes a while,
     # once for training and once for inference. On a CPU it needs a C++ compiler.
@@ -111,10 +111,12 @@ def add_oanet_config(cfg):
     cfg.MODEL.ALLOW_PICKLE = False
     # "SGD" (Detectron2's) or "ADAMW", which learns a network from scratch in fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Share of the iterations, the last ones, in which the ranking head learns alone, as with
-    # MODEL.OANET.TRAIN_SRM_ONLY: from a network that does not change any more and is run as at
-    # inference. The learning rate begins anew there and falls to 0; its schedule before, WARMUP_ITERS
-    # and STEPS, is that of a training that ends there.
+    # A training in two parts. In this share of the iterations, the last ones, the ranking head learns
+    # alone, as with MODEL.OANET.TRAIN_SRM_ONLY: from a network that does not change any more and is
+    # run as at inference. Before, the network learns without the ranking head, which costs nothing
+    # there and orders nothing yet. The learning rate begins anew in the last part and falls to 0; its
+    # schedule before, WARMUP_ITERS and STEPS, is that of a training that ends there.
+    # 0: one part, in which both learn.
     cfg.SOLVER.SRM_ONLY_SHARE = 0.0
 
     # ---------------------------------------------------------------- evaluation

@@ -9,7 +9,7 @@ import torch
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -67,9 +67,16 @@ class OANetTrainer(DefaultTrainer):
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
-        # DefaultTrainer gives DistributedDataParallel `device_ids`, which it refuses on CPU.
+        if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.META_ARCHITECTURE != "OANet":
+            raise ValueError(
+                "SOLVER.AMP.ENABLED is True, but on a CPU only MODEL.META_ARCHITECTURE 'OANet' trains "
+                f"in mixed precision, not {cfg.MODEL.META_ARCHITECTURE!r}; set it to False."
+            )
+        # DefaultTrainer gives DistributedDataParallel `device_ids`, which it refuses on CPU, and
+        # its trainer of mixed precision wants a GPU; on a CPU the model sees to that.
         self.distribute = partial(self.distribute, device_ids=None)
-        with mock.patch("detectron2.engine.defaults.create_ddp_model", self.distribute):
+        for_cpu = {"create_ddp_model": self.distribute, "AMPTrainer": SimpleTrainer}
+        with mock.patch.multiple("detectron2.engine.defaults", **for_cpu):
             super().__init__(cfg)
 
     def build_hooks(self):

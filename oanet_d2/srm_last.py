@@ -1,6 +1,7 @@
 """
-The last part of a training, in which the ranking head learns alone: it is evidence from a network
-that does not change any more, as at inference, that it has to read.
+A training in two parts: first the network learns, without the ranking head, and then the ranking
+head alone: it is evidence from a network that does not change any more, as at inference, that it
+has to read.
 """
 
 import logging
@@ -22,7 +23,8 @@ def first_srm_only_iteration(cfg) -> int:
     """
     Returns:
         the iteration from which on `cfg.SOLVER.SRM_ONLY_SHARE` has the ranking head learn alone;
-        `cfg.SOLVER.MAX_ITER` if there is none.
+        `cfg.SOLVER.MAX_ITER` if the training has no such parts, or nothing else learns anyway
+        (`cfg.MODEL.OANET.TRAIN_SRM_ONLY`).
 
     Raises:
         ValueError: it is no share, or the model is not one that can do that.
@@ -34,11 +36,13 @@ def first_srm_only_iteration(cfg) -> int:
             "but the ranking head, set MODEL.OANET.TRAIN_SRM_ONLY.)"
         )
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if share > 0 and not hasattr(architecture, "train_only_srm"):
+    if share > 0 and not hasattr(architecture, "learn_only"):
         raise ValueError(
             f"SOLVER.SRM_ONLY_SHARE is {share}, but MODEL.META_ARCHITECTURE "
             f"{cfg.MODEL.META_ARCHITECTURE!r} has no ranking head that could learn alone; set it to 0."
         )
+    if cfg.MODEL.OANET.TRAIN_SRM_ONLY:
+        return cfg.SOLVER.MAX_ITER
     return cfg.SOLVER.MAX_ITER - round(share * cfg.SOLVER.MAX_ITER)
 
 
@@ -62,8 +66,7 @@ def with_cosine_at_the_end(scheduler: LRMultiplier, optimizer, cfg) -> LRMultipl
 
 class SRMLast(HookBase):
     """
-    Freezes everything but the ranking head when its part of the training begins, or when a training
-    is resumed in it.
+    Has the network learn first and the ranking head last, from whichever iteration a training starts.
     """
 
     def __init__(self, first_iteration: int, distribute: Callable[[nn.Module], nn.Module]):
@@ -77,10 +80,11 @@ class SRMLast(HookBase):
 
     def before_step(self):
         model = self.trainer.checkpointer.model  # as it is without DistributedDataParallel
-        if model.train_srm_only or self.trainer.iter < self.first_iteration:
+        part = "network" if self.trainer.iter < self.first_iteration else "srm"
+        if model.learns == part:
             return
-        logger.info(f"From iteration {self.trainer.iter} on the ranking head learns alone.")
-        model.train_only_srm()
+        logger.info(f"From iteration {self.trainer.iter} on only this learns: {part}.")
+        model.learn_only(part)
         # DistributedDataParallel waits for the gradients of those that it saw when it was made.
         self.trainer._trainer.model = None
         self.trainer._trainer.model = self.distribute(model)

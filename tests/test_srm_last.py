@@ -23,10 +23,10 @@ def state_after(trainer, iteration, found):
     trainer.register_hooks([AfterStep(iteration, copy)])
 
 
-def test_everything_learns_and_then_only_the_ranking(cfg):
+def test_the_network_learns_and_then_the_ranking(cfg):
     cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)  # pairs, whatever it detects
     trainer, found = trainer_of(cfg), {}
-    for iteration in (1, 2, 5):
+    for iteration in (0, 2, 5):
         state_after(trainer, iteration, found)
     trainer.train()
 
@@ -37,8 +37,28 @@ def test_everything_learns_and_then_only_the_ranking(cfg):
             if not torch.equal(tensor, found[last][name])
         }
 
-    assert {"backbone", "sem_seg_head", "roi_heads", "srm_head"} <= changed(1, 2)
+    network = {name.split(".")[0] for name in found[0]} - {"srm_head"}
+    assert {"backbone", "sem_seg_head", "roi_heads"} <= changed(0, 2) <= network
     assert changed(2, 5) == {"srm_head"}  # nor do running statistics
+
+
+def test_trains_in_bfloat16_on_a_cpu(cfg):
+    cfg.SOLVER.AMP.ENABLED = True
+    trainer, found = trainer_of(cfg), {}
+    layers = (trainer.model.backbone.fpn_output2, trainer.model.sem_seg_head.predictor)
+    for layer in layers:
+        layer.register_forward_hook(lambda m, x, y: found.setdefault(y.dtype, []).append(m))
+    trainer.train()
+    assert set(found) == {torch.bfloat16} and len(found[torch.bfloat16]) == 12
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_another_model_does_not_train_in_bfloat16_on_a_cpu(cfg):
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.SRM_ONLY_SHARE = True, 0.0
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
+    with pytest.raises(ValueError, match="SOLVER.AMP.ENABLED is True.*'PanopticFPN'.*False"):
+        OANetTrainer(cfg)
 
 
 def test_the_learning_rate_begins_anew(cfg):

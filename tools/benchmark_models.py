@@ -26,6 +26,7 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.data.occlusion_scenes import ensure_split
 from oanet_d2.engine import OANetTrainer
+from oanet_d2.modeling import OANet
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO = "configs/COCO-PanopticSegmentation/"
@@ -167,13 +168,16 @@ def inference(
 # ----------------------------------------------------------------------------------- training
 
 
-def training_step(variants: Dict[str, Sequence], weights: Optional[Path] = None) -> Prepared:
+def training_step(
+    variants: Dict[str, Sequence], weights: Optional[Path] = None, learns: str = "all"
+) -> Prepared:
     """
     A step of the demo's config on its scenes: forward, backward, optimizer.
 
     Args:
         variants: config overrides for each, by name.
         weights: of a trained demo, for all; None: random ones, which detect less than trained ones.
+        learns: which part of an OANet: "network", "srm" or "all", see :meth:`OANet.learn_only`.
     """
     cfgs = {name: load_config(DEMO, opts) for name, opts in variants.items()}
     solver = next(iter(cfgs.values())).SOLVER
@@ -191,6 +195,9 @@ def training_step(variants: Dict[str, Sequence], weights: Optional[Path] = None)
     torch.manual_seed(0)
     random.seed(0)
     models = {name: build_model(cfg).train() for name, cfg in cfgs.items()}
+    for model in models.values():
+        if isinstance(model, OANet) and learns != "all":
+            model.learn_only(learns)
     steps = {name: make_step(cfgs[name], models[name], samples[name], weights) for name in cfgs}
     last = next(reversed(models))
     steps[last]()  # counting needs gradients that are there already

@@ -10,7 +10,7 @@ from typing import Callable, Dict, Optional
 from benchmark_cases import Prepared, fusion, fusion_growing, panopticapi_script, semantic
 from benchmark_models import COCO, DEMO, PANOPTIC_FPN, ROOT, inference, training_step
 from benchmark_tried import (
-    areas_pixel_by_pixel,
+    areas_by_runs,
     clip_all_at_once,
     label_by_argmax,
     label_by_running_maximum,
@@ -56,6 +56,14 @@ def option(*opts: str) -> Callable[[], Prepared]:
     """
     variants = {"ours": [*ONLY_PANOPTIC, *opts], "theirs": ONLY_PANOPTIC}
     return partial(inference, ZOO, variants, count_work=False)
+
+
+def against_panoptic_fpn(learns: str) -> Callable[[], Prepared]:
+    """
+    A training step in which a part of OANet learns, and one of PanopticFPN.
+    """
+    variants = {"ours": [], "theirs": PANOPTIC_FPN}
+    return lambda: training_step(variants, DEMO_WEIGHTS, learns)
 
 
 # Against Detectron2's functions, unless the title says otherwise.
@@ -111,9 +119,21 @@ COMPARED: Dict[str, Row] = {
         repeats=1,
     ),
     "training_step": Row(
-        f"training step, {Path(DEMO).stem}, {WEIGHTS} weights: OANet against PanopticFPN",
-        lambda: training_step({"ours": [], "theirs": PANOPTIC_FPN}, DEMO_WEIGHTS),
+        f"training step, {Path(DEMO).stem}, {WEIGHTS} weights, in the first part of the training, "
+        "which is the network's: OANet against PanopticFPN",
+        against_panoptic_fpn("network"),
         time_goal=1.1,
+        repeats=12,
+    ),
+    "training_step_ranking": Row(
+        "the same in the last part, which is the ranking's (`SOLVER.SRM_ONLY_SHARE`)",
+        against_panoptic_fpn("srm"),
+        time_goal=1.1,
+        repeats=12,
+    ),
+    "training_step_both": Row(
+        "the same with both at once (`SOLVER.SRM_ONLY_SHARE 0.0`)",
+        against_panoptic_fpn("all"),
         repeats=12,
     ),
 }
@@ -143,7 +163,14 @@ OPTIONS: Dict[str, Row] = {
     "option_channels_last_training": Row(
         "the same, training step of the demo",
         lambda: training_step(
-            {"ours": ["MODEL.OANET.CHANNELS_LAST", "True"], "theirs": []}, DEMO_WEIGHTS
+            {"ours": ["MODEL.OANET.CHANNELS_LAST", "True"], "theirs": []}, DEMO_WEIGHTS, "network"
+        ),
+        repeats=12,
+    ),
+    "option_amp": Row(
+        "`SOLVER.AMP.ENABLED True`, training step of the demo",
+        lambda: training_step(
+            {"ours": ["SOLVER.AMP.ENABLED", "True"], "theirs": []}, DEMO_WEIGHTS, "network"
         ),
         repeats=12,
     ),
@@ -174,9 +201,9 @@ TRIED: Dict[str, Row] = {
         label_by_running_maximum,
         memory=False,
     ),
-    "tried_bincount": Row(
-        "areas of stuff, 2160 x 3840: `bincount` instead of counting runs",
-        areas_pixel_by_pixel,
+    "tried_runs": Row(
+        "areas of stuff, 2160 x 3840: counting runs instead of a histogram",
+        areas_by_runs,
         memory=False,
     ),
     "tried_one_sample": Row(

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from detectron2.layers import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
 
+from .instance_masks import BoxedMasks
+
 __all__ = [
     "Candidates",
     "RankingTarget",
@@ -21,7 +23,6 @@ __all__ = [
     "gt_candidates",
     "gt_masks_to_grid",
     "labels_to_grid",
-    "mask_extents",
     "ranking_target",
     "relative_boxes",
     "roi_masks_to_grid",
@@ -96,7 +97,10 @@ def roi_masks_to_grid(
     """
     if len(roi_masks) == 0:
         return torch.zeros((0, *size), dtype=torch.bool, device=roi_masks.device)
-    grid = paste_masks_in_image(roi_masks, boxes / stride, size, threshold)
+    if roi_masks.device.type == "cpu":  # the same, and a fifth of the time
+        grid = BoxedMasks(roi_masks, boxes / stride, size, threshold).full()
+    else:
+        grid = paste_masks_in_image(roi_masks, boxes / stride, size, threshold)
 
     best_probability, best_pixel = roi_masks.flatten(1).max(dim=1)
     side = roi_masks.shape[-1]
@@ -105,7 +109,8 @@ def roi_masks_to_grid(
     cell = (boxes[:, :2] + (offset + 0.5) / side * box_sizes) / stride
     column = cell[:, 0].long().clamp(0, size[1] - 1)
     row = cell[:, 1].long().clamp(0, size[0] - 1)
-    lost = ~grid.flatten(1).any(dim=1) & (best_probability >= threshold)
+    nowhere = grid.view(torch.uint8).flatten(1).amax(dim=1) == 0  # faster than any()
+    lost = nowhere & (best_probability >= threshold)
     grid[torch.arange(len(grid), device=grid.device), row, column] |= lost
     return grid
 
@@ -186,22 +191,6 @@ def gt_candidates(instances: Instances, stride: int, size: Tuple[int, int]) -> C
         torch.ones(len(instances), device=device),
         relative_boxes(instances.gt_boxes.tensor, instances.image_size),
     )
-
-
-def mask_extents(masks: torch.Tensor) -> torch.Tensor:
-    """
-    Args:
-        masks: (N, h, w) bool.
-
-    Returns:
-        (N, 4) int64: XYXY of the smallest box around each, in cells; of an empty one the whole grid.
-    """
-    edges = []
-    for occupied in (masks.any(1), masks.any(2)):  # (N, w), (N, h)
-        first = occupied.int().argmax(1)
-        edges.append((first, occupied.shape[1] - occupied.flip(1).int().argmax(1)))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], dim=1)
 
 
 def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Tensor:

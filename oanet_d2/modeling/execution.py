@@ -5,7 +5,7 @@ same, up to rounding.
 
 import os
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Optional
 
@@ -27,12 +27,14 @@ class Execution:
         inference_mode: inference runs in :class:`torch.inference_mode`.
         autocast: what inference is autocast to; None: it is not.
         compile: the backbone is compiled with :func:`torch.compile`.
+        train_autocast: what training is autocast to, if it is not the trainer that does it.
     """
 
     channels_last: bool = False
     inference_mode: bool = False
     autocast: Optional[torch.dtype] = None
     compile: bool = False
+    train_autocast: Optional[torch.dtype] = None
 
     @classmethod
     def from_config(cls, cfg) -> "Execution":
@@ -54,11 +56,14 @@ class Execution:
             )
         if options.COMPILE:
             _check_compile(cfg.MODEL.DEVICE)
+        # Detectron2's AMPTrainer is for GPUs. On a CPU there is bfloat16, which needs no loss scale.
+        amp_on_cpu = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"
         return cls(
             options.CHANNELS_LAST,
             options.INFERENCE_MODE,
             AUTOCAST[options.AUTOCAST],
             options.COMPILE,
+            torch.bfloat16 if amp_on_cpu else None,
         )
 
     def prepare(self, model: nn.Module) -> None:
@@ -92,6 +97,14 @@ class Execution:
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(device.type, dtype=self.autocast))
             yield
+
+    def training(self, device: torch.device):
+        """
+        What a training step's losses have to be computed in.
+        """
+        if self.train_autocast is None:  # then it may be that of the trainer
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.train_autocast)
 
 
 def _check_compile(device: str) -> None:

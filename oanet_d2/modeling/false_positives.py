@@ -3,7 +3,8 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from .candidates import Candidates, mask_extents, relative_boxes
+from .candidates import Candidates, relative_boxes
+from .instance_masks import mask_extents
 
 __all__ = ["with_false_positives"]
 

@@ -4,9 +4,24 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .candidates import mask_extents
+__all__ = ["BoxedMasks", "mask_extents"]
 
-__all__ = ["BoxedMasks"]
+
+def mask_extents(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        masks: (N, h, w) bool.
+
+    Returns:
+        (N, 4) int64: XYXY of the smallest box around each, in cells; of an empty one the whole grid.
+    """
+    edges = []
+    ones = masks.view(torch.uint8)  # of which PyTorch finds the maximum ten times faster than any()
+    for occupied in (ones.amax(1), ones.amax(2)):  # (N, w), (N, h)
+        first = occupied.argmax(1)
+        edges.append((first, occupied.shape[1] - occupied.flip(1).argmax(1)))
+    (left, right), (top, bottom) = edges
+    return torch.stack([left, top, right, bottom], dim=1)
 
 
 class BoxedMasks:

@@ -96,12 +96,12 @@ class OANet(PanopticFPN):
         self.srm_in_feature = srm_in_feature
         self.order = order
         self.keep_things_free = keep_things_free
-        self.train_srm_only = False
+        self.learns = "all"
         self.return_evidence = return_evidence
         self.outputs = outputs
         self.execution = execution
         if train_srm_only:
-            self.train_only_srm()
+            self.learn_only("srm")
         execution.prepare(self)
 
     @classmethod
@@ -141,18 +141,23 @@ class OANet(PanopticFPN):
         ret["execution"] = Execution.from_config(cfg)
         return ret
 
-    def train_only_srm(self):
+    def learn_only(self, part: str):
         """
-        From now on only the ranking head learns: everything else is frozen, and in evaluation mode.
+        From now on only a part of the model learns.
+
+        Args:
+            part: "srm", the ranking head: everything else is frozen, and in evaluation mode. Or
+                "network", everything else: the ranking head is not run in training.
         """
-        self.train_srm_only = True
-        self.requires_grad_(False)
-        self.srm_head.requires_grad_(True)
+        self.learns = part
+        if part == "srm":
+            self.requires_grad_(False)
+        self.srm_head.requires_grad_(part == "srm")
         self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if mode and self.train_srm_only:
+        if mode and self.learns == "srm":
             for name, module in self.named_children():
                 module.train(name == "srm_head")
         return self
@@ -171,17 +176,27 @@ class OANet(PanopticFPN):
         if not self.training:
             with self.execution.inference(self.device):
                 return self.inference(batched_inputs)
+        with self.execution.training(self.device):
+            return self.losses(batched_inputs)
+
+    def losses(self, batched_inputs: List[Dict]) -> Dict[str, torch.Tensor]:
+        """
+        The losses of what learns (see :meth:`learn_only`), by name.
+        """
         images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+        network_learns = self.learns != "srm"
         # With nothing to learn outside the ranking head, nothing is kept for a backward pass.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.train_srm_only):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and network_learns):
             features = self.backbone(images.tensor)
             semantic = self.sem_seg_head.layers(features)
             proposals, losses = self.proposal_generator(images, features, gt_instances)
-            if not self.train_srm_only:
+            if network_learns:
                 _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
                 losses.update(detector_losses)
                 losses.update(self._semantic_losses(semantic, batched_inputs))
+        if self.learns == "network":
+            return losses
 
         kind = random.choice(self.srm_head.train_masks)
         candidates = self.training_candidates(kind, images, features, proposals, gt_instances)

@@ -10,7 +10,8 @@ from typing import Dict, List
 import torch
 from torch.nn import functional as F
 
-from .candidates import Candidates, mask_extents
+from .candidates import Candidates
+from .instance_masks import mask_extents
 
 __all__ = [
     "Pairs",

@@ -12,11 +12,11 @@ from oanet_d2.modeling.candidates import (
     gt_candidates,
     gt_masks_to_grid,
     labels_to_grid,
-    mask_extents,
     ranking_target,
     relative_boxes,
     roi_masks_to_grid,
 )
+from oanet_d2.modeling.instance_masks import mask_extents
 from oanet_d2.modeling.srm_head import SpatialRankingHead
 from tests.conftest import make_input, make_instances
 

@@ -107,6 +107,33 @@ def test_autocast(tiny_cfg):
     assert torch.bfloat16 not in used
 
 
+def test_training_in_bfloat16(tiny_cfg):
+    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
+    plain = build(tiny_cfg).train()
+    model = build(tiny_cfg, "SOLVER.AMP.ENABLED", "True", like=plain).train()
+    used, all_losses = [], []
+    model.backbone.fpn_output2.register_forward_hook(lambda m, x, y: used.append(y.dtype))
+    for m in (model, plain):
+        torch.manual_seed(0)
+        with EventStorage():
+            all_losses.append(m(batch()))
+        sum(all_losses[-1].values()).backward()
+    assert used == [torch.bfloat16]
+    for name, expected in all_losses[1].items():
+        torch.testing.assert_close(all_losses[0][name].float(), expected, rtol=0.05, atol=0.01)
+    gradient = model.backbone.fpn_output2.weight.grad
+    expected = plain.backbone.fpn_output2.weight.grad
+    assert gradient.dtype == torch.float32  # as the weights are
+    assert (gradient - expected).norm() <= 0.25 * expected.norm()
+    assert infer(model)["sem_seg"].dtype == torch.float32 and used[-1] == torch.float32
+
+
+def test_mixed_precision_on_a_gpu_is_the_trainers(tiny_cfg):
+    tiny_cfg.SOLVER.AMP.ENABLED = True
+    tiny_cfg.MODEL.DEVICE = "cuda"
+    assert Execution.from_config(tiny_cfg) == Execution()
+
+
 def test_compile_is_of_the_backbone_and_keeps_names(tiny_cfg, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda m, **kwargs: compiled.append(m))

@@ -63,8 +63,10 @@ def ours(p, order):
 
 
 @settings(max_examples=500, deadline=None)
-@given(predictions())
-def test_order_by_score_equals_detectron2_bit_for_bit(p):
+@given(predictions(), st.sampled_from([1, 85, 86, 1000]))
+def test_order_by_score_equals_detectron2_bit_for_bit(p, step):
+    """However many labels of stuff there are: 0 to 3 of these steps."""
+    p.semantic *= step
     instances = SimpleNamespace(pred_masks=p.masks, scores=p.scores, pred_classes=p.classes)
     theirs_seg, theirs_info = combine_semantic_and_instance_outputs(
         instances, p.semantic, p.overlap, p.stuff, p.confidence
