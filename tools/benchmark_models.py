@@ -112,6 +112,7 @@ def _made_up(cfg, size: Tuple[int, int], num_painted: Optional[int]) -> Instance
     """
     most = cfg.TEST.DETECTIONS_PER_IMAGE
     instances = make_detections(most, size)
+    instances.pred_classes %= cfg.MODEL.ROI_HEADS.NUM_CLASSES
     instances = instances[instances.scores.argsort(descending=True)]
     if num_painted is not None:
         threshold = cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH
