@@ -10,9 +10,13 @@ from hypothesis import settings
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.env import seed_all_rng
 
 from oanet_d2 import add_oanet_config, complete_config, register_panoptic
+from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.engine import OANetTrainer
 from oanet_d2.modeling.candidates import Candidates, relative_boxes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -179,3 +183,47 @@ def small_disk(tmp_path):
         pytest.skip(f"needs to mount a file system: {result.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    for split, n in (("train", 6), ("val", 3)):
+        write_split(root, split, n, image_size=64, seed=0, num_workers=0)
+    with registered("few_scenes_train", *scenes_paths(root, "train")) as train:
+        with registered("few_scenes_val", *scenes_paths(root, "val")) as val:
+            yield train, val
+
+
+@pytest.fixture
+def train_cfg(few_scenes, tmp_path):
+    """
+    The demo's network at its smallest, learning as a whole on a few scenes; a checkpoint every
+    second step.
+    """
+    return load_config(
+        "OcclusionScenes/oanet_R_18.yaml",
+        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
+        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
+        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *["DATASETS.TRAIN", f"('{few_scenes[0]}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
+        *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
+        *["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "6"],
+        *["SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", str(tmp_path / "out")],
+        *["SOLVER.SRM_ONLY_SHARE", "0.0"],
+    )
+
+
+def trainer_of(cfg):
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    seed_all_rng(1)
+    return OANetTrainer(cfg)
+
+
+class AfterStep(HookBase):
+    def __init__(self, iteration, action):
+        self.iteration, self.action = iteration, action
+
+    def after_step(self):
+        if self.trainer.iter == self.iteration:
+            self.action()

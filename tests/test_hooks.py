@@ -10,57 +10,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detectron2.data import DatasetCatalog
-from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from oanet_d2.checkpoint import CheckpointError
-from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
-from tests.conftest import load_config, registered, scenes_paths
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    for split, n in (("train", 6), ("val", 3)):
-        write_split(root, split, n, image_size=64, seed=0, num_workers=0)
-    with registered("test_hooks_train", *scenes_paths(root, "train")) as train:
-        with registered("test_hooks_val", *scenes_paths(root, "val")) as val:
-            yield train, val
-
-
-@pytest.fixture
-def train_cfg(datasets, tmp_path):
-    """
-    The demo's network at its smallest, learning as a whole on a few scenes; a checkpoint every
-    second step.
-    """
-    return load_config(
-        "OcclusionScenes/oanet_R_18.yaml",
-        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
-        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
-        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
-        *["DATASETS.TRAIN", f"('{datasets[0]}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
-        *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
-        *["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "6"],
-        *["SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", str(tmp_path / "out")],
-        *["SOLVER.SRM_ONLY_SHARE", "0.0"],
-    )
-
-
-def trainer_of(cfg):
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    seed_all_rng(1)
-    return OANetTrainer(cfg)
-
-
-class AfterStep(HookBase):
-    def __init__(self, iteration, action):
-        self.iteration, self.action = iteration, action
-
-    def after_step(self):
-        if self.trainer.iter == self.iteration:
-            self.action()
+from tests.conftest import AfterStep, trainer_of
 
 
 def test_stops_at_a_loss_that_is_nan(train_cfg, monkeypatch):
@@ -165,9 +119,9 @@ def test_resumes_to_the_bit(train_cfg):
         assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
-def test_tensorboard(train_cfg, datasets):
+def test_tensorboard(train_cfg, few_scenes):
     """Every loss, the ranking's own scalars, and pictures at each evaluation."""
-    train_cfg.DATASETS.TEST = (datasets[1],)
+    train_cfg.DATASETS.TEST = (few_scenes[1],)
     train_cfg.TEST.EVAL_PERIOD, train_cfg.TEST.TENSORBOARD_PICTURES = 12, 2
     train_cfg.SOLVER.MAX_ITER = 21
     train_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)
@@ -182,7 +136,7 @@ def test_tensorboard(train_cfg, datasets):
     for name in ours:
         (event,) = events.Scalars(name)
         assert event.step == 19 and 0 <= event.value <= 1
-    assert set(events.Tags()["images"]) == {f"{datasets[1]}/{i}" for i in range(2)}
+    assert set(events.Tags()["images"]) == {f"{few_scenes[1]}/{i}" for i in range(2)}
     for tag in events.Tags()["images"]:
         shown = events.Images(tag)
         assert [x.step for x in shown] == [11, 21]

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from oanet_d2.engine import OANetTrainer
-from tests.test_hooks import AfterStep, datasets, train_cfg, trainer_of  # noqa: F401
+from tests.conftest import AfterStep, trainer_of
 
 
 @pytest.fixture
-def cfg(train_cfg):  # noqa: F811
+def cfg(train_cfg):
     """Six iterations, of the last three the ranking head's alone."""
     train_cfg.SOLVER.SRM_ONLY_SHARE = 0.5
     return train_cfg
