@@ -99,14 +99,14 @@ COMPARED: Dict[str, Row] = {
         partial(inference, ZOO, {"ours": ONLY_PANOPTIC, "theirs": PANOPTIC_FPN}),
         time_goal=0.8,
         memory_goal=0.5,
-        repeats=3,
+        repeats=7,
     ),
     "inference_20_painted": Row(
         "the same with 20 of the 100 confident enough",
         partial(inference, ZOO, {"ours": ONLY_PANOPTIC, "theirs": PANOPTIC_FPN}, num_painted=20),
         time_goal=0.8,
         memory_goal=0.5,
-        repeats=3,
+        repeats=7,
     ),
     "inference_channels_last": Row(
         "all 100 painted, with `MODEL.OANET.CHANNELS_LAST True`",
