@@ -38,13 +38,14 @@ def load_config(path, *opts):
 
 @pytest.fixture
 def tiny_cfg():
-    """The demo's network at its smallest."""
+    """The demo's network at its smallest, with one mask for all classes."""
     return load_config(
         "OcclusionScenes/oanet_R_18.yaml",
         *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
         *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
         *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
         *["MODEL.SRM_HEAD.KERNEL_SIZE", "5", "TEST.ORDERS", "()"],
+        *["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
     )
 
 

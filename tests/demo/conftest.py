@@ -26,6 +26,7 @@ def config_file(tmp_path_factory):
         *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
         *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
         *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
         *["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "12"],
         *["MODEL.WEIGHTS", str(folder / "tiny.pth")],
     )
