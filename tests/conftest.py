@@ -22,6 +22,11 @@ from oanet_d2.modeling.candidates import Candidates, relative_boxes
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
 
+# The demo's network with as few channels as can be.
+SMALLEST = ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"]
+SMALLEST += ["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"]
+SMALLEST += ["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"]
+
 settings.register_profile("oanet_d2", deadline=None)  # first calls compile and load
 settings.load_profile("oanet_d2")
 
@@ -41,9 +46,7 @@ def tiny_cfg():
     """The demo's network at its smallest, with one mask for all classes."""
     return load_config(
         "OcclusionScenes/oanet_R_18.yaml",
-        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
-        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
-        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *SMALLEST,
         *["MODEL.SRM_HEAD.KERNEL_SIZE", "5", "TEST.ORDERS", "()"],
         *["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
     )
@@ -204,9 +207,7 @@ def train_cfg(few_scenes, tmp_path):
     """
     return load_config(
         "OcclusionScenes/oanet_R_18.yaml",
-        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
-        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
-        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *SMALLEST,
         *["DATASETS.TRAIN", f"('{few_scenes[0]}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
         *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
         *["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "6"],

@@ -116,11 +116,12 @@ def config_of(opts: list):
     return load_config(ROOT / CONFIGS / END_TO_END, opts)
 
 
-def evaluate_again(folder: Path, name: str, weights: str, *args: str, env=None) -> dict:
+def evaluate_again(folder: Path, name: str, *args: str, env=None) -> dict:
     """
-    Evaluate a checkpoint of the run in `folder`, into `folder`_`name`.
+    Evaluate the result of the run in `folder` with other options, into `folder`_`name`.
     """
-    args = ("MODEL.WEIGHTS", str(folder / weights), "TEST.ORDER_PICTURES", "0", *args)
+    weights = str(folder / "model_final.pth")
+    args = ("MODEL.WEIGHTS", weights, "TEST.ORDER_PICTURES", "0", *args)
     output_dir = folder.with_name(f"{folder.name}_{name}")
     return train_net(output_dir, END_TO_END, "--eval-only", *args, env=env)
 
@@ -314,13 +315,10 @@ def main():
             env=at_once,
         ).result()
         ends = list(ends)
-        first = work / f"seed_{first_seed}"
-        stuff_only = pool.submit(
-            evaluate_again,
-            *(first, "stuff_only", "model_final.pth"),
-            *("MODEL.OANET.KEEP_THINGS_FREE", "False", *opts),
-            env=at_once,
-        ).result()
+    first = work / f"seed_{first_seed}"
+    stuff_only = evaluate_again(
+        first, "stuff_only", "MODEL.OANET.KEEP_THINGS_FREE", "False", *opts, env=at_once
+    )
     runs, ablations = zip(*ends)
 
     # One after the other, on all CPUs: their times are results.
@@ -366,6 +364,7 @@ def main():
     command += " -- " + " ".join(args.opts) if args.opts else ""
     config = CONFIGS + END_TO_END
     share = config_of(opts).SOLVER.SRM_ONLY_SHARE
+    of_demo = load_config(ROOT / CONFIGS / "oanet_R_18.yaml").DATASETS.OCCLUSION_SCENES
     args.out.write_text(
         f"""# Results on OcclusionScenes
 
@@ -376,7 +375,7 @@ Everything on this page was written by
 on {torch.get_num_threads()} CPU threads with PyTorch {torch.__version__}: {len(args.seeds)} trainings
 of `{config}` that differ in their seed (initial weights and the order of the
 {TRAIN_IMAGES} training images), {args.jobs} at once, each evaluated on the same {runs[0]["images"]} scenes, none of
-which is trained on (`make demo` trains on the first 4000 of the former and evaluates on the first 200
+which is trained on (`make demo` trains on the first {of_demo.TRAIN_IMAGES} of the former and evaluates on the first {of_demo.VAL_IMAGES}
 of the latter). Trainings and ablations shared the CPUs, so
 their times are upper bounds. Numbers are mean
 ± standard deviation over the seeds, in percent, by the official `panopticapi`; *closure* is a share.

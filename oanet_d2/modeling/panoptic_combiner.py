@@ -144,23 +144,14 @@ def _strips(
 def _free_areas(panoptic_seg: torch.Tensor, semantic: torch.Tensor, num_labels: int) -> List[int]:
     """
     Returns:
-        the number of free pixels of every label from 0 on; for label 0, which is not painted,
-        any number.
+        the number of free pixels of every label from 0 on; what is not free counts as label 0.
     """
     areas = torch.zeros(num_labels, dtype=torch.int64, device=panoptic_seg.device)
     for part, labels in _strips(panoptic_seg, semantic):
-        free = part == 0
-        if labels.dtype == torch.uint8:
-            # float32 counts, which are exact for as many pixels as a strip has
-            counts = cv2.calcHist(
-                [labels.numpy()], [0], free.numpy().view(np.uint8), [num_labels], [0, num_labels]
-            )
-            areas += torch.from_numpy(counts[:, 0]).long()
-        else:
-            # Counted by runs: neighbours mostly have one label, and counting pixel after pixel into
-            # the same place takes several times as long.
-            runs = torch.unique_consecutive((labels * free).flatten(), return_counts=True)
-            areas.index_add_(0, *runs)
+        # Counted by runs: neighbours mostly have one label, and counting pixel after pixel into
+        # the same place takes longer.
+        labels, counts = torch.unique_consecutive((labels * (part == 0)).flatten(), return_counts=True)
+        areas.index_add_(0, labels.long(), counts)
     return areas.tolist()
 
 

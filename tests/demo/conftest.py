@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 
 from oanet_d2 import PanopticPredictor
 from oanet_d2.data.occlusion_scenes import write_split
-from tests.conftest import REPOSITORY, load_config
+from tests.conftest import REPOSITORY, SMALLEST, load_config
 
 sys.path.insert(0, str(REPOSITORY / "demo"))  # as for `python demo/demo.py`
 
@@ -23,9 +23,7 @@ def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     cfg = load_config(
         "OcclusionScenes/oanet_R_18.yaml",
-        *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
-        *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
-        *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+        *SMALLEST,
         *["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
         *["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "12"],
         *["MODEL.WEIGHTS", str(folder / "tiny.pth")],
