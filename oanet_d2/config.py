@@ -60,11 +60,19 @@ def add_oanet_config(cfg):
     # What it is told of a pair, besides the two classes; see PairwiseRankingHead. "geometry" and
     # "score_map" come from masks alone, "semantic" and "features" from the image.
     cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features")
+    # Networks that compare, each with weights of its own; the mean of their answers decides.
+    cfg.MODEL.SRM_HEAD.PAIRS.NUM_NETWORKS = 4
     # Channels that IN_FEATURE is projected to, and width of the two hidden layers.
-    cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 32
+    cfg.MODEL.SRM_HEAD.PAIRS.FEATURE_DIM = 64
     cfg.MODEL.SRM_HEAD.PAIRS.HIDDEN_DIM = 128
     # Share of the hidden layers' numbers that is dropped in training.
     cfg.MODEL.SRM_HEAD.PAIRS.DROPOUT = 0.3
+    # While nothing but the ranking learns (SOLVER.SRM_ONLY_SHARE, MODEL.OANET.TRAIN_SRM_ONLY, training
+    # from annotations), the last MEMORY pairs are remembered, and every network learns in each step
+    # from MEMORY_BATCH of them besides the new ones. They are kept in the checkpoints. 0: none. (None
+    # either with "score_map" in EVIDENCE, which learns along.)
+    cfg.MODEL.SRM_HEAD.PAIRS.MEMORY = 50000
+    cfg.MODEL.SRM_HEAD.PAIRS.MEMORY_BATCH = 128
     # Weight of the loss over pairs.
     cfg.MODEL.SRM_HEAD.PAIRS.LOSS_WEIGHT = 1.0
 

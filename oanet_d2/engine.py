@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -32,7 +33,8 @@ from .evaluation import (
     write_orderings,
 )
 from .evaluation.report_data import FOLDER as REPORT_FOLDER
-from .hooks import DataOrder, NonFiniteLoss, RunConfig
+from .hooks import DataOrder, NonFiniteLoss, RememberedPairs, RunConfig
+from .modeling import OANet, PairwiseRankingHead
 from .output_folder import check_free_space
 from .report import write_report
 from .srm_last import SRMLast, first_srm_only_iteration, with_cosine_at_the_end
@@ -67,7 +69,8 @@ class OANetTrainer(DefaultTrainer):
         if cfg.MODEL.DEVICE != "cpu":
             super().__init__(cfg)
             return
-        if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.META_ARCHITECTURE != "OANet":
+        architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+        if cfg.SOLVER.AMP.ENABLED and not issubclass(architecture, OANet):
             raise ValueError(
                 "SOLVER.AMP.ENABLED is True, but on a CPU only MODEL.META_ARCHITECTURE 'OANet' trains "
                 f"in mixed precision, not {cfg.MODEL.META_ARCHITECTURE!r}; set it to False."
@@ -91,6 +94,9 @@ class OANetTrainer(DefaultTrainer):
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # not if a subclass builds another loader
             hooks.append(DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
+        srm_head = getattr(self.checkpointer.model, "srm_head", None)
+        if isinstance(srm_head, PairwiseRankingHead):
+            hooks.append(RememberedPairs(srm_head.memory))
         first_alone = first_srm_only_iteration(self.cfg)
         if first_alone < self.cfg.SOLVER.MAX_ITER:
             hooks.append(SRMLast(first_alone, self.distribute))

@@ -18,10 +18,11 @@ from detectron2.utils.env import seed_all_rng
 
 from .checkpoint import first_not_finite
 from .data.training_stream import TrainingStream, derived_seed
+from .modeling.pair_memory import PairMemory
 from .output_folder import OutputFolderError, differences, flat_config, listed
 from .whole_files import whole_file
 
-__all__ = ["DataOrder", "NonFiniteLoss", "RunConfig"]
+__all__ = ["DataOrder", "NonFiniteLoss", "RememberedPairs", "RunConfig"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,23 @@ class DataOrder(HookBase):
 
     def load_state_dict(self, state_dict: Dict):
         self.seed, self.images = state_dict["seed"], state_dict["images"]
+
+
+class RememberedPairs(HookBase):
+    """
+    Keeps in the checkpoints the pairs that a ranking head learns from again. In a training of several
+    processes these are the first one's, and all go on from them.
+    """
+
+    def __init__(self, memory: PairMemory):
+        self.memory = memory
+
+    def state_dict(self) -> Dict:
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state_dict: Dict):
+        device = next(self.trainer.checkpointer.model.parameters()).device
+        self.memory.load_state_dict(state_dict, device)
 
 
 class NonFiniteLoss(HookBase):

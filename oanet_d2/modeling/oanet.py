@@ -153,6 +153,7 @@ class OANet(PanopticFPN):
         if part == "srm":
             self.requires_grad_(False)
         self.srm_head.requires_grad_(part == "srm")
+        self.srm_head.remembers = part == "srm"  # then its evidence stays what it is
         self.train(self.training)
 
     def train(self, mode: bool = True):

@@ -1,7 +1,7 @@
 """
 What can be said of two instances that overlap: where each lies, what class the image shows in
 their overlap, and whether the overlap looks like the rest of the one or of the other. Numbers for
-:class:`PairwiseRankingHead` to learn from; no rule is written here.
+:class:`PairNetwork` to learn from; no rule is written here.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from .instance_masks import mask_extents
 __all__ = [
     "Pairs",
     "appearance_evidence",
+    "appearance_means",
     "class_evidence",
     "geometry_evidence",
     "overlapping_pairs",
@@ -168,22 +169,35 @@ def _sums_over_overlaps(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     return torch.cat(sums)
 
 
-def appearance_evidence(features: torch.Tensor, pairs: Pairs) -> Dict[str, torch.Tensor]:
+def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """
+    What the parts of every pair look like.
+
+    Args:
+        features: (D, h, w) float.
+
+    Returns:
+        (P, 3, D): the mean feature of the overlap, of a without b, and of b without a; 0 where there
+        is no such cell.
+    """
+    whole = pairs.masks @ features.flatten(1).t()  # (N, D)
+    sums = torch.stack([whole[pairs.a], whole[pairs.b]])
+    return torch.stack(pairs.mean_over_parts(sums, _sums_over_overlaps(features, pairs)), dim=1)
+
+
+def appearance_evidence(means: torch.Tensor) -> Dict[str, torch.Tensor]:
     """
     Whether the overlap looks like the rest of the one or like the rest of the other.
 
     Args:
-        features: (D, h, w) float.
+        means: (P, 3, D) float, see :func:`appearance_means`, or a linear map of them.
 
     Returns:
         "ab" and "ba", (P, 4 * D + 3) each: elementwise products of the mean feature of the
         overlap with those of what each has for itself, the absolute differences, and the three
         cosines between the means.
     """
-    flat = features.flatten(1).t()  # (h * w, D)
-    whole = pairs.masks @ flat
-    sums = torch.stack([whole[pairs.a], whole[pairs.b]])
-    overlap, alone_a, alone_b = pairs.mean_over_parts(sums, _sums_over_overlaps(features, pairs))
+    overlap, alone_a, alone_b = means.unbind(1)
     like_a, unlike_a = overlap * alone_a, (overlap - alone_a).abs()
     like_b, unlike_b = overlap * alone_b, (overlap - alone_b).abs()
     cosine_a, cosine_b, cosine = (

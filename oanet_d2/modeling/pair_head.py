@@ -5,8 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec
-from detectron2.utils import comm
+from detectron2.layers import ShapeSpec
 
 from .candidates import Candidates, RankingTarget
 from .matching import margins_of_matched, match_to_segments
@@ -14,11 +13,13 @@ from .pair_evidence import (
     CLASS_EVIDENCE_DIM,
     PAIR_GEOMETRY_DIM,
     Pairs,
-    appearance_evidence,
+    appearance_means,
     class_evidence,
     geometry_evidence,
     overlapping_pairs,
 )
+from .pair_memory import PairMemory
+from .pair_network import DescribedPairs, PairNetwork
 from .ranking import RankingEvidence
 from .ranking_metrics import put_ranking_scalars
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead
@@ -30,52 +31,11 @@ EVIDENCE = ("geometry", "score_map", "semantic", "features")
 _LEAST_WEIGHT = 0.1
 
 
-class PairNorm(nn.BatchNorm1d):
-    """
-    Brings every number that is said of a pair to mean 0 and variance 1. By running statistics, in
-    training too: a batch may hold one pair, or none.
-    """
-
-    def __init__(self, dim: int):
-        # A number that never changed in training (the score of ground truth) may do so later: with
-        # this epsilon it counts at most 32 times.
-        super().__init__(dim, eps=1e-3, affine=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: (..., dim) float.
-        """
-        rows = x.flatten(0, -2)
-        if self.training:
-            self._remember(rows.detach().double())
-        rows = F.batch_norm(rows, self.running_mean, self.running_var, eps=self.eps)
-        return rows.view_as(x)
-
-    def _remember(self, rows: torch.Tensor) -> None:
-        """
-        Bring mean and variance up to date, as :class:`nn.BatchNorm1d` does it, by the rows of all
-        processes: a checkpoint holds the statistics of one. (Every process comes here in every
-        step, with rows or without.)
-        """
-        count = rows.new_full((1,), len(rows))
-        moments = torch.cat([count, rows.sum(0), rows.square().sum(0)])
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(moments)
-        count, total, squares = moments.split([1, self.num_features, self.num_features])
-        mean = total / count.clamp(min=1)
-        variance = (squares - total * mean) / (count - 1).clamp(min=1)
-        share = self.momentum * (count > 1)
-        for statistic, now in ((self.running_mean, mean), (self.running_var, variance)):
-            assert statistic is not None
-            statistic += share * (now - statistic)
-
-
 @SRM_HEAD_REGISTRY.register()
 class PairwiseRankingHead(SpatialRankingHead):
     """
-    The paper's spatial ranking module and, beyond it, a small network that looks at every two
-    instances that overlap and says which is visible where they meet.
+    The paper's spatial ranking module and, beyond it, small networks that look at every two
+    instances that overlap and say which is visible where they meet.
 
     The score map has one channel per class, so it cannot tell two persons apart, and it knows
     masks only. This head is told of each pair
@@ -86,8 +46,13 @@ class PairwiseRankingHead(SpatialRankingHead):
     * "semantic": the same for the semantic branch, which is supervised on objects too;
     * "features": whether the overlap looks, in p2, like the rest of the one or of the other;
 
-    and always their classes. The answer is antisymmetric by construction:
-    logit(a, b) = f(a, b) - f(b, a).
+    and always their classes. Pairs are few, and networks that learn from the same few differ in many
+    answers: there are several, each learns from other draws, and the mean of their logits decides.
+
+    Attributes:
+        remembers: whether pairs of earlier steps are learned from again. That is for a training in
+            which the evidence of a pair does not change: the network that it comes from stands still,
+            or there is none.
     """
 
     @configurable
@@ -96,27 +61,32 @@ class PairwiseRankingHead(SpatialRankingHead):
         *,
         evidence: Sequence[str],
         feature_channels: int,
+        num_networks: int = 1,
         embed_dim: int = 16,
         feature_dim: int = 32,
         hidden_dim: int = 128,
         dropout: float = 0.0,
+        memory_size: int = 0,
+        memory_batch: int = 128,
         pair_loss_weight: float = 1.0,
         **kwargs,
     ):
         """
         Args:
-            evidence: what the network is told of a pair, from EVIDENCE.
+            evidence: what the networks are told of a pair, from EVIDENCE.
             feature_channels: channels of the feature map; 0 if there is none.
-            embed_dim: numbers that stand for a class.
-            feature_dim: numbers that stand for a cell of the feature map.
-            hidden_dim: width of the two hidden layers.
-            dropout: share of the hidden layers' numbers that is dropped in training.
+            num_networks: how many networks compare.
+            embed_dim, feature_dim, hidden_dim, dropout: see :class:`PairNetwork`.
+            memory_size: how many pairs are remembered while `remembers` is set; 0: none. None either
+                with "score_map" among the evidence.
+            memory_batch: how many of them every network learns from in a step, besides the pairs of
+                the step.
             pair_loss_weight: weight of the loss over pairs.
 
         Other arguments are the same as :class:`SpatialRankingHead`.
 
         Raises:
-            ValueError: `evidence` holds something unknown, or `dropout` is no share.
+            ValueError: an argument has no meaning; the message names the config key.
         """
         super().__init__(**kwargs)
         unknown = [e for e in evidence if e not in EVIDENCE]
@@ -128,27 +98,38 @@ class PairwiseRankingHead(SpatialRankingHead):
             raise ValueError(
                 f"MODEL.SRM_HEAD.PAIRS.DROPOUT is {dropout}; it must lie in [0, 1), 0 for none."
             )
+        if num_networks < 1:
+            raise ValueError(
+                f"MODEL.SRM_HEAD.PAIRS.NUM_NETWORKS is {num_networks}; it must be at least 1."
+            )
+        if memory_size < 0 or memory_batch < 1:
+            raise ValueError(
+                f"MODEL.SRM_HEAD.PAIRS.MEMORY is {memory_size} and MEMORY_BATCH {memory_batch}; the "
+                "former must be at least 0, for none, the latter at least 1."
+            )
         self.kinds = tuple(evidence)
         self.pair_loss_weight = pair_loss_weight
-        self.class_embedding = nn.Embedding(self.num_classes, embed_dim)
+        self.remembers = False
+        # What S said of a pair before holds no more: it learns along.
+        self.memory = PairMemory(0 if "score_map" in evidence else memory_size)
+        self.memory_batch = memory_batch
         dims = {
             "geometry": PAIR_GEOMETRY_DIM,
             "score_map": CLASS_EVIDENCE_DIM,
             "semantic": 2 * CLASS_EVIDENCE_DIM,
-            "features": 4 * feature_dim + 3,
+            "features": 0,
         }
-        if "features" in evidence:
-            self.feature_projection = Conv2d(feature_channels, feature_dim, kernel_size=1)
-        dim = 2 * embed_dim + sum(dims[e] for e in self.kinds)
-        self.norm = PairNorm(dim)
-        self.compare = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden_dim, 1, bias=False),  # a bias would cancel in f(a, b) - f(b, a)
+        self.networks = nn.ModuleList(
+            PairNetwork(
+                self.num_classes,
+                sum(dims[e] for e in self.kinds),
+                feature_channels if "features" in self.kinds else 0,
+                embed_dim=embed_dim,
+                feature_dim=feature_dim,
+                hidden_dim=hidden_dim,
+                dropout=dropout,
+            )
+            for _ in range(num_networks)
         )
 
     @classmethod
@@ -174,9 +155,12 @@ class PairwiseRankingHead(SpatialRankingHead):
             **ret,
             "evidence": pairs.EVIDENCE,
             "feature_channels": channels,
+            "num_networks": pairs.NUM_NETWORKS,
             "feature_dim": pairs.FEATURE_DIM,
             "hidden_dim": pairs.HIDDEN_DIM,
             "dropout": pairs.DROPOUT,
+            "memory_size": pairs.MEMORY,
+            "memory_batch": pairs.MEMORY_BATCH,
             "pair_loss_weight": pairs.LOSS_WEIGHT,
         }
 
@@ -191,6 +175,28 @@ class PairwiseRankingHead(SpatialRankingHead):
         Compare the instances of every image that overlap.
 
         Args:
+            candidates, score_maps, semantic, features: see :meth:`describe`.
+
+        Returns:
+            for every image its pairs, and (P,) float logits: over 0 where a goes before b.
+        """
+        with torch.autocast(candidates[0].masks.device.type, enabled=False):
+            pairs, described = self.describe(candidates, score_maps, semantic, features)
+            logits = torch.stack([network(described) for network in self.networks]).mean(0)
+        return pairs, list(logits.split([len(x.a) for x in pairs]))
+
+    def describe(
+        self,
+        candidates: List[Candidates],
+        score_maps: Union[torch.Tensor, Sequence[Optional[torch.Tensor]], None] = None,
+        semantic: Optional[torch.Tensor] = None,
+        features: Optional[torch.Tensor] = None,
+    ) -> Tuple[List[Pairs], DescribedPairs]:
+        """
+        Collect what is known of the instances that overlap. Sums over many cells: not to be done
+        in half precision, whatever the network runs in.
+
+        Args:
             candidates: the instances of B images.
             score_maps: B of (C, h, w) float, S.
             semantic: (B, C, h, w) float, logits of the semantic branch for the thing classes.
@@ -198,36 +204,21 @@ class PairwiseRankingHead(SpatialRankingHead):
             (Each is only needed where it is evidence.)
 
         Returns:
-            for every image its pairs, and (P,) float logits: over 0 where a goes before b.
+            for every image its pairs, and of all of them together what is known.
         """
-        # Sums over many cells: not in half precision, whatever the network runs in.
-        with torch.autocast(candidates[0].masks.device.type, enabled=False):
-            if "features" in self.kinds and features is not None:
-                features = self.feature_projection(features.float())
-            pairs, inputs = [], []
-            of_batch = score_maps, semantic, features
-            for i, instances in enumerate(candidates):
-                pairs.append(overlapping_pairs(instances.masks))
-                maps = (x if x is None else x[i] for x in of_batch)
-                inputs.append(self._inputs(instances, pairs[-1], *maps))
-            # All images at once: the network is so small that calling it costs more than it does.
-            # One side at a time: what is the same from both is then the same to the bit.
-            sides = self.norm(torch.cat(inputs, dim=1))
-            seen_from_a, seen_from_b = (self.compare(side)[:, 0] for side in sides)
-            logits = (seen_from_a - seen_from_b).split([len(x.a) for x in pairs])
-        return pairs, list(logits)
+        # All images at once: the networks are so small that calling one costs more than it does.
+        found, described = [], []
+        for i, instances in enumerate(candidates):
+            found.append(overlapping_pairs(instances.masks))
+            maps = (x if x is None else x[i] for x in (score_maps, semantic, features))
+            described.append(self._describe(instances, found[-1], *maps))
+        return found, DescribedPairs.cat(described)
 
-    def _inputs(
+    def _describe(
         self, candidates: Candidates, pairs: Pairs, score_map, semantic, features
-    ) -> torch.Tensor:
-        """
-        Returns:
-            (2, P, D): what `compare` is told of the pairs, as (a, b) and as (b, a).
-        """
+    ) -> DescribedPairs:
         classes = candidates.classes
-        embedded = self.class_embedding(classes)
-        a, b = embedded[pairs.a], embedded[pairs.b]
-        found = [{"ab": torch.cat([a, b], dim=1), "ba": torch.cat([b, a], dim=1)}]
+        found = []
         if "geometry" in self.kinds:
             found.append(geometry_evidence(candidates, pairs))
         if "score_map" in self.kinds:
@@ -236,9 +227,13 @@ class PairwiseRankingHead(SpatialRankingHead):
             semantic = semantic.float()
             found.append(class_evidence(semantic.softmax(0), classes, pairs))
             found.append(class_evidence(semantic / 4, classes, pairs))
+        nothing = pairs.areas.new_zeros(len(pairs.a), 0)
+        sides = [torch.cat([nothing, *(x[seen] for x in found)], dim=1) for seen in ("ab", "ba")]
+        means = nothing[:, None].expand(-1, 3, -1)
         if "features" in self.kinds:
-            found.append(appearance_evidence(features, pairs))
-        return torch.stack([torch.cat([x[seen] for x in found], dim=1) for seen in ("ab", "ba")])
+            means = appearance_means(features.float(), pairs)
+        of_both = torch.stack([classes[pairs.a], classes[pairs.b]], dim=1)
+        return DescribedPairs(of_both, torch.stack(sides, dim=1), means)
 
     def losses(
         self,
@@ -248,10 +243,11 @@ class PairwiseRankingHead(SpatialRankingHead):
         features: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
         """
-        As :meth:`SpatialRankingHead.losses`, and for every pair the binary cross entropy of its
-        logit against who is visible in the overlap. A pair weighs as the square root of what the
-        smaller instance loses if it is wrong, as a share of that instance: PQ counts instances,
-        not pixels.
+        As :meth:`SpatialRankingHead.losses`, and for every pair the binary cross entropy of every
+        network's logit against who is visible in the overlap. A pair weighs as the square root of
+        what the smaller instance loses if it is wrong, as a share of that instance: PQ counts
+        instances, not pixels. While `remembers` is set, every network also learns from pairs of
+        earlier steps, each from a draw of its own.
 
         Args:
             candidates, targets: one of each for every image.
@@ -269,28 +265,44 @@ class PairwiseRankingHead(SpatialRankingHead):
             loss_srm = self.map_loss(logits, categories) * self.loss_weight
             # S is evidence here and learns from its own loss only.
             score_maps = self.score_map(logits).detach()
-        pairs, pair_logits = self.pair_logits(candidates, score_maps, semantic, features)
-        shares_by_image = []
-        for instances, target, found in zip(candidates, targets, pairs):
-            matched = match_to_segments(
-                instances.masks, instances.classes, target.ids, target.segments_info
+        with torch.autocast(candidates[0].masks.device.type, enabled=False):
+            pairs, described = self.describe(candidates, score_maps, semantic, features)
+            shares = torch.cat(
+                [_shares_at_stake(*of_image) for of_image in zip(candidates, targets, pairs)]
             )
-            margins = margins_of_matched(instances.masks, matched, target.ids)
-            smaller = torch.minimum(found.areas[found.a], found.areas[found.b])
-            shares_by_image.append(margins[found.a, found.b] / smaller)
-        shares = torch.cat(shares_by_image)
-        weight = shares.abs().sqrt()
-        loss_pairs = F.binary_cross_entropy_with_logits(
-            torch.cat(pair_logits), (shares > 0).float(), weight=weight, reduction="sum"
-        )
-        loss_pairs = loss_pairs / weight.sum().clamp(min=_LEAST_WEIGHT)
-        put_ranking_scalars(candidates, targets, score_maps, torch.cat(pair_logits), shares)
+            loss_pairs, logits = self._pair_loss(described, shares)
+        put_ranking_scalars(candidates, targets, score_maps, logits, shares)
         # Every parameter gets a gradient in every step, or DistributedDataParallel would wait.
         anchor = torch.stack([p.sum() * 0 for p in self.parameters()]).sum()
         return {
             "loss_srm": anchor + loss_srm,
             "loss_srm_pairs": anchor + loss_pairs * self.pair_loss_weight,
         }
+
+    def _pair_loss(self, described: DescribedPairs, shares: torch.Tensor):
+        """
+        Args:
+            described: the pairs of this step.
+            shares: (P,), see :func:`_shares_at_stake`.
+
+        Returns:
+            the loss, summed over the networks, so that each learns as if it were alone; and the (P,)
+            mean logits of the pairs of this step.
+        """
+        losses, logits = [], []
+        remembering = self.remembers and self.memory.capacity > 0
+        if remembering:
+            self.memory.add(described, shares)
+        for network in self.networks:
+            learned_from, at_stake = described, shares
+            if remembering:
+                remembered, their_shares = self.memory.draw(self.memory_batch)
+                learned_from = DescribedPairs.cat([described, remembered])
+                at_stake = torch.cat([shares, their_shares])
+            answers = network(learned_from)
+            logits.append(answers[: len(shares)].detach())
+            losses.append(_weighted_cross_entropy(answers, at_stake))
+        return torch.stack(losses).sum(), torch.stack(logits).mean(0)
 
     def evidence(
         self,
@@ -315,3 +327,25 @@ class PairwiseRankingHead(SpatialRankingHead):
             margins[pairs.a, pairs.b] = torch.tanh(logits / 2) * pairs.cells
             evidence.pair_margins = margins - margins.t()
         return ranked
+
+
+def _shares_at_stake(candidates: Candidates, target: RankingTarget, pairs: Pairs) -> torch.Tensor:
+    """
+    Returns:
+        (P,) float: by how many cells of the overlap the ground truth shows more of a than of b, as a
+        share of the smaller of the two. 0 where it does not decide.
+    """
+    matched = match_to_segments(
+        candidates.masks, candidates.classes, target.ids, target.segments_info
+    )
+    margins = margins_of_matched(candidates.masks, matched, target.ids)
+    smaller = torch.minimum(pairs.areas[pairs.a], pairs.areas[pairs.b])
+    return margins[pairs.a, pairs.b] / smaller
+
+
+def _weighted_cross_entropy(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    weight = shares.abs().sqrt()
+    loss = F.binary_cross_entropy_with_logits(
+        logits, (shares > 0).float(), weight=weight, reduction="sum"
+    )
+    return loss / weight.sum().clamp(min=_LEAST_WEIGHT)

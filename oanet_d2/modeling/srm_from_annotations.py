@@ -35,6 +35,7 @@ class SRMFromAnnotations(nn.Module):
         """
         super().__init__()
         self.srm_head = srm_head
+        self.srm_head.remembers = True  # masks do not change while it learns
 
     @classmethod
     def from_config(cls, cfg):

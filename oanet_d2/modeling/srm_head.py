@@ -43,7 +43,12 @@ class SpatialRankingHead(nn.Module):
     A stack of separable large kernels, k x 1 followed by 1 x k, so that one cell of S sees a wide
     neighbourhood of the instance tensor, then a 1 x 1 predictor with one channel per thing class.
     It learns, from masks alone, which class is visible where several compete.
+
+    Attributes:
+        remembers: see :class:`PairwiseRankingHead`; the map remembers nothing.
     """
+
+    remembers = False
 
     @configurable
     def __init__(

@@ -15,6 +15,7 @@ from oanet_d2.modeling.pair_evidence import (
     CLASS_EVIDENCE_DIM,
     PAIR_GEOMETRY_DIM,
     appearance_evidence,
+    appearance_means,
     class_evidence,
     geometry_evidence,
     overlapping_pairs,
@@ -52,7 +53,7 @@ def evidence_of(kind, case):
         return geometry_evidence(candidates, pairs)
     if kind == "class":
         return class_evidence(class_map, candidates.classes, pairs)
-    return appearance_evidence(features, pairs)
+    return appearance_evidence(appearance_means(features, pairs))
 
 
 def cells_of(mask):
@@ -220,7 +221,7 @@ def within(size, num_channels=32, n=2):
 def test_an_instance_within_another_looks_like_nothing_alone(size):
     """The difference of two sums must be 0 here, not rounding error: a cosine has no scale."""
     masks, features = within(size)
-    found = appearance_evidence(features, overlapping_pairs(masks))["ab"][0]
+    found = appearance_evidence(appearance_means(features, overlapping_pairs(masks)))["ab"][0]
     like_b, (_, cosine_b, cosine_ab) = found[32:64], found[-3:]
     assert not like_b.any()
     assert (cosine_b.item(), cosine_ab.item()) == (0, 0)
@@ -231,7 +232,7 @@ def test_gradients_are_those_of_plain_loops():
     masks, features = within(16, CHANNELS, n=12)
     fast, slow = (features.clone().requires_grad_() for _ in range(2))
     pairs = overlapping_pairs(masks)
-    appearance_evidence(fast, pairs)["ab"].sum().backward()
+    appearance_evidence(appearance_means(fast, pairs))["ab"].sum().backward()
     case = make_candidates(masks, [0] * len(masks)), None, slow
     sum(slow_appearance(a, b, case).sum() for a, b in slow_pairs(masks)).backward()
     torch.testing.assert_close(fast.grad, slow.grad, atol=1e-4, rtol=1e-3)

@@ -6,15 +6,13 @@ from torch.nn import functional as F
 
 from oanet_d2.modeling import SRM_HEAD_REGISTRY, PairwiseRankingHead
 from oanet_d2.modeling.candidates import RankingTarget
-from oanet_d2.modeling.pair_head import EVIDENCE, PairNorm
+from oanet_d2.modeling.pair_head import EVIDENCE
+from oanet_d2.modeling.pair_network import PairNorm
 from tests.conftest import box_mask, make_candidates, thing
 
 SIZE = (12, 12)
 CLASSES, CHANNELS = 3, 4
 VOID = 255
-# f(a, b) - f(b, a): what is added to both is lost.
-CANCELS = {"compare.6.bias"}
-
 
 def make_head(evidence=EVIDENCE, **kwargs):
     args = {"num_classes": CLASSES, "conv_dim": 4, "num_blocks": 1, "kernel_size": 3, "stride": 1}
@@ -80,7 +78,7 @@ def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
 def test_margins_are_antisymmetric_and_bounded_by_the_shared_cells(seed):
     torch.manual_seed(seed)
     head, n = make_ready(), 6
-    for parameter in head.compare.parameters():
+    for parameter in head.networks[0].compare.parameters():
         parameter.data *= 5  # sure of itself
     candidates, _ = scene(boxes(seed, n), torch.randint(CLASSES, (n,)).tolist())
     with torch.no_grad():
@@ -109,12 +107,14 @@ def test_two_that_are_the_same_to_it_are_a_draw():
 
 def prefer(head, values):
     """Make logit(a, b) = values[class of a] - values[class of b]."""
-    for parameter in (*head.compare.parameters(), head.class_embedding.weight):
-        torch.nn.init.zeros_(parameter)
-    head.class_embedding.weight.data[:, 0] = torch.tensor(values)
-    head.norm.running_var.fill_(1 - head.norm.eps)  # which leaves its input as it is
-    for layer in (head.compare[0], head.compare[3], head.compare[6]):
-        layer.weight.data[0, 0] = 1.0
+    for network in head.networks:
+        for parameter in network.parameters():
+            torch.nn.init.zeros_(parameter)
+        network.class_embedding.weight.data[:, 0] = torch.tensor(values)
+        # which leaves its input as it is
+        network.norm.running_var.fill_(1 - network.norm.eps)
+        for layer in network.compare[::3]:
+            layer.weight.data[0, 0] = 1.0
     return head
 
 
@@ -218,10 +218,9 @@ def test_asks_for_no_map_that_it_does_not_use(evidence):
     )
     candidates, target = scene(boxes(0, 4), [0, 1, 2, 1])
     sum(head.losses([candidates], [target], *maps).values()).backward()
-    dead = {n for n, p in head.named_parameters() if not p.grad.any()}
-    assert dead <= CANCELS
+    assert all(p.grad.any() for p in head.parameters())
     assert head.evidence([candidates], *maps)[0].pair_margins.any()
-    assert hasattr(head, "feature_projection") == ("features" in evidence)
+    assert hasattr(head.networks[0], "projection") == ("features" in evidence)
 
 
 @pytest.mark.parametrize("kind", EVIDENCE)
@@ -408,7 +407,7 @@ def test_semantic_evidence_of_one_sided_logits():
     """By hand: where the branch sees class 1 in the whole overlap, 'semantic' says so."""
     head = make_head(("semantic",))
     seen = []
-    head.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    head.networks[0].norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     semantic = torch.zeros(CLASSES, *SIZE)
     semantic[1] = 8.0
     candidates, _ = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
@@ -420,3 +419,53 @@ def test_semantic_evidence_of_one_sided_logits():
     for numbers, (one, two) in ((forward, (mine, other)), (backward, (other, mine))):
         expected = [[one[i], two[i], one[i], one[i], two[i], two[i]] for i in (0, 1)]
         torch.testing.assert_close(numbers, torch.tensor(expected).flatten())
+
+
+def test_several_networks_answer_with_their_mean():
+    torch.manual_seed(0)
+    head, maps = make_ready(num_networks=3), random_maps()
+    candidates, _ = scene(boxes(1, 4), [0, 1, 2, 1])
+    score_maps = torch.rand(1, CLASSES, *SIZE)
+    with torch.no_grad():
+        _, described = head.describe([candidates], score_maps, *maps)
+        answers = torch.stack([network(described) for network in head.networks])
+        _, (logits,) = head.pair_logits([candidates], score_maps, *maps)
+    torch.testing.assert_close(logits, answers.mean(0))
+    assert (answers.std(0) > 0).all()  # they do not start the same
+
+
+def test_loss_of_several_networks_is_the_sum_of_theirs():
+    """By hand: one prefers the one by log 3, one the other."""
+    head = make_head((), num_networks=2).eval()
+    prefer(head, [0.0, math.log(3.0), 0.0])
+    head.networks[1].class_embedding.weight.data[:2, 0] = torch.tensor([math.log(3.0), 0.0])
+    case = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
+    loss = head.losses(*([x] for x in case))["loss_srm_pairs"]
+    assert loss.item() == pytest.approx(math.log(4 / 3) + math.log(4), rel=1e-5)
+
+
+def test_what_is_remembered_is_learned_from_again():
+    """By hand, in a step that shows no pair."""
+    head = prefer(make_head((), memory_size=10, memory_batch=5).eval(), [0.0, math.log(3.0), 0.0])
+    shown = scene([box_mask(0, 0, 6, 6, SIZE), box_mask(4, 4, 9, 9, SIZE)], [0, 1])
+    nothing = scene([box_mask(0, 0, 6, 6, SIZE)], [0])
+    loss = {}
+    assert make_head(("score_map",), memory_size=10).memory.capacity == 0  # which learns along
+    for remembers in (False, True):
+        head.remembers = remembers
+        head.losses(*([x] for x in shown))
+        loss[remembers] = head.losses(*([x] for x in nothing))["loss_srm_pairs"].item()
+    assert loss == {False: 0, True: pytest.approx(math.log(4 / 3), rel=1e-5)}
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"num_networks": 0}, "PAIRS.NUM_NETWORKS is 0; .*at least 1"),
+        ({"memory_size": -1}, "PAIRS.MEMORY is -1 .*at least 0"),
+        ({"memory_batch": 0}, "MEMORY_BATCH 0; .*at least 1"),
+    ],
+)
+def test_refuses_what_has_no_meaning(args, message):
+    with pytest.raises(ValueError, match=message):
+        make_head(**args)
