@@ -4,7 +4,10 @@ import os
 import pytest
 import torch
 
+from detectron2.modeling import META_ARCH_REGISTRY
+
 from oanet_d2.engine import OANetTrainer
+from oanet_d2.modeling import OANet
 from tests.conftest import AfterStep, trainer_of
 
 
@@ -61,6 +64,12 @@ def test_another_model_does_not_train_in_bfloat16_on_a_cpu(cfg):
         OANetTrainer(cfg)
 
 
+def test_a_model_of_ones_own_trains_in_bfloat16_if_it_is_an_oanet(cfg, monkeypatch):
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "Mine", type("Mine", (OANet,), {}))
+    cfg.SOLVER.AMP.ENABLED, cfg.MODEL.META_ARCHITECTURE = True, "Mine"
+    assert OANetTrainer(cfg).model.execution.train_autocast == torch.bfloat16
+
+
 def test_the_learning_rate_begins_anew(cfg):
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.SRM_ONLY_SHARE, cfg.SOLVER.WARMUP_ITERS = 10, 0.4, 2
 
@@ -83,7 +92,8 @@ def test_the_learning_rate_begins_anew(cfg):
 
 @pytest.mark.parametrize("resumed_at", [2, 4])
 def test_resumes_to_the_bit(cfg, resumed_at):
-    """Before and within the last part."""
+    """Before and within the last part, in which pairs are remembered."""
+    cfg.MODEL.SRM_HEAD.TRAIN_MASKS = ("gt",)  # pairs, whatever it detects
     whole = trainer_of(cfg)
     whole.train()
     with open(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"), "w") as f:
@@ -94,6 +104,7 @@ def test_resumes_to_the_bit(cfg, resumed_at):
     again.train()
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
+    assert len(again.model.srm_head.memory) == len(whole.model.srm_head.memory) > 0
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

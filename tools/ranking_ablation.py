@@ -212,15 +212,20 @@ def cached_predictions(cfg, model, path: Path):
 # ------------------------------------------------------------------------------ heads to compare
 
 
-def pair_head(model, evidence: Sequence[str] = EVIDENCE, dropout=0.3) -> PairwiseRankingHead:
+def pair_head(
+    model, evidence: Sequence[str] = EVIDENCE, dropout=0.3, num_networks=1, memory_size=0
+) -> PairwiseRankingHead:
     """
-    A pairwise head like the model's, untrained. Its map is as small as can be unless it is asked
-    for as evidence.
+    A pairwise head of the model's widths, untrained. Its map is as small as can be unless it is
+    asked for as evidence.
     """
     is_evidence = "score_map" in evidence
-    return PairwiseRankingHead(
+    head = PairwiseRankingHead(
         evidence=evidence,
+        feature_dim=64,
         dropout=dropout,
+        num_networks=num_networks,
+        memory_size=memory_size,
         feature_channels=model.backbone.output_shape()[model.srm_in_feature].channels,
         num_classes=model.srm_head.num_classes,
         conv_dim=32,
@@ -228,6 +233,8 @@ def pair_head(model, evidence: Sequence[str] = EVIDENCE, dropout=0.3) -> Pairwis
         kernel_size=15 if is_evidence else 1,
         stride=model.srm_head.stride,
     )
+    head.remembers = True  # what is cached does not change
+    return head
 
 
 def map_head(model, kernel_size=15, num_blocks=2, head=SpatialRankingHead, **args):
@@ -447,7 +454,9 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             "all three + S": lambda: pairs((*EVIDENCE, "score_map")),
         },
         # What the ranking from annotations alone is compared with.
-        "geometry": {"geometry": lambda: pairs(("geometry",))},
+        "geometry": {
+            "geometry": lambda: pairs(("geometry",), num_networks=4, memory_size=50000)
+        },
         "masks": {
             " + ".join(sources): partial(pairs, sources=sources)
             for sources in (
@@ -462,6 +471,17 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
         | {
             f"S ({source})": partial(maps, sources=(source,))
             for source in (FALSE_POSITIVES, "pred", "detections")
+        },
+        "networks": {
+            f"{n} network{'s'[: n > 1]}{', remembering' if memory else ''}{default}": partial(
+                pairs, num_networks=n, memory_size=memory
+            )
+            for n, memory, default in (
+                (1, 0, ""),
+                (4, 0, ""),
+                (1, 50000, ""),
+                (4, 50000, " (default)"),
+            )
         },
         "kernel": {
             f"k = {k}, {n} block{'s'[: n > 1]}": partial(maps, kernel_size=k, num_blocks=n)

@@ -39,7 +39,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "configs/OcclusionScenes/"
-END_TO_END = "oanet_R_18_5x.yaml"
+END_TO_END = "oanet_R_18_6x.yaml"
 BEST = "srm_pairs"
 COCO_TRAIN_IMAGES = 118_287
 # Rows of which the mean over the seeds matters; the other tables take the first seed alone.
@@ -47,8 +47,9 @@ TABLES_OF_ALL_SEEDS = ["rules", "gap", "order"]
 # Enough to see whether ranking costs anything where masks do not overlap.
 VISIBLE_ITERATIONS = 1300
 # The demo evaluates on the first 200 of them, too few to tell small differences from chance, and
-# trains on the first 4,000, to which a training as long as these would come back six times.
-VAL_IMAGES, TRAIN_IMAGES = 500, 16000
+# trains on the first 4,000, to which a training as long as these would come back ten times. Of as many
+# as it takes it sees each once, so that the ranking learns from scenes that the network has not learned.
+VAL_IMAGES, TRAIN_IMAGES = 500, 40000
 SCENES = ["DATASETS.OCCLUSION_SCENES.VAL_IMAGES", str(VAL_IMAGES)]
 SCENES += ["DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES", str(TRAIN_IMAGES)]
 
@@ -441,6 +442,11 @@ The masks that it learns from (`MODEL.SRM_HEAD.TRAIN_MASKS`); rows "S" are the s
 *srm_overlap*:
 
 {ablation_table(ablations, "masks", "masks")}
+
+The networks that compare (`MODEL.SRM_HEAD.PAIRS.NUM_NETWORKS`), and whether they learn from the pairs of
+earlier steps again (`MODEL.SRM_HEAD.PAIRS.MEMORY`); the rows above are one network that does not:
+
+{ablation_table(ablations, "networks", "networks")}
 
 The paper's large kernels: score maps of different k and depth, trained on ground-truth masks,
 *srm_overlap*:
