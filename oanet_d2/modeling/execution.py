@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .lean import make_lean
+from .parallel_roi_align import make_roi_align_parallel
 
 __all__ = ["Execution"]
 
@@ -74,6 +75,7 @@ class Execution:
             # A compiler finds out for itself when a map is not needed any more.
             if not (self.compile and name == "backbone"):
                 make_lean(part)
+        make_roi_align_parallel(model)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
         if self.compile:
