@@ -11,9 +11,17 @@ from torch.nn import functional as F
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import FPN
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
-__all__ = ["LeanFPN", "LeanFrozenBatchNorm2d", "LeanMaskHead", "LeanReLU", "make_lean"]
+__all__ = [
+    "LeanFPN",
+    "LeanFrozenBatchNorm2d",
+    "LeanMaskHead",
+    "LeanRPNHead",
+    "LeanReLU",
+    "make_lean",
+]
 
 # What the mask head is given at once on a CPU. Up to 16 boxes PyTorch may convolve in another way,
 # which rounds differently; equal parts of what is more than this are more than 16 each.
@@ -34,6 +42,8 @@ def make_lean(model: nn.Module) -> nn.Module:
             module.__class__ = LeanFPN
         elif type(module) is MaskRCNNConvUpsampleHead:
             module.__class__ = LeanMaskHead
+        elif type(module) is StandardRPNHead:
+            module.__class__ = LeanRPNHead
         elif isinstance(module, Conv2d):
             # Nobody else has what a convolution gives to its norm, and that to its activation.
             if type(module.norm) is FrozenBatchNorm2d:
@@ -107,6 +117,35 @@ class LeanMaskHead(MaskRCNNConvUpsampleHead):
             return layers(x)
         num_parts = max(1, -(-len(x) // BOXES_AT_ONCE))
         return torch.cat([layers(part) for part in x.tensor_split(num_parts)])
+
+
+class LeanRPNHead(StandardRPNHead):
+    """
+    Detectron2's RPN head, which in inference on a CPU leaves the map between its convolutions in the
+    memory layout that they work in. Otherwise each of them brings it into that layout and back.
+    """
+
+    def forward(self, features: List[torch.Tensor]):
+        """
+        Args:
+            features: L maps (B, C, H, W).
+
+        Returns:
+            as :meth:`StandardRPNHead.forward`.
+        """
+        if torch.is_grad_enabled() or not all(_is_for_onednn(x) for x in features):
+            return super().forward(features)
+        logits, deltas = super().forward([x.to_mkldnn() for x in features])
+        return [x.to_dense() for x in logits], [x.to_dense() for x in deltas]
+
+
+def _is_for_onednn(x: torch.Tensor) -> bool:
+    """
+    Whether a convolution brings `x` into oneDNN's own layout. (Channels last it takes as it is; half
+    precision comes from autocast, which would change it once more.)
+    """
+    is_used = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return is_used and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
 
 
 class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):

@@ -10,6 +10,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import FPN, Backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
 from oanet_d2.modeling.lean import (
@@ -18,6 +19,7 @@ from oanet_d2.modeling.lean import (
     LeanFrozenBatchNorm2d,
     LeanMaskHead,
     LeanReLU,
+    LeanRPNHead,
     make_lean,
 )
 
@@ -173,6 +175,31 @@ def test_mask_head_equals_detectron2s_to_the_bit(num_boxes, memory_format):
     assert sum(sizes) == num_boxes and max(sizes) <= BOXES_AT_ONCE
     # PyTorch may convolve up to 16 samples in another way than more of them.
     assert len(sizes) == 1 or min(sizes) > 16
+
+
+@pytest.mark.parametrize("conv_dims", [(-1,), (24, 16)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rpn_head_equals_detectron2s_to_the_bit(conv_dims, memory_format, dtype):
+    torch.manual_seed(0)
+    theirs = StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=conv_dims)
+    theirs.to(dtype=dtype, memory_format=memory_format)
+    ours = make_lean(copy.deepcopy(theirs))
+    assert type(ours) is LeanRPNHead
+    layouts = set()
+    ours.objectness_logits.register_forward_hook(lambda m, x, y: layouts.add(x[0].layout))
+    maps = [torch.randn(2, 16, h, h + 3).to(dtype=dtype) for h in (1, 7, 40)]
+    maps = [x.contiguous(memory_format=memory_format) for x in maps]
+    with torch.no_grad():
+        for a, b in zip(ours(maps), theirs(maps)):
+            assert all(torch.equal(x, y) and x.layout == torch.strided for x, y in zip(a, b))
+    is_for_onednn = memory_format == torch.contiguous_format and dtype == torch.float32
+    assert (torch._mkldnn in layouts) == is_for_onednn
+
+    layouts.clear()  # with gradients it is Detectron2's
+    x = torch.randn(1, 16, 8, 8, dtype=dtype, requires_grad=True)
+    sum(y.sum() for of_each in ours([x]) for y in of_each).backward()
+    assert x.grad.any() and layouts == {torch.strided}
 
 
 def test_mask_head_takes_all_boxes_at_once_with_gradients():
