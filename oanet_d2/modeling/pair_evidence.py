@@ -5,13 +5,13 @@ their overlap, and whether the overlap looks like the rest of the one or of the 
 """
 
 from dataclasses import dataclass
-from typing import Dict, List
+from functools import cached_property
+from typing import Dict, List, Tuple
 
 import torch
 from torch.nn import functional as F
 
 from .candidates import Candidates
-from .instance_masks import mask_extents
 
 __all__ = [
     "Pairs",
@@ -27,15 +27,19 @@ PAIR_GEOMETRY_DIM = 3 * GEOMETRY_DIM + 4
 CLASS_EVIDENCE_DIM = 6
 
 
-def geometry(candidates: Candidates) -> torch.Tensor:
+def geometry(candidates: Candidates, areas: torch.Tensor) -> torch.Tensor:
     """
+    Args:
+        areas: (N,) float, cells of every instance.
+
     Returns:
         (N, GEOMETRY_DIM): box corners, box width and height, the square root of the mask's share
         of the grid, and the detection score.
     """
-    area = candidates.masks.flatten(1).float().mean(1, keepdim=True).sqrt()
+    share = areas / (candidates.masks.shape[1] * candidates.masks.shape[2])
     sizes = candidates.boxes[:, 2:] - candidates.boxes[:, :2]
-    return torch.cat([candidates.boxes, sizes, area, candidates.scores[:, None]], dim=1)
+    numbers = [candidates.boxes, sizes, share.sqrt()[:, None], candidates.scores[:, None]]
+    return torch.cat(numbers, dim=1)
 
 
 @dataclass
@@ -55,6 +59,18 @@ class Pairs:
     cells: torch.Tensor
     areas: torch.Tensor
     masks: torch.Tensor
+
+    @cached_property
+    def overlaps(self) -> List[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """
+        The overlaps by their first instance, which are N: (n,) int64, the cells of that instance; (k,)
+        int64, the second ones; and (k, n) float, where each of those has the cells too. The host waits
+        for the device twice, however many there are.
+        """
+        cells = self.masks.nonzero()[:, 1].split(self.areas.long().tolist())
+        # The pairs are in the order of their first instance.
+        others = self.b.split(torch.bincount(self.a, minlength=len(cells)).tolist())
+        return [(x, b, self.masks[b[:, None], x]) for x, b in zip(cells, others)]
 
     def mean_over_parts(self, sums: torch.Tensor, in_overlap: torch.Tensor) -> List[torch.Tensor]:
         """
@@ -99,7 +115,8 @@ def geometry_evidence(candidates: Candidates, pairs: Pairs) -> Dict[str, torch.T
         one, of the other, their difference in units of the two heights, the share of each that
         the other covers, the size of the overlap, and whether they are of one class.
     """
-    of_each, heights = geometry(candidates), candidates.boxes[:, 3] - candidates.boxes[:, 1]
+    of_each = geometry(candidates, pairs.areas)
+    heights = candidates.boxes[:, 3] - candidates.boxes[:, 1]
     size = (pairs.cells / pairs.masks.shape[1]).sqrt()
     same = (candidates.classes[pairs.a] == candidates.classes[pairs.b]).float()
 
@@ -118,7 +135,7 @@ def class_evidence(
 ) -> Dict[str, torch.Tensor]:
     """
     What a map of the thing classes says of the two classes, over the overlap and over what each
-    has for itself. N x N matrix products, however many the pairs.
+    has for itself.
 
     Args:
         class_map: (C, h, w) float, a score for every thing class in every cell.
@@ -127,46 +144,21 @@ def class_evidence(
     Returns:
         "ab" and "ba", (P, CLASS_EVIDENCE_DIM) each.
     """
-    own = class_map[classes].flatten(1)  # (N, h * w)
-    # shown[i, j]: the class of i, summed over the cells of j; meeting[i, j]: over those of both
-    shown = own @ pairs.masks.t()
-    meeting = (own * pairs.masks) @ pairs.masks.t()
-    a, b = pairs.a, pairs.b
-    parts_of_class = {}
-    for name, cls, other in (("a", a, b), ("b", b, a)):
-        sums = torch.stack([shown[cls, a], shown[cls, b]])
-        parts_of_class[name] = pairs.mean_over_parts(sums, meeting[cls, other])
-    (in_a, a_in_a, a_in_b), (in_b, b_in_a, b_in_b) = parts_of_class["a"], parts_of_class["b"]
+    flat = class_map.flatten(1)
+    shown = pairs.masks @ flat.t()  # (N, C): every class, summed over the cells of an instance
+    met = [flat.new_zeros(2, 0)]  # the classes of the first and of the second, over the overlap
+    for i, (cells, others, shared) in enumerate(pairs.overlaps):
+        of_first, of_second = (flat[classes[x][:, None], cells] for x in (slice(i, i + 1), others))
+        met.append(torch.stack([(shared * x).sum(1) for x in (of_first, of_second)]))
+    parts_of_class = []
+    for i, meeting in zip((pairs.a, pairs.b), torch.cat(met, dim=1)):
+        sums = torch.stack([shown[pairs.a, classes[i]], shown[pairs.b, classes[i]]])
+        parts_of_class.append(pairs.mean_over_parts(sums, meeting))
+    (in_a, a_in_a, a_in_b), (in_b, b_in_a, b_in_b) = parts_of_class
     return {
         "ab": torch.stack([in_a, in_b, a_in_a, a_in_b, b_in_a, b_in_b], dim=1),
         "ba": torch.stack([in_b, in_a, b_in_b, b_in_a, a_in_b, a_in_a], dim=1),
     }
-
-
-def _sums_over_overlaps(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """
-    Sum a feature map over the cells that each pair shares. An overlap lies within the extent of its
-    first instance, and only there is it looked for.
-
-    Args:
-        features: (D, h, w) float.
-
-    Returns:
-        (P, D) float.
-    """
-    masks = pairs.masks.unflatten(1, features.shape[1:])
-    channels_last = features.permute(1, 2, 0).contiguous()
-    extents = mask_extents(masks > 0).tolist()
-    # The pairs are in the order of their first instance.
-    others = pairs.b.split(torch.bincount(pairs.a, minlength=len(masks)).tolist())
-    sums = [features.new_zeros(0, len(features))]
-    for mask, (left, top, right, bottom), b in zip(masks, extents, others):
-        if len(b) == 0:
-            continue
-        cells = slice(top, bottom), slice(left, right)
-        shared = masks[:, cells[0], cells[1]][b] * mask[cells]
-        sums.append(shared.flatten(1) @ channels_last[cells].flatten(0, 1))
-    return torch.cat(sums)
 
 
 def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
@@ -180,9 +172,16 @@ def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         (P, 3, D): the mean feature of the overlap, of a without b, and of b without a; 0 where there
         is no such cell.
     """
-    whole = pairs.masks @ features.flatten(1).t()  # (N, D)
-    sums = torch.stack([whole[pairs.a], whole[pairs.b]])
-    return torch.stack(pairs.mean_over_parts(sums, _sums_over_overlaps(features, pairs)), dim=1)
+    by_cell = features.flatten(1).t().contiguous()
+    whole, overlaps = [features.new_zeros(0, len(features))], [features.new_zeros(0, len(features))]
+    for cells, _, shared in pairs.overlaps:
+        everywhere = shared.new_ones(1, len(cells))
+        sums = torch.cat([everywhere, shared]) @ by_cell[cells]
+        whole.append(sums[:1])
+        overlaps.append(sums[1:])
+    of_all = torch.cat(whole)
+    sums = torch.stack([of_all[pairs.a], of_all[pairs.b]])
+    return torch.stack(pairs.mean_over_parts(sums, torch.cat(overlaps)), dim=1)
 
 
 def appearance_evidence(means: torch.Tensor) -> Dict[str, torch.Tensor]:
