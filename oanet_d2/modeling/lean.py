@@ -144,7 +144,7 @@ def _is_for_onednn(x: torch.Tensor) -> bool:
     Whether a convolution brings `x` into oneDNN's own layout. (Channels last it takes as it is; half
     precision comes from autocast, which would change it once more.)
     """
-    is_used = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    is_used = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return is_used and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
 
 

@@ -151,8 +151,8 @@ def class_evidence(
         of_first, of_second = (flat[classes[x][:, None], cells] for x in (slice(i, i + 1), others))
         met.append(torch.stack([(shared * x).sum(1) for x in (of_first, of_second)]))
     parts_of_class = []
-    for i, meeting in zip((pairs.a, pairs.b), torch.cat(met, dim=1)):
-        sums = torch.stack([shown[pairs.a, classes[i]], shown[pairs.b, classes[i]]])
+    for whose, meeting in zip((pairs.a, pairs.b), torch.cat(met, dim=1)):
+        sums = torch.stack([shown[x, classes[whose]] for x in (pairs.a, pairs.b)])
         parts_of_class.append(pairs.mean_over_parts(sums, meeting))
     (in_a, a_in_a, a_in_b), (in_b, b_in_a, b_in_b) = parts_of_class
     return {

@@ -54,8 +54,8 @@ class PairMemory:
             `count` of them, and their shares; none if none is remembered.
         """
         assert self._tensors is not None  # something was added, if only 0 pairs
-        of_device = {"device": self._tensors[0].device}
-        chosen = torch.randint(max(len(self), 1), (count if len(self) else 0,), **of_device)
+        size = (count if len(self) else 0,)
+        chosen = torch.randint(max(len(self), 1), size, device=self._tensors[0].device)
         classes, numbers, means, shares = (x[chosen] for x in self._tensors)
         return DescribedPairs(classes, numbers, means.float()), shares
 
