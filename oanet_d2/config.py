@@ -107,6 +107,10 @@ def add_oanet_config(cfg):
     # Inference in mixed precision: "bfloat16", or "float16" (not on a CPU); "": in single precision.
     # (Training: SOLVER.AMP.ENABLED, which on a CPU is bfloat16.)
     cfg.MODEL.OANET.AUTOCAST = ""
+    # True: while images of 2**19 pixels or more are run on a CPU, glibc's malloc keeps freed memory for
+    # the next feature map, instead of giving it back to the kernel, which would clear it once more. At
+    # the end it is given back. Elsewhere it does nothing.
+    cfg.MODEL.OANET.REUSE_MEMORY = True
     # True: the backbone is compiled with torch.compile when it is first used, which takes a while,
     # once for training and once for inference. On a CPU it needs a C++ compiler.
     cfg.MODEL.OANET.COMPILE = False

@@ -160,6 +160,16 @@ OPTIONS: Dict[str, Row] = {
     "option_channels_last": Row(
         "`MODEL.OANET.CHANNELS_LAST True`", option("MODEL.OANET.CHANNELS_LAST", "True"), repeats=2
     ),
+    "option_reuse_memory": Row(
+        "`MODEL.OANET.REUSE_MEMORY True` (the default)",
+        partial(
+            inference,
+            ZOO,
+            {"ours": ONLY_PANOPTIC, "theirs": [*ONLY_PANOPTIC, "MODEL.OANET.REUSE_MEMORY", "False"]},
+            count_work=False,
+        ),
+        repeats=3,
+    ),
     "option_channels_last_training": Row(
         "the same, training step of the demo",
         lambda: training_step(

@@ -12,11 +12,14 @@ from typing import Optional
 import torch
 from torch import nn
 
+from .allocator import memory_used_again
 from .lean import make_lean
 from .parallel_roi_align import make_roi_align_parallel
 
 __all__ = ["Execution"]
 
+# Pixels from which on a map of 256 channels at stride 4 has 32 MiB.
+LARGE = 2**19
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,6 +31,7 @@ class Execution:
         inference_mode: inference runs in :class:`torch.inference_mode`.
         autocast: what inference is autocast to; None: it is not.
         compile: the backbone is compiled with :func:`torch.compile`.
+        reuse_memory: large images are run on a CPU in :func:`memory_used_again`.
         train_autocast: what training is autocast to, if it is not the trainer that does it.
     """
 
@@ -35,6 +39,7 @@ class Execution:
     inference_mode: bool = False
     autocast: Optional[torch.dtype] = None
     compile: bool = False
+    reuse_memory: bool = True
     train_autocast: Optional[torch.dtype] = None
 
     @classmethod
@@ -64,6 +69,7 @@ class Execution:
             options.INFERENCE_MODE,
             AUTOCAST[options.AUTOCAST],
             options.COMPILE,
+            options.REUSE_MEMORY,
             torch.bfloat16 if amp_on_cpu else None,
         )
 
@@ -89,11 +95,16 @@ class Execution:
         return batch.contiguous(memory_format=torch.channels_last) if self.channels_last else batch
 
     @contextmanager
-    def inference(self, device: torch.device):
+    def inference(self, device: torch.device, num_pixels: int):
         """
         What inference has to be run in.
+
+        Args:
+            num_pixels: of all images of the batch together.
         """
         with ExitStack() as stack:
+            if self.reuse_memory and device.type == "cpu" and num_pixels >= LARGE:
+                stack.enter_context(memory_used_again())
             if self.inference_mode:
                 stack.enter_context(torch.inference_mode())
             if self.autocast is not None:

@@ -175,7 +175,8 @@ class OANet(PanopticFPN):
             in training a dict of losses; otherwise see :meth:`inference`.
         """
         if not self.training:
-            with self.execution.inference(self.device):
+            num_pixels = sum(x["image"].shape[1] * x["image"].shape[2] for x in batched_inputs)
+            with self.execution.inference(self.device, num_pixels):
                 return self.inference(batched_inputs)
         with self.execution.training(self.device):
             return self.losses(batched_inputs)
