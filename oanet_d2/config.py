@@ -109,8 +109,9 @@ def add_oanet_config(cfg):
     cfg.MODEL.OANET.AUTOCAST = ""
     # True: while images of 2**19 pixels or more are run on a CPU, glibc's malloc keeps freed memory for
     # the next feature map, instead of giving it back to the kernel, which would clear it once more. At
-    # the end it is given back. Elsewhere it does nothing.
-    cfg.MODEL.OANET.REUSE_MEMORY = True
+    # the end it is given back. Faster, but gaps between the maps raise the peak. A setting of the whole
+    # process while it lasts. Without glibc it does nothing.
+    cfg.MODEL.OANET.REUSE_MEMORY = False
     # True: the backbone is compiled with torch.compile when it is first used, which takes a while,
     # once for training and once for inference. On a CPU it needs a C++ compiler.
     cfg.MODEL.OANET.COMPILE = False

@@ -39,7 +39,7 @@ class Execution:
     inference_mode: bool = False
     autocast: Optional[torch.dtype] = None
     compile: bool = False
-    reuse_memory: bool = True
+    reuse_memory: bool = False
     train_autocast: Optional[torch.dtype] = None
 
     @classmethod
