@@ -33,6 +33,8 @@ NO_SAMPLING = [
 ]
 NO_STATISTICS = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN"]
 NO_DROPOUT = ["MODEL.SRM_HEAD.PAIRS.DROPOUT", 0.0]
+# What a process remembers is what it has seen itself, and it draws from that at random.
+NO_MEMORY = ["MODEL.SRM_HEAD.PAIRS.MEMORY", 0]
 # (POST_NMS_TOPK proposals an image, and the ground truth)
 RANKING = ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.SRM_HEAD.TRAIN_MASKS", "('pred',)"]
 SMALL = [
@@ -40,7 +42,7 @@ SMALL = [
     *["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16],
     *["MODEL.SRM_HEAD.CONV_DIM", 8, "MODEL.SRM_HEAD.KERNEL_SIZE", 5],
 ]
-OPTIONS = [*NO_SAMPLING, *NO_STATISTICS, *NO_DROPOUT, *RANKING, *SMALL]
+OPTIONS = [*NO_SAMPLING, *NO_STATISTICS, *NO_DROPOUT, *NO_MEMORY, *RANKING, *SMALL]
 
 
 def demo_model(rank=0):
