@@ -58,6 +58,8 @@ FALSE_POSITIVES = "gt with false positives"
 DEFAULT_SOURCES = ("detections",)
 EVIDENCE = ("geometry", "semantic", "features")
 TRAIN_IMAGES, ITERATIONS, BATCH = 1000, 400, 8
+# As in oanet_d2/config.py: MODEL.SRM_HEAD.PAIRS.NUM_NETWORKS and MEMORY.
+NETWORKS, MEMORY = 4, 50000
 
 
 # ---------------------------------------------------------------------------------- predictions
@@ -455,7 +457,7 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
         },
         # What the ranking from annotations alone is compared with.
         "geometry": {
-            "geometry": lambda: pairs(("geometry",), num_networks=4, memory_size=50000)
+            "geometry": lambda: pairs(("geometry",), num_networks=NETWORKS, memory_size=MEMORY)
         },
         "masks": {
             " + ".join(sources): partial(pairs, sources=sources)
@@ -478,9 +480,9 @@ def rows(model, train: List[TrainImage], seed: int) -> Dict[str, Dict[str, Calla
             )
             for n, memory, default in (
                 (1, 0, ""),
-                (4, 0, ""),
-                (1, 50000, ""),
-                (4, 50000, " (default)"),
+                (NETWORKS, 0, ""),
+                (1, MEMORY, ""),
+                (NETWORKS, MEMORY, " (default)"),
             )
         },
         "kernel": {

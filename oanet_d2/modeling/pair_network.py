@@ -3,7 +3,7 @@ The network that compares two instances: what is known of a pair in, who is visi
 """
 
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 from torch import nn
@@ -33,12 +33,6 @@ class DescribedPairs:
 
     def __len__(self) -> int:
         return len(self.classes)
-
-    def of_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "DescribedPairs":
-        """
-        What `change` makes of each tensor.
-        """
-        return DescribedPairs(*(change(x) for x in (self.classes, self.numbers, self.means)))
 
     @staticmethod
     def cat(parts: Sequence["DescribedPairs"]) -> "DescribedPairs":
