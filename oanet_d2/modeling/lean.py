@@ -14,6 +14,8 @@ from detectron2.modeling import FPN
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
+from .onednn_layout import dense, frozen_norm_in_onednn, is_for_onednn
+
 __all__ = [
     "LeanFPN",
     "LeanFrozenBatchNorm2d",
@@ -65,22 +67,24 @@ class LeanFPN(FPN):
     def forward(self, x):
         """
         Args:
-            x: (B, 3, H, W) images.
+            x: (B, 3, H, W) images, in oneDNN's memory layout or not.
 
         Returns:
-            dict of feature maps, as :meth:`FPN.forward` does.
+            dict of feature maps, as :meth:`FPN.forward` does, in the layout of `x`.
         """
         if torch.is_grad_enabled():
             return super().forward(x)  # a backward pass needs what is let go of here
-        below = dict(self.bottom_up(x))  # a copy, as what is not needed any more is taken out
         in_feature = getattr(self.top_block, "in_feature", None)
+        below = self.bottom_up(x)
         of_top_block = below.get(in_feature)
+        # A copy, as what is not needed any more is taken out.
+        below = {name: below[name] for name in self.in_features}
         merged: Optional[torch.Tensor] = None
         results: List[torch.Tensor] = []
         for name, lateral_conv, output_conv in zip(
             reversed(self.in_features), self.lateral_convs, self.output_convs
         ):
-            lateral = lateral_conv(below.pop(name))
+            lateral = dense(lateral_conv(below.pop(name)))
             if merged is None:
                 merged = lateral
             else:
@@ -90,7 +94,10 @@ class LeanFPN(FPN):
                 if self._fuse_type == "avg":
                     merged /= 2
             del lateral
-            results.insert(0, output_conv(merged))
+            summed = merged.to_mkldnn() if x.is_mkldnn else merged
+            if not below:
+                merged = None
+            results.insert(0, output_conv(summed))
         if self.top_block is not None:
             if of_top_block is None:
                 of_top_block = results[self._out_features.index(in_feature)]
@@ -121,39 +128,35 @@ class LeanMaskHead(MaskRCNNConvUpsampleHead):
 
 class LeanRPNHead(StandardRPNHead):
     """
-    Detectron2's RPN head, which in inference on a CPU leaves the map between its convolutions in the
-    memory layout that they work in. Otherwise each of them brings it into that layout and back.
+    Detectron2's RPN head, which in inference on a CPU leaves the map between its convolutions in
+    oneDNN's memory layout.
     """
 
     def forward(self, features: List[torch.Tensor]):
         """
         Args:
-            features: L maps (B, C, H, W).
+            features: L maps (B, C, H, W), in oneDNN's memory layout or not.
 
         Returns:
             as :meth:`StandardRPNHead.forward`.
         """
-        if torch.is_grad_enabled() or not all(_is_for_onednn(x) for x in features):
+        if torch.is_grad_enabled() or not all(is_for_onednn(x) for x in features):
             return super().forward(features)
-        logits, deltas = super().forward([x.to_mkldnn() for x in features])
+        # One level at a time.
+        in_onednn = (x if x.is_mkldnn else x.to_mkldnn() for x in features)
+        logits, deltas = super().forward(in_onednn)
         return [x.to_dense() for x in logits], [x.to_dense() for x in deltas]
-
-
-def _is_for_onednn(x: torch.Tensor) -> bool:
-    """
-    Whether a convolution brings `x` into oneDNN's own layout. (Channels last it takes as it is; half
-    precision comes from autocast, which would change it once more.)
-    """
-    is_used = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return is_used and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
 
 
 class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
     """
-    Detectron2's frozen batch norm, which in inference on a CPU writes over its input.
+    Detectron2's frozen batch norm, which in inference on a CPU writes over its input. It also takes a map
+    in oneDNN's memory layout, of which it makes a new one.
     """
 
     def forward(self, x):
+        if x.is_mkldnn:
+            return frozen_norm_in_onednn(self, x)
         hooks = self._forward_pre_hooks or self._forward_hooks  # which may keep the input
         if torch.is_grad_enabled() or x.device.type != "cpu" or hooks:
             return super().forward(x)

@@ -26,6 +26,7 @@ from .false_positives import with_false_positives
 from .instance_masks import BoxedMasks
 from .pair_head import PairwiseRankingHead
 from .panoptic_combiner import combine
+from .proposals import propose
 from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
 from .semantic_labels import resized_semantic_labels, semantic_labels
 from .srm_head import SpatialRankingHead, build_srm_head
@@ -190,9 +191,10 @@ class OANet(PanopticFPN):
         network_learns = self.learns != "srm"
         # With nothing to learn outside the ranking head, nothing is kept for a backward pass.
         with torch.set_grad_enabled(torch.is_grad_enabled() and network_learns):
-            features = self.backbone(images.tensor)
+            features, proposals, losses = propose(
+                self.backbone, self.proposal_generator, images, gt_instances
+            )
             semantic = self.sem_seg_head.layers(features)
-            proposals, losses = self.proposal_generator(images, features, gt_instances)
             if network_learns:
                 _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
                 losses.update(detector_losses)
@@ -234,9 +236,8 @@ class OANet(PanopticFPN):
             "pred_masks" are there if `outputs` names them.
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        features, proposals, _ = propose(self.backbone, self.proposal_generator, images)
         semantic = self.sem_seg_head.layers(features)
-        proposals, _ = self.proposal_generator(images, features, None)
         # A mask that is neither returned nor painted is not made.
         every_mask = "pred_masks" in self.outputs or not do_postprocess
         threshold = -torch.inf if every_mask else self.combine_instances_score_thresh

@@ -3,7 +3,6 @@ ROIAlign on all threads of a CPU: torchvision's takes one, whatever PyTorch has 
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import nn
@@ -11,6 +10,9 @@ from torch import nn
 from detectron2.layers import ROIAlign
 
 __all__ = ["ParallelROIAlign", "make_roi_align_parallel"]
+
+# What a thread takes at once: what it makes of them is copied to its place while a cache holds it.
+BOXES_AT_ONCE = 32
 
 
 def make_roi_align_parallel(model: nn.Module) -> nn.Module:
@@ -42,18 +44,22 @@ class ParallelROIAlign(ROIAlign):
             (N, C, *output_size), as :meth:`ROIAlign.forward` does.
         """
         align = super().forward
-        num_parts = min(torch.get_num_threads(), len(rois))
-        on_one_thread = input.device.type != "cpu" or num_parts < 2 or torch.is_grad_enabled()
+        num_threads = min(torch.get_num_threads(), len(rois))
+        on_one_thread = input.device.type != "cpu" or num_threads < 2 or torch.is_grad_enabled()
         # Half precision comes from autocast, of which other threads know nothing.
         if on_one_thread or input.dtype != torch.float32:
             return align(input, rois)
         input = input.contiguous()  # or every part would make its own copy of it
-        align = partial(_in_mode, torch.is_inference_mode_enabled(), align)
-        with ThreadPoolExecutor(num_parts) as pool:
-            parts = rois.tensor_split(num_parts)
-            return torch.cat(list(pool.map(partial(align, input), parts)))
+        inference_mode = torch.is_inference_mode_enabled()
+        result = input.new_empty(len(rois), input.shape[1], *self.output_size)
+        most = min(BOXES_AT_ONCE, -(-len(rois) // num_threads))
 
+        def fill(first):
+            some = slice(first, first + most)
+            # In this order: without inference mode there are gradients again.
+            with torch.inference_mode(inference_mode), torch.no_grad():
+                result[some].copy_(align(input, rois[some]))
 
-def _in_mode(inference_mode: bool, align, *args):
-    with torch.no_grad(), torch.inference_mode(inference_mode):
-        return align(*args)
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(fill, range(0, len(rois), most)))  # a list, to see what was raised
+        return result

@@ -26,13 +26,13 @@ def resident():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * resource.getpagesize()
 
-def forty_maps():
-    for _ in range(40):
+def a_hundred_maps():
+    for _ in range(100):
         torch.ones(2**24)  # 64 MiB
 
 with memory_used_again() if sys.argv[1] == "True" else nullcontext():
     before = faults()
-    forty_maps()
+    a_hundred_maps()
     during, kept = faults() - before, resident()
 print(during, kept - resident())
 """

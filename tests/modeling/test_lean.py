@@ -118,7 +118,7 @@ def test_maps_are_gone_when_they_have_been_used():
     for part in (fpn.fpn_output3, fpn.fpn_output2):
         part.register_forward_pre_hook(look)
     with torch.no_grad():
-        fpn(None)
+        fpn(images())
     assert alive == {fpn.fpn_output3: ["res2"], fpn.fpn_output2: []}
 
 

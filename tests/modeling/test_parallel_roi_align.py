@@ -36,7 +36,7 @@ def both(**kwargs):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("num_boxes", [0, 1, 2, 3, 50])
+@pytest.mark.parametrize("num_boxes", [0, 1, 2, 3, 50, 130])
 def test_equals_detectron2s_to_the_bit(num_boxes, aligned, memory_format):
     maps, boxes = random_case(num_boxes)
     maps = maps.contiguous(memory_format=memory_format)
@@ -46,15 +46,17 @@ def test_equals_detectron2s_to_the_bit(num_boxes, aligned, memory_format):
             assert torch.equal(ours(maps, boxes), theirs(maps, boxes))
 
 
-def test_every_thread_gets_a_part(monkeypatch):
+@pytest.mark.parametrize("num_boxes, expected", [(50, [16, 17, 17]), (130, [2, 32, 32, 32, 32])])
+def test_every_thread_gets_a_few_boxes_at_a_time(monkeypatch, num_boxes, expected):
     parts = []
     align = ROIAlign.forward
     monkeypatch.setattr(ROIAlign, "forward", lambda *args: parts.append(len(args[2])) or align(*args))
-    maps, boxes = random_case(50)
-    ours, _ = both()
+    maps, boxes = random_case(num_boxes)
+    ours, theirs = both()
     with torch.no_grad():
-        ours(maps, boxes)
-    assert sorted(parts) == [16, 17, 17]
+        result = ours(maps, boxes)
+    assert sorted(parts) == expected
+    assert torch.equal(result, theirs(maps, boxes))
 
 
 def test_gradients_are_detectron2s():
