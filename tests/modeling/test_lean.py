@@ -32,6 +32,13 @@ TOP_BLOCKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def resnet_fpn(cfg, in_features=("res2", "res3", "res4", "res5"), **kwargs):
     """Detectron2's FPN on a ResNet-18 with random weights."""
     torch.manual_seed(0)
@@ -180,7 +187,9 @@ def test_mask_head_equals_detectron2s_to_the_bit(num_boxes, memory_format):
 @pytest.mark.parametrize("conv_dims", [(-1,), (24, 16)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rpn_head_equals_detectron2s_to_the_bit(conv_dims, memory_format, dtype):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_rpn_head_equals_detectron2s_to_the_bit(conv_dims, memory_format, dtype, num_threads):
+    torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     theirs = StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=conv_dims)
     theirs.to(dtype=dtype, memory_format=memory_format)
@@ -193,8 +202,8 @@ def test_rpn_head_equals_detectron2s_to_the_bit(conv_dims, memory_format, dtype)
     with torch.no_grad():
         for a, b in zip(ours(maps), theirs(maps)):
             assert all(torch.equal(x, y) and x.layout == torch.strided for x, y in zip(a, b))
-    is_for_onednn = memory_format == torch.contiguous_format and dtype == torch.float32
-    assert (torch._mkldnn in layouts) == is_for_onednn
+    is_plain = memory_format == torch.contiguous_format and dtype == torch.float32
+    assert (torch._mkldnn in layouts) == (is_plain and num_threads > 1)
 
     layouts.clear()  # with gradients it is Detectron2's
     x = torch.randn(1, 16, 8, 8, dtype=dtype, requires_grad=True)
