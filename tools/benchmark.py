@@ -9,7 +9,8 @@ would need.
     python tools/benchmark.py --rows semantic_labels inference --json benchmark.json
 
 Every row has a process of its own. Times are medians, after a first call, with the sides taking
-turns; peak memory is what the kernel saw during one more call of each, see benchmark_measure.py.
+turns; peak memory is what the kernel saw during three more calls of each, the median, see
+benchmark_measure.py.
 Threads are PyTorch's default, set OMP_NUM_THREADS for others. With --rows, the other rows of an
 existing --json file stay as they are, if they are of the same machine and versions. A row that fails
 is reported and leaves the others alone; the exit status is then 1.

@@ -5,6 +5,7 @@ machine can do at best.
 
 import ctypes
 import gc
+import statistics
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -33,15 +34,20 @@ def times_in_turns(variants: Dict[str, Callable], repeats: int) -> Dict[str, Lis
     return seconds
 
 
-def peak_memory(function: Callable) -> Optional[int]:
+def peak_memory(function: Callable, repeats: int = 3) -> Optional[int]:
     """
     Returns:
         bytes by which a call raises this process's memory at its peak, above what there is before
-        it: inputs, weights, and what a first call, which has been made, has set up. None where the
-        system does not tell (not Linux).
+        it: inputs, weights, and what a first call, which has been made, has set up. The median of
+        several calls, as where free memory lies is chance. None where the system does not tell (not
+        Linux).
     """
     if not CLEAR_REFS.exists():
         return None
+    return statistics.median_low([_peak_of_a_call(function) for _ in range(repeats)])
+
+
+def _peak_of_a_call(function: Callable) -> int:
     gc.collect()
     _give_back()
     _reset_peak()

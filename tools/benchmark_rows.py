@@ -16,6 +16,8 @@ from benchmark_tried import (
     label_by_running_maximum,
     loss_by_logsumexp,
     mask_as_one_sample,
+    onednns_own_norm,
+    rpn_in_strips,
 )
 
 ZOO = COCO + "oanet_R_50_srm_only.yaml"  # Panoptic FPN's own weights and a ranking head
@@ -225,6 +227,16 @@ TRIED: Dict[str, Row] = {
         "semantic loss of the demo: log Z - score of the label instead of `F.cross_entropy`",
         loss_by_logsumexp,
         repeats=15,
+        memory=False,
+    ),
+    "tried_rpn_in_strips": Row(
+        "the RPN head on p2 of 800 x 1216: 25 rows at a time instead of all",
+        rpn_in_strips,
+        memory=False,
+    ),
+    "tried_own_norm": Row(
+        "256 channels of p2 in oneDNN's layout: its own norm instead of a convolution of each",
+        onednns_own_norm,
         memory=False,
     ),
     "tried_clip_together": Row(

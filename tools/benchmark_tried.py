@@ -9,13 +9,18 @@ import torch
 from benchmark_cases import Prepared, make_detections, make_labels, make_scores, same_labels
 from torch.nn import functional as F
 
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 
 from oanet_d2.modeling.instance_masks import BoxedMasks
+from oanet_d2.modeling.lean import make_lean
+from oanet_d2.modeling.onednn_layout import frozen_norm_in_onednn
 from oanet_d2.modeling.panoptic_combiner import _free_areas, _strips
 from oanet_d2.modeling.semantic_labels import resized_semantic_labels, semantic_labels
 
 CLASSES, IGNORE = 12, 255  # the demo's
+P2 = 256, 200, 304  # of an image of 800 x 1216
 
 
 def label_by_argmax() -> Prepared:
@@ -158,3 +163,50 @@ def clip_all_at_once() -> Prepared:
 
     moved = 3 * sum(x.numel() for x in parameters) * 4
     return Prepared({"ours": one_by_one, "theirs": together}, moved)
+
+
+def rpn_in_strips() -> Prepared:
+    """
+    The RPN head on a few rows of a map at a time, which needs little memory, against all of it.
+    """
+    head = make_lean(torch.nn.ModuleList([StandardRPNHead(in_channels=P2[0], num_anchors=3)]))[0]
+    x, num_rows = make_map(), 25
+
+    def of_rows(first):
+        # With a row more on either side, as the first convolution looks at it.
+        before, after = min(first, 1), min(P2[1] - first - num_rows, 1)
+        rows = x[:, :, first - before : first + num_rows + after].contiguous()
+        outputs = [y[0] for y in head([rows])]
+        return torch.cat(outputs, dim=1)[:, :, before : before + num_rows]
+
+    return Prepared(
+        {
+            "ours": lambda: torch.cat([y[0] for y in head([x])], dim=1),
+            "theirs": lambda: torch.cat([of_rows(y) for y in range(0, P2[1], num_rows)], dim=2),
+        },
+        x.numel() * x.element_size(),
+        agreement=same_labels,
+    )
+
+
+def onednns_own_norm() -> Prepared:
+    """
+    oneDNN's norm of a map in its own layout, against a convolution of every channel for itself.
+    """
+    x = make_map().to_mkldnn()
+    norm = FrozenBatchNorm2d(P2[0])
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 1.5)
+    statistics = norm.running_mean, norm.running_var
+    return Prepared(
+        {
+            "ours": lambda: frozen_norm_in_onednn(norm, x),
+            "theirs": lambda: F.batch_norm(x, *statistics, norm.weight, norm.bias, eps=norm.eps),
+        },
+        2 * x.numel() * x.element_size(),
+        agreement=lambda a, b: same_labels(a.to_dense(), b.to_dense()),
+    )
+
+
+def make_map() -> torch.Tensor:
+    return torch.randn(1, *P2, generator=torch.Generator().manual_seed(0))
