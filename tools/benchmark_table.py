@@ -166,7 +166,7 @@ def ratio_text(ratio: Optional[float]) -> str:
 def agreement_text(share: float) -> str:
     if share == 1:
         return "to the bit"
-    return f"{100 * share:.4f} % of pixels"
+    return f"{100 * share:.4f} % equal"
 
 
 def _table(headers: List[str], lines: List[List[str]]) -> str:

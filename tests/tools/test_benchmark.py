@@ -10,6 +10,7 @@ from benchmark_models import PANOPTIC_FPN
 from benchmark_rows import ROWS, TRIED, Row
 from marked_region import END
 
+from oanet_d2.modeling.onednn_layout import dense
 from tests.conftest import REPOSITORY
 
 SIZE = (160, 240)
@@ -153,6 +154,11 @@ def test_a_benchmarked_model_makes_the_masks_that_it_would_make():
 @pytest.mark.parametrize("name", TRIED)
 def test_what_was_tried_is_the_same_work(name):
     prepared = ROWS[name].prepare()
-    results = [function() for function in prepared.variants.values()]
-    if prepared.agreement is not None:
-        assert prepared.agreement(*results) >= 0.999
+    ours, theirs = [function() for function in prepared.variants.values()]
+    if prepared.agreement is None:
+        return
+    ours, theirs = dense(ours), dense(theirs)
+    if ours.is_floating_point():  # sums that may be rounded in another order
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    else:
+        assert prepared.agreement(ours, theirs) >= 0.999

@@ -72,7 +72,7 @@ def test_table_shows_all_rows_and_what_failed():
     assert cells[2][0] == ROWS["semantic_labels"].title
     assert cells[2][1:5] == ["100.0 ms", "1.00 s", "1/10", "1/5, met"]
     assert cells[2][5:9] == ["30.0", "1024.0", "1/34.1", "1/8, met"]
-    assert cells[2][9:] == ["99.9990 % of pixels", "4.0 ms", "25.0 x"]
+    assert cells[2][9:] == ["99.9990 % equal", "4.0 ms", "25.0 x"]
     assert cells[3][:2] == [ROWS["inference"].title, "failed: out of memory"]
 
 
