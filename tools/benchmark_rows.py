@@ -168,15 +168,15 @@ OPTIONS: Dict[str, Row] = {
     "option_channels_last": Row(
         "`MODEL.OANET.CHANNELS_LAST True`", option("MODEL.OANET.CHANNELS_LAST", "True"), repeats=2
     ),
-    "option_reuse_memory": Row(
-        "`MODEL.OANET.REUSE_MEMORY True`", option("MODEL.OANET.REUSE_MEMORY", "True"), repeats=3
-    ),
     "option_channels_last_training": Row(
         "the same, training step of the demo",
         lambda: training_step(
             {"ours": ["MODEL.OANET.CHANNELS_LAST", "True"], "theirs": []}, DEMO_WEIGHTS, "network"
         ),
         repeats=12,
+    ),
+    "option_reuse_memory": Row(
+        "`MODEL.OANET.REUSE_MEMORY True`", option("MODEL.OANET.REUSE_MEMORY", "True"), repeats=3
     ),
     "option_amp": Row(
         "`SOLVER.AMP.ENABLED True`, training step of the demo",
