@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from detectron2.layers import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
 
-from .instance_masks import BoxedMasks
+from .instance_masks import BoxedMasks, as_ones
 
 __all__ = [
     "Candidates",
@@ -109,7 +109,7 @@ def roi_masks_to_grid(
     cell = (boxes[:, :2] + (offset + 0.5) / side * box_sizes) / stride
     column = cell[:, 0].long().clamp(0, size[1] - 1)
     row = cell[:, 1].long().clamp(0, size[0] - 1)
-    nowhere = grid.view(torch.uint8).flatten(1).amax(dim=1) == 0  # faster than any()
+    nowhere = as_ones(grid).flatten(1).amax(dim=1) == 0
     lost = nowhere & (best_probability >= threshold)
     grid[torch.arange(len(grid), device=grid.device), row, column] |= lost
     return grid

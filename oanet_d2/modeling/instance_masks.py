@@ -7,6 +7,14 @@ from torch.nn import functional as F
 __all__ = ["BoxedMasks", "mask_extents"]
 
 
+def as_ones(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Bool as uint8, of which PyTorch finds the maximum ten times faster than any().
+    """
+    # The tracer, with which Detectron2's analyze_model.py counts operations, knows no view of a type.
+    return masks.to(torch.uint8) if torch.jit.is_tracing() else masks.view(torch.uint8)
+
+
 def mask_extents(masks: torch.Tensor) -> torch.Tensor:
     """
     Args:
@@ -16,7 +24,7 @@ def mask_extents(masks: torch.Tensor) -> torch.Tensor:
         (N, 4) int64: XYXY of the smallest box around each, in cells; of an empty one the whole grid.
     """
     edges = []
-    ones = masks.view(torch.uint8)  # of which PyTorch finds the maximum ten times faster than any()
+    ones = as_ones(masks)
     for occupied in (ones.amax(1), ones.amax(2)):  # (N, w), (N, h)
         first = occupied.argmax(1)
         edges.append((first, occupied.shape[1] - occupied.flip(1).argmax(1)))

@@ -15,14 +15,21 @@ def is_for_onednn(x: torch.Tensor) -> bool:
     """
     Whether `x` is in oneDNN's layout, or a convolution would bring it there. (Channels last it takes as
     it is; autocast would change the map once more; on one thread PyTorch may convolve without oneDNN,
-    which rounds differently.)
+    which rounds differently; the tracer, which counts operations, knows plain maps only.)
     """
     if x.is_mkldnn:
         return True
     is_used = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-    is_special = torch.get_num_threads() == 1 or torch.is_autocast_enabled("cpu")
+    is_special = torch.get_num_threads() == 1 or _is_autocast_on_cpu() or torch.jit.is_tracing()
     return is_used and is_plain and not is_special
+
+
+def _is_autocast_on_cpu() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before PyTorch 2.4
+        return torch.is_autocast_cpu_enabled()
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,8 @@ class ParallelROIAlign(ROIAlign):
         align = super().forward
         num_threads = min(torch.get_num_threads(), len(rois))
         on_one_thread = input.device.type != "cpu" or num_threads < 2 or torch.is_grad_enabled()
-        # Half precision comes from autocast, of which other threads know nothing.
-        if on_one_thread or input.dtype != torch.float32:
+        # Half precision comes from autocast, of which other threads know nothing; nor does the tracer.
+        if on_one_thread or input.dtype != torch.float32 or torch.jit.is_tracing():
             return align(input, rois)
         input = input.contiguous()  # or every part would make its own copy of it
         inference_mode = torch.is_inference_mode_enabled()

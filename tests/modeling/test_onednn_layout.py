@@ -65,3 +65,11 @@ def test_what_a_convolution_would_bring_there():
         assert not is_for_onednn(x)
     torch.set_num_threads(1)
     assert not is_for_onednn(x)
+
+
+def test_an_older_pytorch_is_asked_for_autocast_in_its_own_way(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: False)
+    monkeypatch.setattr(torch, "is_autocast_cpu_enabled", lambda: True)
+    assert not is_for_onednn(torch.zeros(1, 16, 4, 6))
+    monkeypatch.setattr(torch, "is_autocast_cpu_enabled", lambda: False)
+    assert is_for_onednn(torch.zeros(1, 16, 4, 6))
