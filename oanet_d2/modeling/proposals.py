@@ -20,11 +20,12 @@ from .onednn_layout import dense, is_for_onednn
 __all__ = ["propose"]
 
 # What takes maps in oneDNN's layout, with the same result to the bit.
-_BACKBONES = {LeanFPN, ResNet, BasicStem, BasicBlock, BottleneckBlock, LastLevelMaxPool}
-_BACKBONES |= {LastLevelP6P7}
-_PROPOSAL_GENERATORS = {RPN, LeanRPNHead, DefaultAnchorGenerator, BufferList}
-_LAYERS = {nn.Sequential, nn.Conv2d, Conv2d, LeanFrozenBatchNorm2d, LeanReLU}
-_TAKES_ONEDNN = _BACKBONES | _PROPOSAL_GENERATORS | _LAYERS
+_TAKES_ONEDNN = {
+    *(LeanFPN, LastLevelMaxPool, LastLevelP6P7),
+    *(ResNet, BasicStem, BasicBlock, BottleneckBlock),
+    *(RPN, LeanRPNHead, DefaultAnchorGenerator, BufferList),
+    *(nn.Sequential, nn.Conv2d, Conv2d, LeanFrozenBatchNorm2d, LeanReLU),
+}
 
 
 def propose(
@@ -45,10 +46,10 @@ def propose(
         feature maps (B, C, H, W) by name, and the proposal generator's proposals and losses.
     """
     x = images.tensor
-    in_onednn = not torch.is_grad_enabled() and is_for_onednn(x)
-    if in_onednn and all(_takes_onednn(y) for y in (backbone, proposal_generator)):
+    may_stay = _takes_onednn(backbone) and _takes_onednn(proposal_generator)
+    if may_stay and is_for_onednn(x) and not torch.is_grad_enabled():
         x = x.to_mkldnn()
-    features = backbone(x)
+    features = dict(backbone(x))  # of our own, to let go of one map after the other
     proposals, losses = proposal_generator(images, features, gt_instances)
     return {name: dense(features.pop(name)) for name in list(features)}, proposals, losses
 
