@@ -181,20 +181,14 @@ def test_refuses_to_compile_without_a_compiler(tiny_cfg, monkeypatch):
     assert Execution.from_config(tiny_cfg).compile
 
 
-def test_detectron2_counts_the_operations_of_what_it_knows(tiny_cfg):
+def test_detectron2_counts_the_operations_of_what_it_knows(two_threads, tiny_cfg):
     theirs = tiny_cfg.clone()
     theirs.MODEL.META_ARCHITECTURE = "PanopticFPN"
     theirs.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
     image = [{"image": torch.rand(3, 64, 96)}]
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)  # with one, maps stay plain anyway
-    try:
-        ours, expected = (
-            FlopCountAnalysis(build_model(cfg).eval(), image).by_module()
-            for cfg in (tiny_cfg, theirs)
-        )
-    finally:
-        torch.set_num_threads(before)
+    ours, expected = (
+        FlopCountAnalysis(build_model(cfg).eval(), image).by_module() for cfg in (tiny_cfg, theirs)
+    )
     for part in ("backbone", "proposal_generator"):
         assert ours["model." + part] == expected["model." + part] > 0
     assert ours["model.roi_heads"] > 0 and ours["model.sem_seg_head"] > 0

@@ -32,13 +32,6 @@ TOP_BLOCKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def resnet_fpn(cfg, in_features=("res2", "res3", "res4", "res5"), **kwargs):
     """Detectron2's FPN on a ResNet-18 with random weights."""
     torch.manual_seed(0)
@@ -188,7 +181,9 @@ def test_mask_head_equals_detectron2s_to_the_bit(num_boxes, memory_format):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_rpn_head_equals_detectron2s_to_the_bit(conv_dims, memory_format, dtype, num_threads):
+def test_rpn_head_equals_detectron2s_to_the_bit(
+    threads_as_before, conv_dims, memory_format, dtype, num_threads
+):
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     theirs = StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=conv_dims)

@@ -7,17 +7,10 @@ from detectron2.layers import FrozenBatchNorm2d
 
 from oanet_d2.modeling.onednn_layout import dense, frozen_norm_in_onednn, is_for_onednn
 
-pytestmark = pytest.mark.skipif(
+without = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
 )
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [without, pytest.mark.usefixtures("two_threads")]
 
 
 def frozen_norm(channels, generator):

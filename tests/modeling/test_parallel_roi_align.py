@@ -11,11 +11,8 @@ from oanet_d2.modeling.parallel_roi_align import ParallelROIAlign, make_roi_alig
 
 
 @pytest.fixture(autouse=True)
-def three_threads():
-    before = torch.get_num_threads()
+def three_threads(threads_as_before):
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_case(num_boxes, batch=2):

@@ -15,13 +15,7 @@ from oanet_d2.modeling import lean
 from oanet_d2.modeling.lean import make_lean
 from oanet_d2.modeling.proposals import propose
 
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.fixture
