@@ -16,6 +16,7 @@ from panopticapi.combine_semantic_and_instance_predictions import combine_to_pan
 from panopticapi.utils import id2rgb
 from PIL import Image
 from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import paste_masks_in_image as torchvision_paste
 
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
@@ -218,6 +219,24 @@ def panopticapi_script() -> Prepared:
 
     ours.folder = folder  # lives as long as what writes into it
     return Prepared({"ours": ours, "theirs": theirs}, bytes_of_fusion(instances))
+
+
+def torchvisions_pasting() -> Prepared:
+    """
+    Masks of full images, as evaluators of instances want them, by torchvision's Mask R-CNN; it leaves
+    probabilities, of boxes that were rounded to pixels.
+    """
+    size = (800, 1333)
+    instances = make_detections(100, size)
+    masks, boxes = instances.pred_masks, instances.pred_boxes.tensor
+    return Prepared(
+        {
+            "ours": lambda: BoxedMasks(masks[:, 0], boxes, size).full(),
+            "theirs": lambda: torchvision_paste(masks, boxes, size) >= 0.5,
+        },
+        masks.numel() * FLOAT + 100 * size[0] * size[1],
+        agreement=lambda a, b: same_labels(a, b[:, 0]),
+    )
 
 
 def semantic(cells=(200, 336), image_size=(800, 1333), output_size=(480, 640)) -> Prepared:

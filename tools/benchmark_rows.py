@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Optional
 
-from benchmark_cases import Prepared, fusion, fusion_growing, panopticapi_script, semantic
+from benchmark_cases import (
+    Prepared,
+    fusion,
+    fusion_growing,
+    panopticapi_script,
+    semantic,
+    torchvisions_pasting,
+)
 from benchmark_models import COCO, DEMO, PANOPTIC_FPN, ROOT, inference, training_step
 from benchmark_tried import (
     areas_by_histogram,
@@ -88,6 +95,11 @@ COMPARED: Dict[str, Row] = {
         "combine and write a PNG, 100 instances, 800 x 1333, against panopticapi's script",
         panopticapi_script,
         repeats=3,
+    ),
+    "torchvision_paste": Row(
+        "100 masks of full images, 800 x 1333, against torchvision's `paste_masks_in_image`",
+        torchvisions_pasting,
+        repeats=5,
     ),
     "semantic_labels": Row(
         "133 semantic logits, stride 4, 800 x 1344, to labels at 480 x 640",
