@@ -355,8 +355,10 @@ def test_panoptic_fpn_weights_load_with_only_the_srm_missing(zoo_convention):
     assert result.missing_keys and all(k.startswith("srm_head.") for k in result.missing_keys)
 
 
-def test_order_by_score_equals_panoptic_fpn(zoo_convention):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_order_by_score_equals_panoptic_fpn(threads_as_before, zoo_convention, num_threads):
     """Same weights, same convention, order = score: the same output, bit for bit."""
+    torch.set_num_threads(num_threads)
     zoo_convention.MODEL.OANET.ORDER = "score"
     torch.manual_seed(0)
     theirs = build_model(panoptic_fpn_cfg(zoo_convention)).eval()
