@@ -169,7 +169,7 @@ def rpn_in_strips() -> Prepared:
     """
     The RPN head on a few rows of a map at a time, which needs little memory, against all of it.
     """
-    head = make_lean(torch.nn.ModuleList([StandardRPNHead(in_channels=P2[0], num_anchors=3)]))[0]
+    head = make_lean(StandardRPNHead(in_channels=P2[0], num_anchors=3))
     x, num_rows = make_map(), 25
 
     def of_rows(first):

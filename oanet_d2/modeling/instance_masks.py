@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-__all__ = ["BoxedMasks", "mask_extents"]
+__all__ = ["BoxedMasks", "as_ones", "mask_extents"]
 
 
 def as_ones(masks: torch.Tensor) -> torch.Tensor:

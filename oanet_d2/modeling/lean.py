@@ -96,7 +96,7 @@ class LeanFPN(FPN):
             del lateral
             summed = merged.to_mkldnn() if x.is_mkldnn else merged
             if not below:
-                merged = None
+                merged = None  # the largest one, which only its convolution needs now
             results.insert(0, output_conv(summed))
         if self.top_block is not None:
             if of_top_block is None:
@@ -140,7 +140,7 @@ class LeanRPNHead(StandardRPNHead):
         Returns:
             as :meth:`StandardRPNHead.forward`.
         """
-        if torch.is_grad_enabled() or not all(is_for_onednn(x) for x in features):
+        if not all(is_for_onednn(x) for x in features):
             return super().forward(features)
         # One level at a time.
         in_onednn = (x if x.is_mkldnn else x.to_mkldnn() for x in features)

@@ -13,16 +13,18 @@ __all__ = ["dense", "frozen_norm_in_onednn", "is_for_onednn"]
 
 def is_for_onednn(x: torch.Tensor) -> bool:
     """
-    Whether `x` is in oneDNN's layout, or a convolution would bring it there. (Channels last it takes as
-    it is; autocast would change the map once more; on one thread PyTorch may convolve without oneDNN,
-    which rounds differently; the tracer, which counts operations, knows plain maps only.)
+    Whether `x` is in oneDNN's layout, or may be brought there as a convolution would do it: without
+    gradients, which are left to Detectron2. (Channels last a convolution takes as it is; autocast would
+    change the map once more; on one thread PyTorch may convolve without oneDNN, which rounds
+    differently; the tracer, which counts operations, knows plain maps only.)
     """
     if x.is_mkldnn:
         return True
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
     is_used = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-    is_special = torch.get_num_threads() == 1 or _is_autocast_on_cpu() or torch.jit.is_tracing()
-    return is_used and is_plain and not is_special
+    return is_used and is_plain and torch.get_num_threads() > 1 and not _is_autocast_on_cpu()
 
 
 def _is_autocast_on_cpu() -> bool:

@@ -46,8 +46,7 @@ def propose(
         feature maps (B, C, H, W) by name, and the proposal generator's proposals and losses.
     """
     x = images.tensor
-    may_stay = _takes_onednn(backbone) and _takes_onednn(proposal_generator)
-    if may_stay and is_for_onednn(x) and not torch.is_grad_enabled():
+    if is_for_onednn(x) and _takes_onednn(backbone) and _takes_onednn(proposal_generator):
         x = x.to_mkldnn()
     features = dict(backbone(x))  # of our own, to let go of one map after the other
     proposals, losses = proposal_generator(images, features, gt_instances)

@@ -46,6 +46,7 @@ def test_dense():
     assert torch.equal(dense(x.to_mkldnn()), x)
 
 
+@torch.no_grad()
 def test_what_a_convolution_would_bring_there():
     x = torch.zeros(1, 16, 4, 6)
     assert is_for_onednn(x) and is_for_onednn(x.to_mkldnn())
@@ -56,10 +57,13 @@ def test_what_a_convolution_would_bring_there():
         assert not is_for_onednn(x)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not is_for_onednn(x)
+    with torch.enable_grad():
+        assert not is_for_onednn(x)
     torch.set_num_threads(1)
     assert not is_for_onednn(x)
 
 
+@torch.no_grad()
 def test_an_older_pytorch_is_asked_for_autocast_in_its_own_way(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda: False)
     monkeypatch.setattr(torch, "is_autocast_cpu_enabled", lambda: True)
