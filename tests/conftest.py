@@ -52,6 +52,14 @@ def tiny_cfg():
     )
 
 
+def panoptic_fpn_cfg(cfg):
+    """The config of Detectron2's Panoptic FPN that an OANet's is based on."""
+    cfg = cfg.clone()
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
+    return cfg
+
+
 def make_instances(size, boxes, classes, masks=None):
     """
     Ground-truth instances in an image of `size`; masks default to the filled boxes.

@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.modeling import OANet
-from tests.conftest import AfterStep, trainer_of
+from tests.conftest import AfterStep, panoptic_fpn_cfg, trainer_of
 
 
 @pytest.fixture
@@ -58,10 +58,8 @@ def test_trains_in_bfloat16_on_a_cpu(cfg):
 
 def test_another_model_does_not_train_in_bfloat16_on_a_cpu(cfg):
     cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.SRM_ONLY_SHARE = True, 0.0
-    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
-    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
     with pytest.raises(ValueError, match="SOLVER.AMP.ENABLED is True.*'PanopticFPN'.*False"):
-        OANetTrainer(cfg)
+        OANetTrainer(panoptic_fpn_cfg(cfg))
 
 
 def test_a_model_of_ones_own_trains_in_bfloat16_if_it_is_an_oanet(cfg, monkeypatch):
@@ -115,7 +113,5 @@ def test_what_is_no_share_is_refused(cfg, share):
 
 
 def test_a_model_without_a_ranking_head_is_refused(cfg):
-    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
-    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
     with pytest.raises(ValueError, match="SRM_ONLY_SHARE.*PanopticFPN.*0"):
-        OANetTrainer(cfg)
+        OANetTrainer(panoptic_fpn_cfg(cfg))

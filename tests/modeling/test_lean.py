@@ -22,6 +22,7 @@ from oanet_d2.modeling.lean import (
     LeanRPNHead,
     make_lean,
 )
+from tests.conftest import panoptic_fpn_cfg
 
 OUT_CHANNELS = 32  # GN divides them into so many groups
 TOP_BLOCKS = {
@@ -145,10 +146,7 @@ def test_other_backbones_stay_what_they_are(tiny_cfg):
 def test_every_oanet_with_detectron2s_fpn_has_it(tiny_cfg):
     model = build_model(tiny_cfg)
     assert type(model.backbone) is LeanFPN
-    theirs = tiny_cfg.clone()
-    theirs.MODEL.META_ARCHITECTURE = "PanopticFPN"
-    theirs.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
-    expected = build_model(theirs).backbone
+    expected = build_model(panoptic_fpn_cfg(tiny_cfg)).backbone
     assert type(expected) is FPN
     assert list(model.backbone.state_dict()) == list(expected.state_dict())
     assert type(model.roi_heads.mask_head) is LeanMaskHead

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from oanet_d2 import OANet
 from oanet_d2.modeling import RankingEvidence
 from oanet_d2.modeling.oanet import evaluating
-from tests.conftest import load_config, make_input
+from tests.conftest import load_config, make_input, panoptic_fpn_cfg
 
 PERSON, TIE, TABLE = 0, 1, 3
 SIZE = (64, 96)
@@ -329,13 +329,6 @@ def test_the_maps_follow_the_stride(tiny_cfg, stride):
     with EventStorage():
         losses = model(make_batch("ordinary"))
     assert torch.isfinite(losses["loss_srm_pairs"]) and losses["loss_srm_pairs"] > 0
-
-
-def panoptic_fpn_cfg(cfg):
-    cfg = cfg.clone()
-    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
-    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
-    return cfg
 
 
 @pytest.fixture

@@ -81,6 +81,13 @@ def detectron2s(network, images, gt_instances=None):
     return (features, *rpn(images, features, gt_instances))
 
 
+def assert_as_detectron2s(theirs, batch=None):
+    """Without gradients."""
+    ours, batch = make_lean(copy.deepcopy(theirs)), batch or images()
+    with torch.no_grad():
+        assert_same(propose(*ours, batch), detectron2s(theirs, batch))
+
+
 @pytest.mark.parametrize(
     "opts, depth",
     [
@@ -116,10 +123,8 @@ def test_equals_detectron2s_to_the_bit(norms_in_onednn, opts, depth, size):
 
 
 def test_inference_mode(norms_in_onednn):
-    theirs = network()
-    ours = make_lean(copy.deepcopy(theirs))
     with torch.inference_mode():
-        assert_same(propose(*ours, images()), detectron2s(theirs, images()))
+        assert_as_detectron2s(network())
     assert norms_in_onednn
 
 
@@ -174,36 +179,26 @@ CHANGES += [with_a_head_of_ones_own, with_a_proposal_generator_of_ones_own]
 def test_what_may_not_take_such_maps_is_not_given_any(norms_in_onednn, change):
     theirs = network()
     change(theirs)
-    ours = make_lean(copy.deepcopy(theirs))
-    with torch.no_grad():
-        assert_same(propose(*ours, images()), detectron2s(theirs, images()))
+    assert_as_detectron2s(theirs)
     assert not norms_in_onednn
 
 
 def test_channels_last_stay_so(norms_in_onednn):
-    theirs = network().to(memory_format=torch.channels_last)
-    ours = make_lean(copy.deepcopy(theirs))
     batch = images()
     batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        assert_same(propose(*ours, batch), detectron2s(theirs, batch))
+    assert_as_detectron2s(network().to(memory_format=torch.channels_last), batch)
     assert not norms_in_onednn
 
 
 def test_autocast(norms_in_onednn):
-    theirs = network()
-    ours = make_lean(copy.deepcopy(theirs))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert_same(propose(*ours, images()), detectron2s(theirs, images()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_as_detectron2s(network())
     assert not norms_in_onednn
 
 
 def test_one_thread(norms_in_onednn):
     torch.set_num_threads(1)
-    theirs = network()
-    ours = make_lean(copy.deepcopy(theirs))
-    with torch.no_grad():
-        assert_same(propose(*ours, images()), detectron2s(theirs, images()))
+    assert_as_detectron2s(network())
     assert not norms_in_onednn
 
 
