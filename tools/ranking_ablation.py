@@ -30,11 +30,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 
-from oanet_d2 import load_config
+from oanet_d2 import add_oanet_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.data.files import read_json
@@ -58,8 +59,9 @@ FALSE_POSITIVES = "gt with false positives"
 DEFAULT_SOURCES = ("detections",)
 EVIDENCE = ("geometry", "semantic", "features")
 TRAIN_IMAGES, ITERATIONS, BATCH = 1000, 400, 8
-# As in oanet_d2/config.py: MODEL.SRM_HEAD.PAIRS.NUM_NETWORKS and MEMORY.
-NETWORKS, MEMORY = 4, 50000
+DEFAULT = get_cfg()
+add_oanet_config(DEFAULT)
+NETWORKS, MEMORY = (DEFAULT.MODEL.SRM_HEAD.PAIRS[x] for x in ("NUM_NETWORKS", "MEMORY"))
 
 
 # ---------------------------------------------------------------------------------- predictions
