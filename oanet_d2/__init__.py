@@ -1,26 +1,33 @@
 """
-OANet for Detectron2. Importing this package registers its modules and datasets.
+OANet for Detectron2. Importing this package registers its modules and datasets. Where Detectron2 is
+not installed, only :mod:`oanet_d2.painting` is there.
 """
 
-from . import data, modeling
-from .config import add_oanet_config
-from .config_files import load_config
-from .data import complete_config, register_panoptic
-from .modeling import OANet, OANetSemSegFPNHead, SpatialRankingHead
-from .predictor import PanopticPredictor, PanopticResult
+import importlib.util
+
+from . import painting
 
 __version__ = "0.1.0"
+__all__ = ["painting"]
 
-__all__ = [
-    "OANet",
-    "OANetSemSegFPNHead",
-    "PanopticPredictor",
-    "PanopticResult",
-    "SpatialRankingHead",
-    "add_oanet_config",
-    "complete_config",
-    "data",
-    "load_config",
-    "modeling",
-    "register_panoptic",
-]
+if importlib.util.find_spec("detectron2") is not None:
+    from . import data, modeling
+    from .config import add_oanet_config, load_config
+    from .data import complete_config, register_panoptic
+    from .modeling import OANet, OANetSemSegFPNHead, PairwiseRankingHead, SpatialRankingHead
+    from .predictor import PanopticPredictor, PanopticResult
+
+    __all__ += [
+        "OANet",
+        "OANetSemSegFPNHead",
+        "PairwiseRankingHead",
+        "PanopticPredictor",
+        "PanopticResult",
+        "SpatialRankingHead",
+        "add_oanet_config",
+        "complete_config",
+        "data",
+        "load_config",
+        "modeling",
+        "register_panoptic",
+    ]

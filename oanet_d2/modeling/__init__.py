@@ -1,17 +1,15 @@
-from .oanet import OANet
+from .from_annotations import SRMFromAnnotations
+from .oanet import FusionInputs, OANet
 from .pair_head import PairwiseRankingHead
-from .ranking import RANKING_RULE_REGISTRY, RankingEvidence
 from .semantic_head import OANetSemSegFPNHead
-from .srm_from_annotations import SRMFromAnnotations
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
 
 __all__ = [
-    "RANKING_RULE_REGISTRY",
     "SRM_HEAD_REGISTRY",
+    "FusionInputs",
     "OANet",
     "OANetSemSegFPNHead",
     "PairwiseRankingHead",
-    "RankingEvidence",
     "SRMFromAnnotations",
     "SpatialRankingHead",
     "build_srm_head",

@@ -3,68 +3,77 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from .candidates import Candidates, relative_boxes
-from .instance_masks import mask_extents
+from ..painting.masks import mask_extents
+from .grid import GridInstances
 
 __all__ = ["with_false_positives"]
 
-# Detections that matter when instances are painted have about these scores.
+# Scores of detections that matter in painting.
 _LEAST_SCORE = 0.5
-# A false positive scores this share of what the instance does that it is made from, at least.
+# The least score of a false positive, as a share of the score of its original.
 _LEAST_SHARE_OF_SCORE = 0.6
-# Standard deviations: of the move, in box sizes, and of the logarithm of the stretch.
+# Standard deviations of the move, in box sizes, and of the logarithm of the stretch.
 _MOVE, _STRETCH = 0.12, 0.2
-# How many false positives are of a random class.
+# Share of the false positives that get a random class.
 _CLASS_MISTAKEN = 0.3
 
 
 def with_false_positives(
-    candidates: Candidates, num_classes: int, probability: float
-) -> Candidates:
+    instances: GridInstances, num_classes: int, probability: float
+) -> GridInstances:
     """
-    Make ground truth look more like detections: instances get random scores, and some a false
-    positive, a moved and stretched copy with a lower score, at times of another class. So a
-    ranking that never sees a detector learns what a score is worth.
+    Make ground truth look more like detections: instances get random scores, and some get a false
+    positive beside them, a moved and stretched copy with a lower score, sometimes of another class.
+    A ranking that never sees a detector learns in this way what a score is worth.
 
     Args:
-        candidates: N ground-truth instances.
+        instances: N ground-truth instances.
         num_classes: number of thing classes.
-        probability: that an instance gets a false positive, in [0, 1]. 0 leaves everything,
-            scores too, as it is.
+        probability: that an instance gets a false positive, in [0, 1]. 0 leaves everything as it
+            is, scores too.
 
     Returns:
-        the N instances in their order, then the false positives. One that lies outside the grid
+        the N instances in their order, then the false positives. A copy that lies outside the image
         is left out. Random numbers are torch's.
     """
-    num, device = len(candidates.classes), candidates.masks.device
     if probability == 0:
-        return candidates
+        return instances
+    num, device = len(instances.classes), instances.masks.device
     scores = _LEAST_SCORE + (1 - _LEAST_SCORE) * torch.rand(num, device=device)
     chosen = torch.rand(num, device=device) < probability
+    instances = replace(instances, scores=scores)
     if not chosen.any():
-        return replace(candidates, scores=scores)
+        return instances
 
-    masks = _moved(candidates.masks[chosen], candidates.boxes[chosen])
-    inside = masks.flatten(1).any(1)
-    masks = masks[inside]
-    share = torch.rand(len(masks), device=device)
-    share = _LEAST_SHARE_OF_SCORE + (1 - _LEAST_SHARE_OF_SCORE) * share
-    classes = candidates.classes[chosen][inside]
-    mistaken = torch.rand(len(masks), device=device) < _CLASS_MISTAKEN
+    copies = _moved(instances.masks[chosen])
+    inside = copies.flatten(1).any(1)
+    copies = copies[inside]
+    factor = torch.rand(len(copies), device=device)
+    factor = _LEAST_SHARE_OF_SCORE + (1 - _LEAST_SHARE_OF_SCORE) * factor
+    classes = instances.classes[chosen][inside]
+    mistaken = torch.rand(len(copies), device=device) < _CLASS_MISTAKEN
     classes = torch.where(mistaken, torch.randint_like(classes, num_classes), classes)
-    height, width = masks.shape[1:]
-    return Candidates(
-        torch.cat([candidates.masks, masks]),
-        torch.cat([candidates.classes, classes]),
-        torch.cat([scores, scores[chosen][inside] * share]),
-        torch.cat([candidates.boxes, relative_boxes(mask_extents(masks), (height, width))]),
+    return GridInstances(
+        torch.cat([instances.masks, copies]),
+        torch.cat([instances.classes, classes]),
+        torch.cat([scores, scores[chosen][inside] * factor]),
+        torch.cat([instances.boxes, _relative_extents(copies)]),
     )
 
 
-def _moved(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def _relative_extents(masks: torch.Tensor) -> torch.Tensor:
     """
-    (N, h, w) masks, each moved and stretched about the centre of its box (shares of the grid).
+    (N, 4) boxes around the masks, XYXY as shares of the grid, which covers the image.
     """
+    height, width = masks.shape[1:]
+    return mask_extents(masks) / torch.tensor([width, height] * 2, device=masks.device)
+
+
+def _moved(masks: torch.Tensor) -> torch.Tensor:
+    """
+    (N, h, w) masks, each moved, and stretched about the centre of its box.
+    """
+    boxes = _relative_extents(masks)
     center = boxes[:, :2] + boxes[:, 2:] - 1  # affine_grid's coordinates: -1 to 1
     size = 2 * (boxes[:, 2:] - boxes[:, :2])
     moved_center = center + _MOVE * size * torch.randn_like(size)

@@ -15,13 +15,12 @@ SUPERVISION = ("things_and_stuff", "stuff")
 @SEM_SEG_HEADS_REGISTRY.register()
 class OANetSemSegFPNHead(SemSegFPNHead):
     """
-    Detectron2's semantic FPN head, supervised on things *and* stuff, L_seg(stuff+object), as in
-    the paper. The layers and their names are Panoptic FPN's; only the number of classes differs,
-    and with `num_things=0` it is Panoptic FPN's head.
+    Detectron2's semantic FPN head, supervised on things *and* stuff, L_seg(stuff+object) in the
+    paper. Its layers and their names are Panoptic FPN's. Only the number of classes differs, and with
+    `num_things=0` it is Panoptic FPN's head.
 
-    In inference it returns what Panoptic FPN's head returns: 1 + #stuff channels, of which
-    channel 0 is "any thing" (here the best thing class), so that everything downstream of
-    Panoptic FPN works on it.
+    In inference it returns what Panoptic FPN's head returns: 1 + #stuff channels, with "any thing"
+    (here the best thing class) as channel 0. Everything downstream of Panoptic FPN works on it.
     """
 
     @configurable
@@ -29,7 +28,8 @@ class OANetSemSegFPNHead(SemSegFPNHead):
         """
         Args:
             input_shape, num_classes: see :class:`SemSegFPNHead`.
-            num_things: the first so many classes are things; 0 if class 0 stands for all of them.
+            num_things: this many classes, the first ones, are things; 0 if class 0 stands for all
+                things.
 
         Other arguments are the same as :class:`SemSegFPNHead`.
 
@@ -87,18 +87,16 @@ class OANetSemSegFPNHead(SemSegFPNHead):
             (B, 1 + #stuff, H, W) logits; channel 0 is "any thing".
         """
         # Reduced before it is enlarged: 54 channels at full resolution on COCO, not 133.
-        scores = self.stuff_scores(logits)
         return F.interpolate(
-            scores, scale_factor=self.common_stride, mode="bilinear", align_corners=False
+            self.stuff_scores(logits),
+            scale_factor=self.common_stride,
+            mode="bilinear",
+            align_corners=False,
         )
 
     def stuff_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            logits: (B, classes, h, w), what :meth:`layers` returns.
-
-        Returns:
-            (B, 1 + #stuff, h, w) logits; channel 0 is "any thing".
+        As :meth:`predict`, at the resolution of the logits.
         """
         if self.num_things == 0:
             return logits
@@ -109,14 +107,6 @@ class OANetSemSegFPNHead(SemSegFPNHead):
         """
         As :meth:`SemSegFPNHead.losses`, but 0 instead of NaN if no pixel is labelled.
         """
-        predictions = F.interpolate(
-            predictions.float(),
-            scale_factor=self.common_stride,
-            mode="bilinear",
-            align_corners=False,
-        )
-        loss = F.cross_entropy(
-            predictions, targets, reduction="sum", ignore_index=self.ignore_value
-        )
-        labelled = (targets != self.ignore_value).sum().clamp(min=1)
-        return {"loss_sem_seg": loss / labelled * self.loss_weight}
+        if (targets != self.ignore_value).any():
+            return super().losses(predictions, targets)
+        return {"loss_sem_seg": predictions.sum() * 0}

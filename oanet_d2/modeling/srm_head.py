@@ -1,4 +1,4 @@
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -6,49 +6,63 @@ from torch import nn
 from torch.nn import functional as F
 
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.utils.registry import Registry
 
-from .candidates import Candidates, RankingTarget, build_instance_tensor
-from .ranking import RankingEvidence
-from .ranking_metrics import put_ranking_scalars
+from ..painting.ranking import OrderInputs
+from .grid import GridInstances, GridTruth
 
-__all__ = ["SRM_HEAD_REGISTRY", "SpatialRankingHead", "build_srm_head"]
+__all__ = ["SRM_HEAD_REGISTRY", "SpatialRankingHead", "build_instance_tensor", "build_srm_head"]
 
 SRM_HEAD_REGISTRY = Registry("SRM_HEAD")
 SRM_HEAD_REGISTRY.__doc__ = """
-Registry for spatial ranking heads, which say of the instances of an image who is visible where.
+Registry for ranking heads, which say who is visible where instances overlap.
 
 The registered object will be called with `obj(cfg, input_shape)`.
 """
 
-TRAIN_MASKS = ("gt", "pred", "detections")
 
-
-def build_srm_head(cfg, input_shape: Dict[str, ShapeSpec]):
+def build_srm_head(cfg, input_shape: Dict[str, ShapeSpec]) -> nn.Module:
     """
-    Build a spatial ranking head from `cfg.MODEL.SRM_HEAD.NAME`.
+    Build the ranking head that `cfg.MODEL.SRM_HEAD.NAME` names.
 
     Args:
-        input_shape: the backbone's feature maps; empty where there is no backbone.
+        input_shape: the backbone's feature maps; empty without a backbone.
     """
     return SRM_HEAD_REGISTRY.get(cfg.MODEL.SRM_HEAD.NAME)(cfg, input_shape)
+
+
+def build_instance_tensor(
+    masks: torch.Tensor, classes: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """
+    The paper's instance tensor: one channel per thing class, 1 where an instance of that class has a
+    cell, 0 elsewhere. Where several channels are 1, instances of different classes compete.
+
+    Args:
+        masks: (N, h, w) bool.
+        classes: (N,) int64 in [0, num_classes).
+        num_classes: number of thing classes, C.
+
+    Returns:
+        (C, h, w) float32 of zeros and ones.
+    """
+    tensor = torch.zeros((num_classes, *masks.shape[1:]), device=masks.device)
+    return tensor.index_put((classes,), masks.to(tensor.dtype), accumulate=True).clamp(max=1)
 
 
 @SRM_HEAD_REGISTRY.register()
 class SpatialRankingHead(nn.Module):
     """
-    The spatial ranking module (SRM) of OANet: instance tensor -> score map S.
+    The paper's spatial ranking module (SRM): from the instance tensor to the score map S.
 
-    A stack of separable large kernels, k x 1 followed by 1 x k, so that one cell of S sees a wide
-    neighbourhood of the instance tensor, then a 1 x 1 predictor with one channel per thing class.
-    It learns, from masks alone, which class is visible where several compete.
-
-    Attributes:
-        remembers: see :class:`PairwiseRankingHead`; the map remembers nothing.
+    A stack of separable large kernels, k x 1 followed by 1 x k, lets one cell of S see a wide
+    neighbourhood of the instance tensor. A 1 x 1 predictor with one channel per thing class follows.
+    The module learns, from masks alone, which class is visible where several compete.
     """
 
-    remembers = False
+    has_score_map = True
+    has_pair_margins = False
 
     @configurable
     def __init__(
@@ -58,13 +72,7 @@ class SpatialRankingHead(nn.Module):
         conv_dim: int,
         num_blocks: int,
         kernel_size: int,
-        norm: str = "",
-        stride: int = 4,
-        mask_threshold: float = 0.5,
         loss_weight: float = 1.0,
-        train_masks: Sequence[str] = ("gt",),
-        gt_false_positives: float = 0.0,
-        ignore_value: int = 255,
     ):
         """
         Args:
@@ -73,18 +81,10 @@ class SpatialRankingHead(nn.Module):
             num_blocks: number of (k x 1, 1 x k) pairs, each followed by a ReLU. 0 leaves a 1 x 1
                 convolution.
             kernel_size: k, odd, in cells.
-            norm: normalization of the blocks, see :func:`detectron2.layers.get_norm`.
-            stride: pixels of the input image per cell.
-            mask_threshold: mask probability from which on a cell belongs to an instance.
             loss_weight: weight of L_srm.
-            train_masks: where the instances come from in training, some of TRAIN_MASKS. Read by
-                the meta-architecture, which has them.
-            gt_false_positives: probability of a made-up false positive beside a ground-truth
-                mask, see :func:`with_false_positives`. Read by the meta-architecture, too.
-            ignore_value: category of unlabelled pixels.
 
         Raises:
-            ValueError: an argument has no meaning; the message names the config key.
+            ValueError: the kernel size is even or not positive.
         """
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1:
@@ -92,45 +92,16 @@ class SpatialRankingHead(nn.Module):
                 f"MODEL.SRM_HEAD.KERNEL_SIZE is {kernel_size}; it must be odd and positive, so "
                 "that the score map lies on the instance tensor."
             )
-        if stride < 1:
-            raise ValueError(f"MODEL.SRM_HEAD.STRIDE is {stride}; it must be at least 1 pixel.")
-        if not 0 < mask_threshold < 1:
-            raise ValueError(
-                f"MODEL.SRM_HEAD.MASK_THRESH is {mask_threshold}; it must lie between 0 and 1."
-            )
-        if not train_masks or not set(train_masks) <= set(TRAIN_MASKS):
-            raise ValueError(
-                f"MODEL.SRM_HEAD.TRAIN_MASKS is {train_masks!r}; it must be some of {TRAIN_MASKS}."
-            )
-        if not 0 <= gt_false_positives <= 1:
-            raise ValueError(
-                f"MODEL.SRM_HEAD.GT_FALSE_POSITIVES is {gt_false_positives}; it is a probability "
-                "and must lie in [0, 1]."
-            )
         self.num_classes = num_classes
-        self.stride = stride
-        self.mask_threshold = mask_threshold
         self.loss_weight = loss_weight
-        self.train_masks = tuple(train_masks)
-        self.gt_false_positives = gt_false_positives
-        self.ignore_value = ignore_value
-
         half = kernel_size // 2
         layers: List[nn.Module] = []
         channels = num_classes
         for _ in range(num_blocks):
-            layers += [
-                Conv2d(channels, conv_dim, kernel_size=(kernel_size, 1), padding=(half, 0)),
-                Conv2d(
-                    conv_dim,
-                    conv_dim,
-                    kernel_size=(1, kernel_size),
-                    padding=(0, half),
-                    bias=not norm,
-                    norm=get_norm(norm, conv_dim),
-                    activation=F.relu,
-                ),
-            ]
+            layers.append(Conv2d(channels, conv_dim, (kernel_size, 1), padding=(half, 0)))
+            layers.append(
+                Conv2d(conv_dim, conv_dim, (1, kernel_size), padding=(0, half), activation=F.relu)
+            )
             channels = conv_dim
         self.blocks = nn.Sequential(*layers)
         self.predictor = Conv2d(channels, num_classes, kernel_size=1)
@@ -144,98 +115,72 @@ class SpatialRankingHead(nn.Module):
             "conv_dim": cfg.MODEL.SRM_HEAD.CONV_DIM,
             "num_blocks": cfg.MODEL.SRM_HEAD.NUM_BLOCKS,
             "kernel_size": cfg.MODEL.SRM_HEAD.KERNEL_SIZE,
-            "norm": cfg.MODEL.SRM_HEAD.NORM,
-            "stride": cfg.MODEL.SRM_HEAD.STRIDE,
-            "mask_threshold": cfg.MODEL.SRM_HEAD.MASK_THRESH,
             "loss_weight": cfg.MODEL.SRM_HEAD.LOSS_WEIGHT,
-            "train_masks": cfg.MODEL.SRM_HEAD.TRAIN_MASKS,
-            "gt_false_positives": cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES,
-            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         }
 
-    def forward(self, instance_tensor: torch.Tensor) -> torch.Tensor:
+    def forward(self, instances: GridInstances) -> torch.Tensor:
         """
-        Args:
-            instance_tensor: (B, C, h, w) float of zeros and ones.
-
         Returns:
-            (B, C, h, w) float logits; :meth:`score_map` makes S of them.
+            (C, h, w) float logits for one image; their softmax over the classes is S.
         """
-        return self.predictor(self.blocks(instance_tensor))
-
-    @staticmethod
-    def score_map(logits: torch.Tensor) -> torch.Tensor:
-        """
-        S as probabilities: the softmax over classes, (..., C, h, w) -> the same shape in [0, 1].
-        """
-        return logits.float().softmax(dim=-3)
-
-    def map_loss(self, logits: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
-        """
-        L_srm = CE(S_map, S_label): cross entropy against the category that the panoptic ground
-        truth shows in each cell. Cells that show no thing (stuff, unlabelled) have no label among
-        the thing classes and are left out; that is our choice, the paper does not say.
-
-        Args:
-            logits: (B, C, h, w).
-            categories: (B, h, w) int64 panoptic category of every cell: things in [0, C), stuff
-                from C on, or `ignore_value`.
-
-        Returns:
-            scalar; 0 (with gradients, all 0) if no cell shows a thing.
-        """
-        is_thing = categories < self.num_classes
-        loss = F.cross_entropy(
-            logits.float(), categories.where(is_thing, -1), ignore_index=-1, reduction="sum"
-        )
-        return loss / is_thing.sum().clamp(min=1)
+        # One image at a time. In a padded batch the padding would reach into the image, because a
+        # bias makes it more than 0 after the first block.
+        tensor = build_instance_tensor(instances.masks, instances.classes, self.num_classes)
+        return self.predictor(self.blocks(tensor[None]))[0]
 
     def losses(
         self,
-        candidates: List[Candidates],
-        targets: List[RankingTarget],
-        semantic: Optional[torch.Tensor] = None,
-        features: Optional[torch.Tensor] = None,
+        instances: List[GridInstances],
+        truth: List[GridTruth],
+        semantic: Optional[List[torch.Tensor]] = None,
+        features: Optional[List[torch.Tensor]] = None,
     ) -> Dict[str, torch.Tensor]:
         """
         Args:
-            candidates, targets: one of each for every image.
-            semantic, features: see :meth:`PairwiseRankingHead.losses`; the map does not look at
-                them.
+            instances, truth: one of each for every image.
+            semantic, features: not used; see :meth:`PairwiseRankingHead.losses`.
 
         Returns:
             {"loss_srm": scalar}, see :meth:`map_loss`.
         """
-        logits = self(self.instance_tensors(candidates))
-        categories = torch.stack([x.categories for x in targets])
-        put_ranking_scalars(candidates, targets, logits)
-        return {"loss_srm": self.map_loss(logits, categories) * self.loss_weight}
+        logits = [self(x) for x in instances]
+        return {"loss_srm": self.map_loss(logits, truth) * self.loss_weight}
 
-    def instance_tensors(self, candidates: List[Candidates]) -> torch.Tensor:
+    def map_loss(self, logits: List[torch.Tensor], truth: List[GridTruth]) -> torch.Tensor:
         """
+        L_srm = CE(S_map, S_label): cross entropy against the category that the panoptic ground truth
+        shows in each cell. A cell that shows stuff or nothing has no label among the thing classes
+        and is left out. (The paper does not say what happens there.)
+
+        Args:
+            logits: (C, h, w) float for every image.
+
         Returns:
-            (B, C, h, w): the instance tensor of every image.
+            the mean over the cells of all images that show a thing; 0, with gradients of 0, without
+            such a cell.
         """
-        return torch.stack(
-            [build_instance_tensor(x.masks, x.classes, self.num_classes) for x in candidates]
-        )
+        total, count = logits[0].sum() * 0, 0
+        for x, target in zip(logits, truth):
+            labels = target.categories.masked_fill(target.categories >= self.num_classes, -1)
+            total = total + F.cross_entropy(x[None], labels[None], ignore_index=-1, reduction="sum")
+            count = count + (labels >= 0).sum()
+        return total / torch.as_tensor(count).clamp(min=1)
 
-    def evidence(
+    def order_inputs(
         self,
-        candidates: List[Candidates],
-        semantic: Optional[torch.Tensor] = None,
-        features: Optional[torch.Tensor] = None,
-        with_map: bool = True,
-    ) -> List[RankingEvidence]:
+        instances: List[GridInstances],
+        semantic: Optional[List[torch.Tensor]] = None,
+        features: Optional[List[torch.Tensor]] = None,
+        with_score_map: bool = True,
+    ) -> List[OrderInputs]:
         """
         What the ranking rules look at, for every image.
 
         Args:
-            candidates, semantic, features: see :meth:`losses`.
-            with_map: whether a rule will look at the score map.
+            instances, semantic, features: see :meth:`losses`.
+            with_score_map: whether a rule will look at the score map.
         """
-        score_maps = self.score_map(self(self.instance_tensors(candidates)))
         return [
-            RankingEvidence(x.scores, x.classes, x.masks, score_map)
-            for x, score_map in zip(candidates, score_maps)
+            OrderInputs(x.scores, x.classes, x.masks, self(x).softmax(0) if with_score_map else None)
+            for x in instances
         ]

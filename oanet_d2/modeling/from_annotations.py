@@ -1,0 +1,95 @@
+from typing import Dict, List
+
+import torch
+from torch import nn
+
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from .false_positives import with_false_positives
+from .grid import ground_truth_on_grid, truth_on_grid
+from .srm_head import build_srm_head
+
+__all__ = ["SRMFromAnnotations"]
+
+
+@META_ARCH_REGISTRY.register()
+class SRMFromAnnotations(nn.Module):
+    """
+    The ranking head alone, trained from annotations: it sees masks and learns from the panoptic
+    ground truth, so no image is read and no backbone runs. The weights are named `srm_head.*`, as in
+    :class:`OANet`; `tools/attach_srm.py` puts them into any Panoptic FPN checkpoint.
+
+    It learns from ground-truth masks, so `MODEL.SRM_HEAD.TRAIN_MASKS` must be "gt", and
+    `MODEL.SRM_HEAD.PAIRS.EVIDENCE` may hold "geometry" and "score_map", not what an image shows.
+    """
+
+    @configurable
+    def __init__(self, *, srm_head: nn.Module, num_classes: int, stride: int, false_positives: float):
+        """
+        Args:
+            srm_head: the ranking head.
+            num_classes: number of thing classes.
+            stride: pixels per cell of the ranking head's grid.
+            false_positives: probability of a made-up false positive beside a ground-truth mask, see
+                :func:`with_false_positives`.
+        """
+        super().__init__()
+        self.srm_head = srm_head
+        self.num_classes = num_classes
+        self.stride = stride
+        self.false_positives = false_positives
+
+    @classmethod
+    def from_config(cls, cfg):
+        head = cfg.MODEL.SRM_HEAD
+        if head.TRAIN_MASKS != "gt":
+            raise ValueError(
+                f"MODEL.SRM_HEAD.TRAIN_MASKS is {head.TRAIN_MASKS!r}; without images there are only "
+                "ground-truth masks, so set it to 'gt'."
+            )
+        shown = {"semantic", "features"} & set(head.PAIRS.EVIDENCE)
+        if head.NAME == "PairwiseRankingHead" and shown:
+            raise ValueError(
+                f"MODEL.SRM_HEAD.PAIRS.EVIDENCE holds {sorted(shown)}, which only an image can show; "
+                "without images it may hold 'geometry' and 'score_map'."
+            )
+        return {
+            "srm_head": build_srm_head(cfg, {}),
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "stride": head.STRIDE,
+            "false_positives": head.GT_FALSE_POSITIVES,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, batched_inputs: List[Dict]) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            batched_inputs: list[dict] with "instances", "panoptic_seg" and "panoptic_category", see
+                :class:`PanopticDatasetMapper`.
+
+        Returns:
+            dict of losses.
+
+        Raises:
+            RuntimeError: the model is not in training. It cannot predict alone.
+        """
+        if not self.training:
+            raise RuntimeError(
+                "SRMFromAnnotations only trains. Put its weights into a Panoptic FPN checkpoint with "
+                "tools/attach_srm.py, and evaluate that checkpoint as an OANet."
+            )
+        instances = [
+            with_false_positives(
+                ground_truth_on_grid(x["instances"].to(self.device), self.stride),
+                self.num_classes,
+                self.false_positives,
+            )
+            for x in batched_inputs
+        ]
+        truth = [truth_on_grid(x, self.stride, self.device) for x in batched_inputs]
+        with torch.autocast(self.device.type, enabled=False):
+            return self.srm_head.losses(instances, truth)

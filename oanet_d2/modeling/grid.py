@@ -1,0 +1,212 @@
+"""
+Instances and their ground truth on the grid of the ranking head. A cell is `stride` x `stride` pixels
+of the network's input and is sampled at its centre. The grid covers one image without the padding of
+its batch, so that nothing here depends on the other images.
+"""
+
+from dataclasses import dataclass
+from typing import Dict, List, Tuple, Union
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
+
+from ..painting.masks import BoxedMasks
+
+__all__ = [
+    "GridInstances",
+    "GridTruth",
+    "detections_on_grid",
+    "grid_size",
+    "ground_truth_on_grid",
+    "map_on_grid",
+    "truth_on_grid",
+]
+
+
+@dataclass
+class GridInstances:
+    """
+    The N instances of one image that compete for its cells.
+
+    Attributes:
+        masks: (N, h, w) bool.
+        classes: (N,) int64, thing classes.
+        scores: (N,) float in [0, 1], detection scores; 1 for ground truth.
+        boxes: (N, 4) float, XYXY as shares of the image's width and height.
+    """
+
+    masks: torch.Tensor
+    classes: torch.Tensor
+    scores: torch.Tensor
+    boxes: torch.Tensor
+
+
+@dataclass
+class GridTruth:
+    """
+    Who is visible in one image, by its panoptic ground truth.
+
+    Attributes:
+        categories: (h, w) int64, panoptic category of every cell: things in [0, C), stuff from C
+            on, void -1.
+        ids: (h, w) int64, segment id of every cell.
+        segments_info: list[dict], the segments.
+    """
+
+    categories: torch.Tensor
+    ids: torch.Tensor
+    segments_info: List[Dict]
+
+
+def grid_size(image_size: Tuple[int, int], stride: int) -> Tuple[int, int]:
+    """
+    Returns:
+        (h, w) of the grid that covers an image of `image_size` = (H, W) pixels.
+    """
+    return -(-image_size[0] // stride), -(-image_size[1] // stride)
+
+
+def detections_on_grid(
+    instances: Instances, stride: int, score_threshold: float, mask_threshold: float = 0.5
+) -> GridInstances:
+    """
+    Args:
+        instances: what ROI heads return in inference, "pred_boxes" in pixels of the network's input
+            and "pred_masks" (N, 1, M, M) float.
+        stride: pixels per cell.
+        score_threshold: an instance with a lower score will not be painted and does not compete, so
+            its mask is empty.
+        mask_threshold: a cell belongs to an instance where the probability is at least this.
+            (Binary masks matter: probabilities also carry pixels outside the instance. Paper,
+            sec. 3.3.)
+
+    Returns:
+        the instances. A mask too small to hold the centre of a cell owns the one cell in which its
+        most probable pixel lies, so that it can be compared.
+    """
+    size = grid_size(instances.image_size, stride)
+    boxes, scores = instances.pred_boxes.tensor.float(), instances.scores.float()
+    masks = torch.zeros((len(instances), *size), dtype=torch.bool, device=boxes.device)
+    painted = (scores >= score_threshold).nonzero()[:, 0]
+    roi_masks = instances.pred_masks[painted, 0].float()
+    cells = boxes[painted] / stride
+    of_painted = BoxedMasks.paste(roi_masks, cells, size, mask_threshold).full()
+
+    best_probability, best_pixel = roi_masks.flatten(1).max(dim=1)
+    side = roi_masks.shape[-1]
+    offset = torch.stack([best_pixel % side, best_pixel // side], dim=1) + 0.5
+    best_cell = (cells[:, :2] + offset / side * (cells[:, 2:] - cells[:, :2])).long()
+    nowhere = of_painted.flatten(1).sum(1) == 0
+    lost = (nowhere & (best_probability >= mask_threshold)).nonzero()[:, 0]
+    column, row = (best_cell[lost, i].clamp(0, size[1 - i] - 1) for i in (0, 1))
+    of_painted[lost, row, column] = True
+    masks[painted] = of_painted
+    return GridInstances(
+        masks, instances.pred_classes, scores, relative_boxes(boxes, instances.image_size)
+    )
+
+
+def ground_truth_on_grid(instances: Instances, stride: int) -> GridInstances:
+    """
+    Args:
+        instances: ground truth with "gt_boxes", "gt_classes", "gt_masks".
+        stride: pixels per cell.
+    """
+    masks, device = instances.gt_masks, instances.gt_classes.device
+    size = grid_size(instances.image_size, stride)
+    if isinstance(masks, BitMasks):
+        on_grid = _sample(masks.tensor, stride)
+        pixels = [mask.nonzero()[:, :2] for mask in masks.tensor]
+    else:
+        on_grid, pixels = _polygons_on_grid(masks, stride, size)
+    for mask, of_mask in zip(on_grid, pixels):
+        if len(of_mask) > 0 and not mask.any():
+            mask[_middle_cell(of_mask, stride, size)] = True
+    return GridInstances(
+        on_grid.to(device),
+        instances.gt_classes,
+        torch.ones(len(instances), device=device),
+        relative_boxes(instances.gt_boxes.tensor, instances.image_size),
+    )
+
+
+def _polygons_on_grid(masks: PolygonMasks, stride: int, size: Tuple[int, int]):
+    scaled = [[polygon / stride for polygon in instance] for instance in masks.polygons]
+    drawn = [polygons_to_bitmask(instance, *size) for instance in scaled]
+    stacked = np.stack(drawn) if drawn else np.zeros((0, *size))
+    # Corners stand for the pixels of a polygon; (x, y) becomes (row, column).
+    corners = [np.concatenate(instance).reshape(-1, 2)[:, ::-1] for instance in masks.polygons]
+    return torch.from_numpy(stacked.astype(bool)), [torch.from_numpy(x.copy()) for x in corners]
+
+
+def truth_on_grid(training_input: Dict, stride: int, device: torch.device) -> GridTruth:
+    """
+    Args:
+        training_input: has "panoptic_seg" and "panoptic_category".
+        stride: pixels per cell.
+    """
+    ids, segments_info = training_input["panoptic_seg"]
+    ids, categories = ids.to(device), training_input["panoptic_category"].to(device)
+    of_cells, category_of_cells = _sample(ids, stride), _sample(categories, stride)
+    # A segment too small to hold the centre of a cell is visible all the same: it gets the cell in
+    # its middle, as its instance does.
+    sampled, size = set(of_cells.unique().tolist()), tuple(of_cells.shape)
+    for i in set(ids.unique().tolist()) - sampled - {0}:
+        pixels = (ids == i).nonzero()
+        cell = _middle_cell(pixels, stride, size)
+        of_cells[cell] = i
+        category_of_cells[cell] = categories[tuple(pixels[0])]
+    return GridTruth(category_of_cells, of_cells, segments_info)
+
+
+def map_on_grid(
+    feature_map: torch.Tensor, map_stride: int, stride: int, size: Tuple[int, int]
+) -> torch.Tensor:
+    """
+    Args:
+        feature_map: (D, h', w') float of a padded image.
+        map_stride: its pixels per cell.
+        stride: pixels per cell of the grid. One stride must be a multiple of the other.
+        size: (h, w) of the grid.
+
+    Returns:
+        (D, h, w) float.
+    """
+    if stride > map_stride:
+        feature_map = F.avg_pool2d(feature_map, stride // map_stride, ceil_mode=True)
+    elif stride < map_stride:
+        feature_map = F.interpolate(feature_map[None], scale_factor=map_stride // stride)[0]
+    return feature_map[:, : size[0], : size[1]]
+
+
+def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Tensor:
+    """
+    Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
+    """
+    height, width = image_size
+    return boxes / boxes.new_tensor([width, height, width, height])
+
+
+def _sample(labels: torch.Tensor, stride: int) -> torch.Tensor:
+    """
+    Labels (..., H, W) at the centres of the cells. The last cells of an image whose size is not a
+    multiple of the stride are sampled at its edge.
+    """
+    rows, columns = (
+        torch.arange(stride // 2, length + stride // 2, stride, device=labels.device)[
+            : -(-length // stride)
+        ].clamp(max=length - 1)
+        for length in labels.shape[-2:]
+    )
+    return labels[..., rows[:, None], columns]
+
+
+def _middle_cell(pixels: torch.Tensor, stride: int, size: Tuple[int, ...]) -> Tuple[int, int]:
+    """
+    The cell of the median of pixels (K, 2), rows and columns.
+    """
+    row, column = (pixels.median(dim=0).values / stride).long().tolist()
+    return min(row, size[0] - 1), min(column, size[1] - 1)

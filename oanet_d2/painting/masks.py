@@ -1,0 +1,176 @@
+"""
+Instance masks that are known only inside a region of the image, which is where they can have pixels.
+"""
+
+from typing import Callable, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+__all__ = ["BoxedMasks", "mask_extents"]
+
+Region = Tuple[slice, slice]  # rows and columns
+
+
+class BoxedMasks:
+    """
+    The masks of N instances of one image. `masks[i]` is a (h, w) bool tensor and the region (rows,
+    columns) of the image that it covers. The instance has no pixel elsewhere.
+
+    Memory and time follow the regions, not N images.
+    """
+
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        make: Callable[[int], torch.Tensor],
+        image_size: Tuple[int, int],
+        device: torch.device,
+    ):
+        """
+        Args:
+            regions: N regions.
+            make: gives the (h, w) bool mask of an instance inside its region.
+            image_size: (H, W).
+            device: where the masks are.
+        """
+        self.regions = list(regions)
+        self.image_size = image_size
+        self.device = device
+        self._make = make
+
+    @classmethod
+    def from_masks(cls, masks: torch.Tensor) -> "BoxedMasks":
+        """
+        Args:
+            masks: (N, H, W) bool.
+        """
+        masks = masks.bool()
+        regions = [
+            (slice(top, bottom), slice(left, right))
+            for left, top, right, bottom in mask_extents(masks).tolist()
+        ]
+        size = int(masks.shape[1]), int(masks.shape[2])
+        return cls(regions, lambda i: masks[i][regions[i]], size, masks.device)
+
+    @classmethod
+    def paste(
+        cls,
+        roi_masks: torch.Tensor,
+        boxes: torch.Tensor,
+        image_size: Tuple[int, int],
+        threshold: float = 0.5,
+    ) -> "BoxedMasks":
+        """
+        What a mask head predicts, at the resolution of the image. Every mask is made when it is
+        asked for. Pixel for pixel they are the masks that
+        :func:`detectron2.layers.paste_masks_in_image` puts into N full images.
+
+        Args:
+            roi_masks: (N, M, M) float probabilities in [0, 1], relative to the boxes.
+            boxes: (N, 4) float, XYXY in pixels, within the image.
+            image_size: (H, W).
+            threshold: a pixel belongs to an instance where the probability is at least this.
+        """
+        # Not in half precision: that has no room for the coordinates of a large image.
+        roi_masks, boxes = roi_masks.float(), boxes.float()
+        regions = _regions_of_roi_masks(roi_masks, boxes, image_size, threshold)
+        x, y = (_relative_centers(regions, boxes, axis) for axis in (0, 1))
+
+        def sample(i: int) -> torch.Tensor:
+            shape = len(y[i]), len(x[i])
+            grid = torch.stack([x[i].expand(shape), y[i][:, None].expand(shape)], dim=2)
+            # Every row is a sample of its own: F.grid_sample spreads samples over threads.
+            rows = roi_masks[i].expand(shape[0], 1, -1, -1)
+            with torch.autocast(roi_masks.device.type, enabled=False):
+                sampled = F.grid_sample(rows, grid[:, None], align_corners=False)
+            return sampled[:, 0, 0] >= threshold
+
+        slices = [(slice(r[1], r[3]), slice(r[0], r[2])) for r in regions.tolist()]
+        return cls(slices, sample, image_size, roi_masks.device)
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    def __getitem__(self, index: int) -> Tuple[torch.Tensor, Region]:
+        return self._make(index), self.regions[index]
+
+    def select(self, indices: Sequence[int]) -> "BoxedMasks":
+        """
+        The masks of some instances.
+
+        Args:
+            indices: whole numbers in [0, N), as a list or a tensor.
+        """
+        chosen = [int(i) for i in indices]
+        regions = [self.regions[i] for i in chosen]
+        return BoxedMasks(regions, lambda i: self._make(chosen[i]), self.image_size, self.device)
+
+    def cached(self) -> "BoxedMasks":
+        """
+        The same masks, each made once, for who looks at them several times.
+        """
+        masks = [self._make(i) for i in range(len(self))]
+        return BoxedMasks(self.regions, masks.__getitem__, self.image_size, self.device)
+
+    def full(self) -> torch.Tensor:
+        """
+        Returns:
+            (N, H, W) bool, as Detectron2's evaluators want them.
+        """
+        full = torch.zeros((len(self), *self.image_size), dtype=torch.bool, device=self.device)
+        for i, region in enumerate(self.regions):
+            full[i][region] = self._make(i)
+        return full
+
+
+def mask_extents(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        masks: (N, h, w) bool.
+
+    Returns:
+        (N, 4) int64, XYXY of the smallest box around each mask. The box around an empty mask is
+        the whole grid.
+    """
+    ones = masks.to(torch.uint8)  # PyTorch finds its maximum ten times as fast as any() of a bool
+    edges = []
+    for occupied in (ones.amax(1), ones.amax(2)):  # (N, w), (N, h)
+        edges.append((occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)))
+    (left, right), (top, bottom) = edges
+    return torch.stack([left, top, right, bottom], dim=1)
+
+
+def _regions_of_roi_masks(
+    roi_masks: torch.Tensor, boxes: torch.Tensor, image_size: Tuple[int, int], threshold: float
+) -> np.ndarray:
+    height, width = image_size
+    size = boxes.new_tensor([width, height])
+    box_first, box_last = boxes[:, :2], boxes[:, 2:]
+    # A cell of the prediction reaches to the centres of its neighbours, so what lies between cells
+    # below the threshold is below it too. The factor leaves room for rounding.
+    extents = mask_extents(roi_masks >= 0.9999 * threshold).to(boxes)
+    cell = (box_last - box_first) / roi_masks.shape[-1]
+    first = box_first + cell * (extents[:, :2] - 0.5)
+    last = box_first + cell * (extents[:, 2:] + 0.5)
+    # Detectron2 samples one pixel around the box too.
+    first = (first.maximum(box_first).floor() - 1).clamp(min=0)
+    last = (last.minimum(box_last).ceil() + 1).minimum(size).maximum(first)
+    # The host waits for the device here, once for all instances.
+    return torch.cat([first, last], dim=1).long().cpu().numpy().reshape(-1, 4)
+
+
+def _relative_centers(regions: np.ndarray, boxes: torch.Tensor, axis: int) -> List[torch.Tensor]:
+    """
+    The centres of the pixels of every region along one axis, relative to the boxes: -1 to 1 from
+    edge to edge, as F.grid_sample wants them. All regions are computed together, because a call for
+    each would take longer than the computation.
+    """
+    sizes = regions[:, axis + 2] - regions[:, axis]
+    owner = np.repeat(np.arange(len(regions)), sizes)
+    pixel = np.arange(len(owner)) - (sizes.cumsum() - sizes - regions[:, axis])[owner]
+    of_instance, of_pixel = (torch.from_numpy(x).to(boxes.device) for x in (owner, pixel))
+    first, last = (boxes[:, i][of_instance] for i in (axis, axis + 2))
+    centers = (of_pixel.float() + 0.5 - first) / (last - first) * 2 - 1
+    return list(centers.split(sizes.tolist()))

@@ -1,0 +1,149 @@
+"""
+Instances against the panoptic ground truth: which segment each instance is, and who is visible where
+two instances overlap.
+"""
+
+from typing import Dict, List, Union
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from .masks import BoxedMasks, Region
+from .ranking import order_from_margins
+
+__all__ = ["match_to_segments", "oracle_order", "visible_margins"]
+
+# (N, h, w) bool suits the small grids of training, on any device. Boxed masks suit full images.
+Masks = Union[BoxedMasks, torch.Tensor]
+
+
+def match_to_segments(
+    masks: Masks, classes: torch.Tensor, ids: torch.Tensor, segments_info: List[Dict]
+) -> torch.Tensor:
+    """
+    Assign instances to ground-truth segments of their class, one to one, so that the sum of the IoUs
+    is greatest. (One to one matters: the whole silhouette of a person in the background may overlap
+    the person in front more than its own visible rest.)
+
+    A crowd stands for any number of instances: an instance without a segment belongs to a crowd of
+    its class if more than half of its pixels show that crowd, as panopticapi decides it.
+
+    Args:
+        masks: N masks, as (N, H, W) bool or boxed.
+        classes: (N,) int64, contiguous thing classes.
+        ids: (H, W) integer, ground-truth segment ids.
+        segments_info: the ground truth's segments, "category_id" contiguous.
+
+    Returns:
+        (N,) int64 on ids' device: the id of the matched segment, -1 for an instance without one.
+    """
+    things = [s for s in segments_info if s["isthing"]]
+    segment_ids = torch.tensor([s["id"] for s in things], dtype=torch.int64)
+    same_class = classes.cpu()[:, None] == torch.tensor([s["category_id"] for s in things])
+    crowd = torch.tensor([bool(s.get("iscrowd", 0)) for s in things], dtype=torch.bool)
+    areas, segment_areas, inside = _count(masks, ids, segment_ids)
+    inside = inside * same_class
+    iou = inside / (areas[:, None] + segment_areas - inside).clamp(min=1) * ~crowd
+    matched = torch.full((len(masks),), -1, dtype=torch.int64)
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(iou.numpy(), maximize=True))
+    found = iou[rows, columns] > 0
+    matched[rows[found]] = segment_ids[columns[found]]
+    if crowd.any():
+        share, best = (inside * crowd / areas.clamp(min=1)[:, None]).max(dim=1)
+        in_crowd = (matched < 0) & (share > 0.5)
+        matched[in_crowd] = segment_ids[best[in_crowd]]
+    return matched.to(ids.device)
+
+
+def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """
+    Who is visible where two instances meet, by the ground truth. An instance without a segment is
+    visible nowhere.
+
+    Args:
+        masks: N masks, as (N, H, W) bool or boxed.
+        matched: (N,) int64 from :func:`match_to_segments`.
+        ids: (H, W) integer, ground-truth segment ids.
+
+    Returns:
+        (N, N) antisymmetric float on ids' device: the pixels of the overlap of a and b that show a,
+        minus those that show b.
+    """
+    if isinstance(masks, BoxedMasks):
+        shown = torch.zeros(len(masks), len(masks))
+        boxed = [masks[n] for n in range(len(masks))]
+        own = [(ids[region] == i) & mask for (mask, region), i in zip(boxed, matched.tolist())]
+        for a, b, in_a, in_b in _overlapping_regions(masks.regions):
+            shown[a, b] = (own[a][in_a] & boxed[b][0][in_b]).count_nonzero()
+            shown[b, a] = (own[b][in_b] & boxed[a][0][in_a]).count_nonzero()
+        return (shown - shown.t()).to(ids.device)
+    m = masks.flatten(1)
+    own = m & (ids.flatten() == matched[:, None])
+    # Counts are exact in single precision up to 2**24, far beyond a grid, but not in half precision.
+    with torch.autocast(m.device.type, enabled=False):
+        shown = own.float() @ m.float().t()
+    return shown - shown.t()
+
+
+def oracle_order(
+    masks: Masks,
+    scores: torch.Tensor,
+    classes: torch.Tensor,
+    ids: torch.Tensor,
+    segments_info: List[Dict],
+) -> torch.Tensor:
+    """
+    The painting order that the ground truth gives, an upper bound for any rule. Of two overlapping
+    instances, the one whose segment owns more of the overlap goes first. The detection score decides
+    where neither owns any.
+
+    Args:
+        masks: N masks at the resolution of the ground truth. The masks of instances that will not
+            be painted should be empty, or these instances take the matches of others.
+        scores: (N,) float.
+        classes, ids, segments_info: see :func:`match_to_segments`.
+
+    Returns:
+        (N,) int64: a permutation, first painted first.
+    """
+    matched = match_to_segments(masks, classes, ids, segments_info)
+    return order_from_margins(visible_margins(masks, matched, ids).to(scores.device), scores)
+
+
+def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
+    """
+    Returns:
+        pixels of every mask (N,), of every segment (S,), and of both (N, S), as floats on the CPU.
+    """
+    if not isinstance(masks, BoxedMasks):
+        with torch.autocast(masks.device.type, enabled=False):
+            m = masks.flatten(1).float()
+            segments = (ids.flatten() == segment_ids.to(ids.device)[:, None]).float()
+            return m.sum(1).cpu(), segments.sum(1).cpu(), (m @ segments.t()).cpu()
+    position = {i: k for k, i in enumerate(segment_ids.tolist())}
+    areas, shared = torch.zeros(len(masks)), torch.zeros(len(masks), len(position))
+    for n in range(len(masks)):
+        mask, region = masks[n]
+        areas[n] = mask.count_nonzero()
+        found, counts = ids[region][mask].unique(return_counts=True)
+        for i, count in zip(found.tolist(), counts.tolist()):
+            if i in position:
+                shared[n, position[i]] = count
+    return areas, torch.tensor([float((ids == i).sum()) for i in position]), shared
+
+
+def _overlapping_regions(regions: List[Region]):
+    """
+    Yields:
+        two instances a < b whose regions overlap, and the overlap relative to each region.
+    """
+    for b, (rows_b, columns_b) in enumerate(regions):
+        for a, (rows_a, columns_a) in enumerate(regions[:b]):
+            top, bottom = max(rows_a.start, rows_b.start), min(rows_a.stop, rows_b.stop)
+            left, right = max(columns_a.start, columns_b.start), min(columns_a.stop, columns_b.stop)
+            if top < bottom and left < right:
+                in_a, in_b = (
+                    (slice(top - r.start, bottom - r.start), slice(left - c.start, right - c.start))
+                    for r, c in ((rows_a, columns_a), (rows_b, columns_b))
+                )
+                yield a, b, in_a, in_b

@@ -1,0 +1,207 @@
+"""
+Rules that order instances for painting. A rule takes :class:`OrderInputs` and returns a permutation.
+The first instance of the order is painted first and so lies on top, because painting never overwrites
+(:func:`oanet_d2.painting.fusion.combine`).
+
+`MODEL.OANET.ORDER` is the name of a registered rule.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+from fvcore.common.registry import Registry
+
+__all__ = [
+    "RANKING_RULE_REGISTRY",
+    "OrderInputs",
+    "mean_scores",
+    "order_from_margins",
+    "overlap_margins",
+]
+
+RANKING_RULE_REGISTRY = Registry("RANKING_RULE")
+RANKING_RULE_REGISTRY.__doc__ = """
+Registry of ranking rules. A rule is called with the :class:`OrderInputs` of N instances and returns
+an int64 tensor of shape (N,): a permutation of 0..N-1, first painted first.
+"""
+
+# Margins are compared as multiples of this, in integers. Their sums and differences are then exact,
+# so that the result does not depend on the order of additions.
+_MARGIN_QUANTUM = 2.0**-20
+
+
+@dataclass
+class OrderInputs:
+    """
+    What a ranking rule may look at, for the N instances of one image.
+
+    Attributes:
+        scores: (N,) float, detection scores.
+        classes: (N,) int64, thing classes in [0, C).
+        masks: (N, h, w) bool, the instances on the grid of the score map. The mask of an instance
+            that will not be painted is empty.
+        score_map: (C, h, w) float in [0, 1], the spatial ranking score map S, or None.
+        pair_margins: (N, N) antisymmetric float, in cells: how strongly a comparison of pairs puts
+            a before b. None without such a comparison.
+    """
+
+    scores: torch.Tensor
+    classes: torch.Tensor
+    masks: torch.Tensor
+    score_map: Optional[torch.Tensor] = None
+    pair_margins: Optional[torch.Tensor] = None
+
+    def __getitem__(self, indices: torch.Tensor) -> "OrderInputs":
+        margins = self.pair_margins
+        return OrderInputs(
+            self.scores[indices],
+            self.classes[indices],
+            self.masks[indices],
+            self.score_map,
+            None if margins is None else margins[indices][:, indices],
+        )
+
+    def order(self, rule: str) -> torch.Tensor:
+        """
+        Returns:
+            (N,) int64, the painting order by the registered rule of this name.
+        """
+        # A rule sums over many cells, which half precision cannot do.
+        with torch.autocast(self.scores.device.type, enabled=False):
+            return RANKING_RULE_REGISTRY.get(rule)(self)
+
+
+@RANKING_RULE_REGISTRY.register()
+def score(inputs: OrderInputs) -> torch.Tensor:
+    """
+    The more confident instance first, as in Panoptic FPN. It is written as Detectron2 writes it, so
+    that equal scores fall the same way.
+    """
+    return torch.argsort(-inputs.scores)
+
+
+@RANKING_RULE_REGISTRY.register()
+def srm_mean(inputs: OrderInputs) -> torch.Tensor:
+    """
+    The paper's rule: by the mean ranking score of Eq. 3, highest first. The detection score decides
+    between equal means.
+    """
+    by_score = score(inputs)
+    means = mean_scores(_score_map(inputs), inputs.masks, inputs.classes)
+    return by_score[torch.argsort(-means[by_score], stable=True)]
+
+
+@RANKING_RULE_REGISTRY.register()
+def srm_overlap(inputs: OrderInputs) -> torch.Tensor:
+    """
+    By who wins inside each overlap on the score map. The mean of Eq. 3 dilutes: most pixels of a
+    person are uncontested and score near 1, so the tie on it loses although it wins wherever the
+    two meet.
+    """
+    margins = overlap_margins(_score_map(inputs), inputs.masks, inputs.classes)
+    return order_from_margins(margins, inputs.scores)
+
+
+@RANKING_RULE_REGISTRY.register()
+def srm_pairs(inputs: OrderInputs) -> torch.Tensor:
+    """
+    By what :class:`PairwiseRankingHead` says about every two instances that overlap.
+
+    Raises:
+        ValueError: the model does not compare pairs.
+    """
+    if inputs.pair_margins is None:
+        raise ValueError(
+            "The order 'srm_pairs' needs a ranking head that compares pairs; set "
+            "MODEL.SRM_HEAD.NAME to 'PairwiseRankingHead'."
+        )
+    return order_from_margins(inputs.pair_margins, inputs.scores)
+
+
+def _score_map(inputs: OrderInputs) -> torch.Tensor:
+    if inputs.score_map is None:
+        raise ValueError(
+            "This order needs the score map, which the model was not asked for. Name the order in "
+            "MODEL.OANET.ORDER or TEST.ORDERS."
+        )
+    return inputs.score_map
+
+
+def mean_scores(
+    score_map: torch.Tensor, masks: torch.Tensor, classes: torch.Tensor
+) -> torch.Tensor:
+    """
+    The ranking score of every instance is the mean of its class's channel over its pixels:
+
+        P = sum_ij S[cls, i, j] * m[i, j] / sum_ij m[i, j]          (paper, Eq. 3)
+
+    The printed Eq. 4 has m = 0 inside the instance and 1 outside. Its text, "the average score over
+    the instance", needs m = 1 inside and 0 outside, which is what this function computes.
+
+    Args:
+        score_map: (C, h, w) float.
+        masks: (N, h, w) bool.
+        classes: (N,) int64 in [0, C).
+
+    Returns:
+        (N,) tensor of score_map's dtype. It is 0 for an instance without a pixel.
+    """
+    m = masks.to(score_map.dtype)
+    total = (score_map[classes] * m).flatten(1).sum(1)
+    return total / m.flatten(1).sum(1).clamp(min=1)
+
+
+def overlap_margins(
+    score_map: torch.Tensor, masks: torch.Tensor, classes: torch.Tensor
+) -> torch.Tensor:
+    """
+    By how much instance a beats instance b where both have pixels:
+
+        margin[a, b] = sum_ij (S[cls_a, i, j] - S[cls_b, i, j]) * m_a[i, j] * m_b[i, j]
+
+    Two instances of one class share a channel of S, so their margin is 0.
+
+    Args:
+        score_map: (C, h, w) float.
+        masks: (N, h, w) bool.
+        classes: (N,) int64 in [0, C).
+
+    Returns:
+        (N, N) antisymmetric tensor of score_map's dtype, in cells.
+    """
+    m = masks.flatten(1).to(score_map.dtype)
+    own_class = (score_map[classes].flatten(1) * m) @ m.t()  # [a, b]: S[cls_a] over a and b
+    margins = own_class - own_class.t()
+    return margins.masked_fill(classes[:, None] == classes[None, :], 0)
+
+
+def order_from_margins(margins: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """
+    Turn pairwise comparisons into an order. Repeatedly take the instance whose lost margins against
+    the instances left have the smallest sum. Among equals, take the highest detection score.
+
+    Without a contradiction among the comparisons, some instance loses to nobody left, and the result
+    agrees with every comparison (a topological order). On a cycle the instance that loses by the
+    least goes first. The cost is O(N^2).
+
+    Args:
+        margins: (N, N) antisymmetric float; margins[a, b] > 0 means that a goes before b.
+        scores: (N,) float, detection scores.
+
+    Returns:
+        (N,) int64 on scores' device, a permutation of 0..N-1.
+    """
+    by_score = torch.argsort(-scores)
+    quanta = (-margins).clamp(min=0)[by_score][:, by_score].cpu().double() / _MARGIN_QUANTUM
+    lost = quanta.round().long().numpy()
+    against = lost.sum(axis=1)
+    order = np.empty(len(lost), dtype=np.int64)
+    for position in range(len(lost)):
+        best = int(against.argmin())  # the first minimum: the highest score among equals
+        order[position] = best
+        against -= lost[:, best]
+        against[best] = np.iinfo(np.int64).max
+        lost[best] = 0  # so that later subtractions leave `against[best]` alone
+    return by_score[torch.from_numpy(order).to(by_score.device)]
