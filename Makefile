@@ -53,9 +53,10 @@ ifneq ($(VENV),none)
 $(STAMP): requirements/lock.txt requirements/detectron2.txt
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 13) or sys.exit("Python 3.10 to 3.12 \
 	is needed, this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11 ...")'
-	@test ! -e $(VENV) -o -e $(VENV)/first.txt || { echo "$(VENV) was not made by this Makefile: remove it, \
-	or name another place with VENV=DIR" >&2; exit 1; }
-	rm -rf $(VENV) && mkdir -p $(VENV)
+	@test ! -e $(VENV) || ls -A $(VENV) | grep -qE '^\.(unfinished|stamp-)' || { \
+	echo "$(VENV) was not made by this Makefile: remove it, or name another place with VENV=DIR" >&2; exit 1; }
+	mkdir -p $(VENV) && touch $(VENV)/.unfinished
+	find $(VENV) -mindepth 1 ! -name .unfinished -delete
 	sed -nE '/^(pip|setuptools)==/,/[^\\]$$/p' requirements/lock.txt > $(VENV)/first.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --require-hashes -r $(VENV)/first.txt
@@ -69,5 +70,5 @@ else
 endif
 	$(PIP) --no-deps --no-build-isolation --editable .
 	$(PY) -c "import cv2, panopticapi, torchvision; from detectron2 import model_zoo"
-	touch $@
+	mv $(VENV)/.unfinished $@
 endif
