@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 
-from oanet_d2 import add_oanet_config, complete_config, register_panoptic
+import oanet_d2
+from oanet_d2 import complete_config, register_panoptic
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
-from oanet_d2.modeling.candidates import Candidates, relative_boxes
+from oanet_d2.modeling.grid import GridInstances, relative_boxes
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -33,10 +33,8 @@ settings.load_profile("oanet_d2")
 
 def load_config(path, *opts):
     """A config of this project, on the CPU and without weights to download."""
-    cfg = get_cfg()
-    add_oanet_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / path))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts]
+    cfg = oanet_d2.load_config(CONFIGS / path, opts)
     complete_config(cfg)
     return cfg
 
@@ -86,7 +84,7 @@ def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
         stuff: stuff class behind the things, counted from 1, or None for void.
     """
     generator = torch.Generator().manual_seed(seed)
-    category = torch.full(size, 255 if stuff is None else num_things + stuff - 1)
+    category = torch.full(size, -1 if stuff is None else num_things + stuff - 1)
     for (x0, y0, x1, y1), c in zip(boxes, classes):
         category[y0:y1, x0:x1] = c
     segments = [thing(i, c) for i, c in enumerate(classes, start=1)]
@@ -103,7 +101,7 @@ def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
         "instances": make_instances(size, boxes, classes),
         "panoptic_seg": (index, segments),
         "panoptic_category": category,
-        "sem_seg": category,
+        "sem_seg": category.where(category >= 0, torch.tensor(255)),
     }
 
 
@@ -118,9 +116,9 @@ def box_mask(x0, y0, x1, y1, size=(10, 12)):
     return mask
 
 
-def make_candidates(masks, classes, scores=None):
+def make_grid_instances(masks, classes, scores=None):
     """
-    Candidates with the given masks; their boxes are the masks' extents.
+    Instances with the given masks; their boxes are the masks' extents.
 
     Args:
         masks: (N, h, w) bool.
@@ -128,7 +126,7 @@ def make_candidates(masks, classes, scores=None):
     """
     if scores is None:
         scores = [0.9 - 0.1 * i for i in range(len(classes))]
-    return Candidates(
+    return GridInstances(
         masks,
         torch.as_tensor(classes, dtype=torch.int64),
         torch.as_tensor(scores, dtype=torch.float32),
