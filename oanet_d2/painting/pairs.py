@@ -160,8 +160,9 @@ def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     cells = pairs.masks.nonzero()[:, 1].split(pairs.areas.long().tolist())
     others = pairs.b.split(torch.bincount(pairs.a, minlength=len(cells)).tolist())
     for own, b in zip(cells, others):
-        whole.append(by_cell[own].sum(0, keepdim=True))
-        in_overlap.append(pairs.masks[b[:, None], own] @ by_cell[own])
+        rows = by_cell[own]
+        whole.append(rows.sum(0, keepdim=True))
+        in_overlap.append(pairs.masks[b][:, own] @ rows)
     totals = torch.cat(whole)
     sums = torch.stack([totals[pairs.a], totals[pairs.b]])
     return torch.stack(pairs.mean_over_parts(sums, torch.cat(in_overlap)), dim=1)
