@@ -102,7 +102,7 @@ def geometry_evidence(
     sizes = boxes[:, 2:] - boxes[:, :2]
     size = (pairs.areas / (height * width)).sqrt()
     instances = torch.cat([boxes, sizes, size[:, None], scores[:, None]], dim=1)
-    overlap = (pairs.cells / height).sqrt()
+    overlap = (pairs.cells / (height * width)).sqrt()
     same = (classes[pairs.a] == classes[pairs.b]).float()
 
     def seen_from(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
