@@ -4,24 +4,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detectron2.layers import paste_masks_in_image
+from detectron2.structures import BitMasks
 
-from oanet_d2.modeling.instance_masks import BoxedMasks
+from oanet_d2.painting.masks import BoxedMasks, mask_extents
+from tests.conftest import box_mask
 
-HEIGHT, WIDTH = 50, 70
+SIZE = HEIGHT, WIDTH = 50, 70
 
 
 @st.composite
-def instances(draw):
-    """Masks in boxes of any size, at the border and across it, with empty and full masks."""
+def roi_predictions(draw):
+    """Masks in boxes of any size, also at the border, with empty and full masks."""
     n = draw(st.integers(0, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     centre = torch.rand(n, 2, generator=generator) * torch.tensor([WIDTH, HEIGHT])
     size = torch.rand(n, 2, generator=generator) * draw(st.sampled_from([2.0, 30.0, 150.0])) + 0.01
     boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-    limit = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT], dtype=torch.float32)
     if draw(st.booleans()):
         boxes = boxes.round()
-    boxes = boxes.clamp(min=0).minimum(limit)
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]))
     boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
     side = draw(st.sampled_from([1, 4, 28]))
     masks = torch.rand(len(boxes), side, side, generator=generator)
@@ -37,25 +38,25 @@ def instances(draw):
     return masks, boxes, draw(st.sampled_from([0.5, 0.3, 0.8]))
 
 
-@settings(max_examples=400, deadline=None)
-@given(instances())
-def test_equals_detectron2_pixel_for_pixel(given_instances):
-    roi_masks, boxes, threshold = given_instances
-    expected = paste_masks_in_image(roi_masks, boxes, (HEIGHT, WIDTH), threshold)
-    masks = BoxedMasks(roi_masks, boxes, (HEIGHT, WIDTH), threshold)
-    assert len(masks) == len(boxes)
+@settings(max_examples=300)
+@given(roi_predictions())
+def test_pasted_masks_equal_detectron2_pixel_for_pixel(prediction):
+    roi_masks, boxes, threshold = prediction
+    expected = paste_masks_in_image(roi_masks, boxes, SIZE, threshold)
+    masks = BoxedMasks.paste(roi_masks, boxes, SIZE, threshold)
+    assert len(masks) == len(boxes) and masks.image_size == SIZE
     full = masks.full()
     assert full.dtype == torch.bool
     assert torch.equal(full, expected.reshape(full.shape))
-    for index in range(len(masks)):
-        mask, region = masks[index]
-        assert torch.equal(mask, expected[index][region])
+    for i in range(len(masks)):
+        mask, region = masks[i]
+        assert torch.equal(mask, expected[i][region])
 
 
-def test_only_where_the_mask_can_be():
+def test_a_region_is_where_the_mask_can_be():
     roi_masks = torch.zeros(1, 28, 28)
     roi_masks[0, 14:18, 7:14] = 1
-    masks = BoxedMasks(roi_masks, torch.tensor([[100.0, 200.0, 380.0, 480.0]]), (600, 600))
+    masks = BoxedMasks.paste(roi_masks, torch.tensor([[100.0, 200.0, 380.0, 480.0]]), (600, 600))
     mask, (rows, columns) = masks[0]
     # ten pixels a cell; half a cell on each side, and one pixel more
     assert (rows, columns) == (slice(334, 386), slice(164, 246))
@@ -63,8 +64,62 @@ def test_only_where_the_mask_can_be():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
-    roi_masks = torch.rand(2, 28, 28).to(dtype)
-    boxes = torch.tensor([[3.0, 4.0, 30.0, 40.0], [10.0, 20.0, 60.0, 50.0]])
-    expected = paste_masks_in_image(roi_masks.float(), boxes, (HEIGHT, WIDTH))
-    assert torch.equal(BoxedMasks(roi_masks, boxes, (HEIGHT, WIDTH)).full(), expected)
+def test_half_precision_is_pasted_in_float(dtype):
+    """Neither the network's half precision nor autocast may round the coordinates of pixels."""
+    generator = torch.Generator().manual_seed(0)
+    size = 700, 900
+    roi_masks = torch.rand(2, 28, 28, generator=generator).to(dtype)
+    boxes = torch.tensor([[3.0, 4.0, 300.0, 400.0], [500.3, 20.7, 880.1, 690.9]]).to(dtype)
+    expected = paste_masks_in_image(roi_masks.float(), boxes.float(), size)
+    assert torch.equal(BoxedMasks.paste(roi_masks, boxes, size).full(), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(BoxedMasks.paste(roi_masks, boxes, size).full(), expected)
+        pasted = BoxedMasks.paste(roi_masks.float(), boxes.float(), size)
+    assert torch.equal(pasted.full(), expected)
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(0, 5))
+def test_extents_equal_detectron2(seed, n):
+    masks = torch.rand(n, 5, 6, generator=torch.Generator().manual_seed(seed)) < 0.1
+    expected = BitMasks(masks).get_bounding_boxes().tensor.long()
+    expected[~masks.flatten(1).any(1)] = torch.tensor([0, 0, 6, 5])
+    assert torch.equal(mask_extents(masks), expected)
+
+
+def test_masks_of_another_program():
+    full = torch.stack([box_mask(2, 3, 7, 9), box_mask(0, 0, 0, 0), box_mask(0, 0, 12, 10)])
+    full[0, 3, 2] = False
+    masks = BoxedMasks.from_masks(full)
+    assert masks.image_size == (10, 12)
+    assert masks[0][1] == (slice(3, 9), slice(2, 7)) and torch.equal(masks[0][0], full[0, 3:9, 2:7])
+    assert torch.equal(masks.full(), full)
+    assert torch.equal(BoxedMasks.from_masks(full.to(torch.uint8)).full(), full)
+    none = BoxedMasks.from_masks(full[:0])
+    assert len(none) == 0 and none.full().shape == (0, 10, 12)
+
+
+@given(roi_predictions(), st.data())
+def test_some_of_them_cached_or_not(prediction, data):
+    masks = BoxedMasks.paste(*prediction[:2], SIZE, prediction[2])
+    full = masks.full()
+    chosen = data.draw(st.lists(st.integers(0, len(masks) - 1))) if len(masks) else []
+    indices = torch.tensor(chosen, dtype=torch.int64)
+    for some in (masks.select(chosen), masks.select(indices), masks.cached().select(chosen)):
+        assert torch.equal(some.full(), full[indices]) and some.image_size == SIZE
+    twice = masks.select(chosen).select(range(len(chosen))[::-1])
+    assert torch.equal(twice.full(), full[indices.flip(0)])
+    assert torch.equal(BoxedMasks.from_masks(full).full(), full)
+
+
+def test_a_cached_mask_is_made_once():
+    made = []
+
+    def make(i):
+        made.append(i)
+        return torch.ones(2, 2, dtype=torch.bool)
+
+    region = (slice(0, 2), slice(0, 2))
+    cached = BoxedMasks([region, region], make, (4, 4), torch.device("cpu")).cached()
+    for _ in range(3):
+        assert cached[1][0].all() and cached.full().sum() == 8
+    assert made == [0, 1]

@@ -5,38 +5,63 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from oanet_d2.modeling.matching import match_to_segments, visible_margins
+from oanet_d2.painting import BoxedMasks
+from oanet_d2.painting.matching import match_to_segments, oracle_order, visible_margins
 from tests.conftest import box_mask, random_scene, thing
 
 PERSON, TIE, CAR = 0, 1, 2
+seeds = st.integers(0, 2**31 - 1)
 
 
-def test_two_of_a_class_are_matched_one_to_one():
+@pytest.fixture(params=["full", "boxed"])
+def compare(request):
+    """The matches and margins of masks, full or boxed, as lists."""
+
+    def compare(masks, classes, ids, segments):
+        masks = torch.stack(masks)
+        if request.param == "boxed":
+            masks = BoxedMasks.from_masks(masks)
+        matched = match_to_segments(masks, torch.tensor(classes), ids, segments)
+        assert matched.dtype == torch.int64
+        return matched.tolist(), visible_margins(masks, matched, ids).tolist()
+
+    return compare
+
+
+def crowd(i, c):
+    return thing(i, c, iscrowd=1)
+
+
+def test_two_of_a_class_are_matched_one_to_one(compare):
     """
     The person behind shows a narrow strip. Its whole silhouette overlaps the person in front more
     than that strip, but the person in front is taken by its own prediction.
     """
     front, behind = box_mask(4, 0, 12, 10), box_mask(0, 0, 9, 10)
     ids = torch.where(front, 1, torch.where(behind, 2, 0))
-    masks, classes = torch.stack([behind, front]), torch.tensor([PERSON, PERSON])
     segments = [thing(1, PERSON), thing(2, PERSON)]
-    matched = match_to_segments(masks, classes, ids, segments)
-    assert matched.tolist() == [2, 1] and matched.dtype == torch.int64
     # 5 columns of 10 pixels are shared, and show the front
-    assert visible_margins(masks, classes, ids, segments).tolist() == [[0, -50], [50, 0]]
+    expected = [2, 1], [[0, -50], [50, 0]]
+    assert compare([behind, front], [PERSON, PERSON], ids, segments) == expected
 
 
-def test_visible_margins_by_hand():
+def test_visible_margins_by_hand(compare):
     """The overlap of person and tie shows both: 6 pixels of the tie, 2 of the person."""
     person, tie = box_mask(0, 0, 6, 6), box_mask(2, 2, 6, 4)
     ids = torch.where(person, 7, 0)
     ids[2:4, 2:5] = 300
     ids[9, 0:6] = 9  # a third segment, which touches nobody
-    masks, classes = torch.stack([person, tie, box_mask(0, 9, 6, 10)]), torch.tensor([0, 1, 0])
     segments = [thing(300, TIE), thing(9, PERSON), thing(7, PERSON)]
-    margins = visible_margins(masks, classes, ids, segments)
-    assert margins.tolist() == [[0, -4, 0], [4, 0, 0], [0, 0, 0]]
+    _, margins = compare([person, tie, box_mask(0, 9, 6, 10)], [0, 1, 0], ids, segments)
+    assert margins == [[0, -4, 0], [4, 0, 0], [0, 0, 0]]
+
+
+def test_a_duplicate_is_visible_nowhere(compare):
+    car = box_mask(0, 0, 8, 8)
+    found = compare([box_mask(0, 0, 8, 6), car], [CAR, CAR], car.long(), [thing(1, CAR)])
+    assert found == ([-1, 1], [[0, -48], [48, 0]])
 
 
 @pytest.mark.parametrize(
@@ -44,43 +69,59 @@ def test_visible_margins_by_hand():
     [
         (thing(3, CAR), 3),
         (thing(3, CAR, iscrowd=0), 3),
-        (thing(3, CAR, iscrowd=1), -1),
+        (crowd(3, CAR), 3),
         ({**thing(3, CAR), "isthing": False}, -1),
         (thing(3, PERSON), -1),
+        (crowd(3, PERSON), -1),
     ],
-    ids=["thing", "not a crowd", "crowd", "stuff", "another class"],
+    ids=["thing", "not a crowd", "crowd", "stuff", "another class", "crowd of another class"],
 )
-def test_what_can_be_matched(segment, expected):
+def test_what_can_be_matched(segment, expected, compare):
     car = box_mask(0, 0, 8, 8)
-    matched = match_to_segments(car[None], torch.tensor([CAR]), torch.where(car, 3, 0), [segment])
-    assert matched.tolist() == [expected]
+    assert compare([car], [CAR], torch.where(car, 3, 0), [segment])[0] == [expected]
 
 
-def test_a_segment_beside_the_instance_does_not_match():
-    ids = torch.where(box_mask(8, 0, 12, 10), 1, 0)
-    masks, classes = box_mask(0, 0, 8, 10)[None], torch.tensor([CAR])
-    assert match_to_segments(masks, classes, ids, [thing(1, CAR)]).tolist() == [-1]
+def test_a_person_of_a_crowd_before_a_chair(compare):
+    """Of the 50 pixels that both have, 30 show the crowd and 20 the chair behind it."""
+    chair, size = 56, (10, 10)
+    ids = torch.where(box_mask(0, 0, 6, 10, size), 1, 2)
+    masks = [box_mask(0, 0, 8, 10, size), box_mask(3, 0, 10, 10, size)]
+    found = compare(masks, [PERSON, chair], ids, [crowd(1, PERSON), thing(2, chair)])
+    assert found == ([1, 2], [[0, 10], [-10, 0]])
 
 
-def test_a_duplicate_is_visible_nowhere():
-    car = box_mask(0, 0, 8, 8)
-    masks = torch.stack([box_mask(0, 0, 8, 6), car])
-    margins = visible_margins(masks, torch.tensor([CAR, CAR]), car.long(), [thing(1, CAR)])
-    assert margins.tolist() == [[0, -48], [48, 0]]
+def test_a_crowd_takes_any_number_but_only_who_is_mostly_in_it(compare):
+    """Two crowds of persons, and a person with a segment in the midst of the first."""
+    ids = torch.zeros(10, 12, dtype=torch.int64)
+    ids[:5], ids[5:, 6:], ids[0:2, 0:4] = 1, 2, 3
+    masks, expected = zip(
+        (box_mask(0, 0, 4, 5), 3),  # 12 of its 20 pixels show the crowd, but it has a segment
+        (box_mask(5, 0, 9, 5), 1),
+        (box_mask(6, 1, 9, 6), 1),
+        (box_mask(6, 3, 12, 10), 2),  # in both, more in the second
+        (box_mask(0, 3, 4, 7), -1),  # exactly half
+        (box_mask(0, 2, 4, 7), 1),
+        (box_mask(0, 0, 0, 0), -1),  # empty
+    )
+    segments = [crowd(1, PERSON), crowd(2, PERSON), thing(3, PERSON)]
+    matched, margins = compare(list(masks), [PERSON] * 7, ids, segments)
+    assert matched == list(expected)
+    assert margins[1][2] == 0  # of two in one crowd neither is in front
+    assert margins[0][5] == -12  # the segment shows no pixel there
 
 
 @pytest.mark.parametrize("n, segments", [(0, []), (0, [thing(1, CAR)]), (2, [])])
 def test_nothing_to_match(n, segments):
     masks = box_mask(0, 0, 8, 8).expand(n, -1, -1)
-    classes = torch.full((n,), CAR)
     ids = torch.ones(10, 12, dtype=torch.int64)
-    assert match_to_segments(masks, classes, ids, segments).tolist() == [-1] * n
-    assert torch.equal(visible_margins(masks, classes, ids, segments), torch.zeros(n, n))
+    for form in (masks, BoxedMasks.from_masks(masks)):
+        matched = match_to_segments(form, torch.full((n,), CAR), ids, segments)
+        assert matched.tolist() == [-1] * n
+        assert torch.equal(visible_margins(form, matched, ids), torch.zeros(n, n))
 
 
 def iou(a, b):
-    union = (a | b).sum().item()
-    return (a & b).sum().item() / union if union else 0.0
+    return (a & b).sum().item() / max((a | b).sum().item(), 1)
 
 
 def slow_total(masks, classes, ids, segments):
@@ -96,31 +137,91 @@ def slow_total(masks, classes, ids, segments):
     return total
 
 
-@given(st.integers(0, 2**31 - 1), st.integers(1, 5))
-def test_against_slow_reference(seed, n):
+@given(seeds, st.integers(1, 5), st.lists(st.booleans(), min_size=4, max_size=4))
+def test_against_slow_reference(seed, n, crowds):
     masks, classes, _, ids, segments = random_scene(seed, n)
+    for segment, is_crowd in zip(segments, crowds):
+        segment["iscrowd"] = int(is_crowd)
     matched = match_to_segments(masks, classes, ids, segments).tolist()
-    chosen = [s for s in matched if s != -1]
-    assert len(set(chosen)) == len(chosen)  # one to one
-    class_of = {s["id"]: s["category_id"] for s in segments}
-    assert all(s == -1 or class_of[s] == c for s, c in zip(matched, classes.tolist()))
-    total = sum(iou(m, ids == s) for m, s in zip(masks, matched) if s != -1)
-    assert np.isclose(total, slow_total(masks, classes.tolist(), ids, segments))
+    single = {s["id"]: s for s in segments if not s["iscrowd"]}
+    one_to_one = [(m, i) for m, i in zip(masks, matched) if i in single]
+    assert len({i for _, i in one_to_one}) == len(one_to_one)
+    total = sum(iou(m, ids == i) for m, i in one_to_one)
+    assert np.isclose(total, slow_total(masks, classes.tolist(), ids, single.values()))
+    for mask, c, i in zip(masks, classes.tolist(), matched):
+        of_class = [s["id"] for s in segments if s["category_id"] == c]
+        if i in single:
+            assert i in of_class and (mask & (ids == i)).any()
+        else:
+            crowd_ids = [k for k in of_class if k not in single]
+            mostly = [k for k in crowd_ids if (mask & (ids == k)).sum() > 0.5 * mask.sum()]
+            assert [i] == (mostly or [-1])
 
-    margins = visible_margins(masks, classes, ids, segments)
+    margins = visible_margins(masks, torch.tensor(matched), ids)
     for a, b in np.ndindex(n, n):
         shown = ids[masks[a] & masks[b]].tolist()
-        expected = sum((i == matched[a]) - (i == matched[b]) for i in shown)
-        assert margins[a, b] == expected
+        assert margins[a, b] == sum((i == matched[a]) - (i == matched[b]) for i in shown)
 
 
-def test_margins_are_exact_under_autocast():
-    """SOLVER.AMP: they are counts, and half precision cannot count."""
+def random_predictions(seed, n, size):
+    """n pasted masks, and a ground truth of patches of 5 x 5 pixels, a third of them crowds."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(n, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
+    boxes = corners * torch.tensor([size[1], size[0]] * 2)
+    masks = BoxedMasks.paste(torch.rand(n, 4, 4, generator=generator), boxes, size)
+    patches = torch.randint(7, [-(-length // 5) for length in size], generator=generator)
+    ids = patches.repeat_interleave(5, 0).repeat_interleave(5, 1)[: size[0], : size[1]]
+    segments = [thing(i, i % 2, iscrowd=int(i % 3 == 0)) for i in range(1, 7)]
+    classes, scores = torch.randint(2, (n,), generator=generator), torch.arange(n) / 100
+    return masks, scores, classes, ids, segments
+
+
+@given(seeds, st.integers(0, 7), st.sampled_from([(30, 40), (17, 90), (64, 5)]))
+def test_boxed_masks_are_counted_as_full_ones(seed, n, size):
+    boxed, scores, *truth = random_predictions(seed, n, size)
+    full = boxed.full()
+    matched = match_to_segments(full, *truth)
+    assert torch.equal(match_to_segments(boxed, *truth), matched)
+    margins = visible_margins(full, matched, truth[1])
+    assert torch.equal(visible_margins(boxed, matched, truth[1]), margins)
+    assert torch.equal(oracle_order(boxed, scores, *truth), oracle_order(full, scores, *truth))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_the_oracle_of_boxed_masks_does_not_hold_all_images_at_once():
+    arguments = random_predictions(0, 40, (100, 150))
+    with Largest() as largest:
+        oracle_order(*arguments)
+    assert largest.numel <= 2 * 100 * 150  # the two coordinates that a mask is sampled at
+
+
+def test_the_oracle_puts_what_is_shown_first_and_else_the_confident():
+    person, tie, car = box_mask(0, 0, 6, 6), box_mask(2, 2, 6, 4), box_mask(1, 1, 5, 5)
+    ids = torch.where(tie, 2, torch.where(person, 1, 0))  # there is no car
+    truth = torch.tensor([PERSON, TIE, CAR]), ids, [thing(1, PERSON), thing(2, TIE)]
+    for scores in itertools.permutations([0.9, 0.8, 0.7]):
+        order = oracle_order(torch.stack([person, tie, car]), torch.tensor(scores), *truth)
+        assert order.tolist() == [1, 0, 2]
+    apart = torch.stack([box_mask(x, 0, x + 2, 3) for x in (0, 4, 8)])
+    assert oracle_order(apart, torch.tensor([0.7, 0.9, 0.8]), *truth).tolist() == [1, 2, 0]
+
+
+def test_counts_are_exact_under_autocast(compare):
+    """SOLVER.AMP: half precision cannot count."""
     car, person = box_mask(0, 0, 60, 60, (70, 70)), box_mask(0, 0, 61, 50, (70, 70))
     ids = torch.where(person, 1, torch.where(car, 2, 0))
     ids[0, 0] = 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        margins = visible_margins(
-            torch.stack([car, person]), torch.tensor([CAR, PERSON]), ids, [thing(1, 0), thing(2, 2)]
-        )
-    assert margins.tolist() == [[0, -2998], [2998, 0]]
+        found = compare([car, person], [CAR, PERSON], ids, [thing(1, PERSON), thing(2, CAR)])
+    assert found == ([2, 1], [[0, -2998], [2998, 0]])

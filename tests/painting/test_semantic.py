@@ -4,10 +4,10 @@ from torch.nn import functional as F
 
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 
-from oanet_d2.modeling.semantic_labels import resized_semantic_labels, semantic_labels
+from oanet_d2.painting.semantic import resized_semantic_labels, semantic_labels
 
 
-def test_semantic_labels():
+def test_semantic_labels_by_hand():
     # pixels: thing best; stuff 2 best; thing best but stuff 1 the best stuff
     sem_seg = torch.tensor([[[5.0, 0.0, 3.0]], [[1.0, 1.0, 2.0]], [[2.0, 4.0, 1.0]]])
     assert semantic_labels(sem_seg, keep_things_free=True).tolist() == [[0, 2, 0]]
@@ -37,8 +37,7 @@ def test_the_first_of_equal_classes_wins_as_in_argmax():
 def test_equals_detectron2s_two_interpolations(
     cells, image_size, output_size, stride, keep_things_free
 ):
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(7, *cells, generator=generator)
+    scores = torch.randn(7, *cells, generator=torch.Generator().manual_seed(0))
     image_size = tuple(length * stride // 4 for length in image_size)
     up = F.interpolate(scores[None], scale_factor=stride, mode="bilinear", align_corners=False)[0]
     expected = sem_seg_postprocess(up, image_size, *output_size)
@@ -47,15 +46,12 @@ def test_equals_detectron2s_two_interpolations(
     wrong = labels != semantic_labels(expected, keep_things_free)
     assert wrong.float().mean() <= 0.001
     # and there only by rounding
-    considered = expected if keep_things_free else expected[1:]
-    best = considered.amax(dim=0)
-    chosen = expected.gather(0, labels[None])[0]
-    torch.testing.assert_close(chosen, best, rtol=0, atol=1e-5)
+    best = (expected if keep_things_free else expected[1:]).amax(dim=0)
+    torch.testing.assert_close(expected.gather(0, labels[None])[0], best, rtol=0, atol=1e-5)
 
 
 def test_half_precision_is_interpolated_in_float():
-    scores = torch.randn(5, 16, 16).bfloat16()
-    arguments = (4, (60, 64), (60, 64), True)
+    scores, arguments = torch.randn(5, 16, 16).bfloat16(), (4, (60, 64), (60, 64), True)
     expected = resized_semantic_labels(scores.float(), *arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(resized_semantic_labels(scores, *arguments), expected)
