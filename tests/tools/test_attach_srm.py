@@ -37,7 +37,8 @@ def ranking(cfg, *opts):
 def save(path, state):
     """As the model zoo has it (.pkl), or as a training leaves it (.pth)."""
     if path.suffix == ".pkl":
-        path.write_bytes(pickle.dumps({"model": {k: v.numpy() for k, v in state.items()}}))
+        model = {k: v.numpy() for k, v in state.items()}
+        path.write_bytes(pickle.dumps({"model": model, "__author__": "Detectron2 Model Zoo"}))
     else:
         torch.save({"model": state, "iteration": 5}, path)
     return str(path)

@@ -22,7 +22,7 @@ def test_every_pin_has_a_version_and_a_hash_and_no_address():
 
 def test_variables(tmp_path):
     demo = make("-n", "demo", "VENV=none", "PYTHON=mypython", "ITERS=7").stdout
-    assert demo.startswith("mypython train_net.py") and "SOLVER.MAX_ITER 7 OUTPUT_DIR" in demo
+    assert "\nmypython train_net.py" in demo and "SOLVER.MAX_ITER 7 OUTPUT_DIR" in demo
     venv = f"VENV={tmp_path / 'venv'}"
     assert "-r requirements/detectron2.txt" in make("-n", "setup", venv).stdout
     assert "--no-build-isolation ../d2\n" in make("-n", "setup", venv, "DETECTRON2=../d2").stdout
