@@ -1,7 +1,5 @@
-"""OcclusionScenes: synthetic panoptic scenes in which knowing what lies on what decides the result.
-
-`draw_scene` draws one from a seed, `ensure_split` has a whole split on disk in the layout of COCO
-panoptic; `python -m oanet_d2.data.occlusion_scenes` does so from the command line.
+"""
+OcclusionScenes: synthetic panoptic scenes in which the result depends on what lies on what.
 """
 
 from .categories import CATEGORIES

@@ -1,31 +1,15 @@
-"""What the things of an OcclusionScene look like: one function per class, drawing a random specimen.
+"""
+What the things of OcclusionScenes look like: a function per class draws a random specimen.
 
-Every class has its favourite colours, but shares them with others and often takes any colour at all,
-so that the shape has to be seen.
-
-Most functions measure in something of the thing itself (a person in its height) and end with
-`scaled`, which brings that into drawing units (see `drawing.py`): 1.0 is one side of the image.
+Every class has favourite colours, but shares them with others and often takes any colour, so a model
+has to see the shape. Many functions measure in a length of the thing itself, such as the height of a
+person, and bring that into drawing units at the end.
 """
 
 import numpy as np
 
-from .drawing import (
-    Colour,
-    Drawing,
-    Paint,
-    any_colour,
-    any_paint,
-    box,
-    colour_near,
-    ellipse,
-    limb,
-    mostly,
-    mostly_unlike,
-    plain,
-    ring,
-    rounded,
-    toned,
-)
+from .drawing import Drawing, Point, box, ellipse, limb, ring, rounded, symmetric
+from .paints import Colour, Paint, any_colour, any_paint, colour_near, mostly, mostly_unlike, plain, toned
 
 SKINS = [(250, 215, 185), (232, 190, 150), (200, 150, 110), (150, 102, 70), (98, 66, 48)]
 HAIRS = [(40, 30, 26), (80, 52, 34), (140, 95, 50), (205, 170, 100), (150, 150, 150), (150, 60, 35)]
@@ -40,48 +24,40 @@ CUPS = [(240, 240, 235), (240, 150, 180), (95, 195, 210), (235, 205, 90), (200, 
 BOTTLES = [(40, 110, 60), (110, 70, 30), (60, 120, 160), (190, 205, 210), (150, 30, 40)]
 METALS = [(60, 62, 66), (130, 134, 140), (190, 192, 196)]
 GLASS = [(150, 185, 205), (70, 84, 96), (205, 220, 228)]
-BLACK = np.array([25, 22, 22], dtype=np.float32)
-LAMP = np.array([250, 240, 190], dtype=np.float32)
-REAR_LAMP = np.array([190, 40, 35], dtype=np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Things that stand on the ground
+BLACK = plain(np.array([25, 22, 22], dtype=np.float32))
+LAMP = plain(np.array([250, 240, 190], dtype=np.float32))
+REAR_LAMP = plain(np.array([190, 40, 35], dtype=np.float32))
 
 
 def person(rng: np.random.Generator) -> Drawing:
-    """A standing person, seen from the front or from behind; measured in its height.
-
-    Anchors: shoulder, waist; and "neck" (from the front) or "back" (from behind).
+    """
+    A standing person, seen from the front (anchor "neck") or from behind (anchor "back"), measured
+    in its height. Further anchors: "shoulder" and "waist".
     """
     drawing = Drawing()
     from_behind = rng.random() < 0.35
     build = rng.uniform(0.88, 1.16)
-    shoulder, shoulder_y = 0.135 * build, -0.8
-    hip, hip_y = 0.1 * build, -0.47
+    shoulder, hip, hip_y = 0.135 * build, 0.1 * build, -0.47
     skin = colour_near(rng, SKINS, 8)
     shirt = any_paint(rng, mostly(rng, SHIRTS), 0.075, ("stripes", "checks", "gradient", "dots"))
 
     _legs(drawing, rng, hip, hip_y, skin)
     side = [(0.4 * shoulder, -0.83), (shoulder, -0.79), (0.93 * shoulder, -0.62), (1.04 * hip, -0.44)]
-    drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]], 1), shirt)
+    drawing.add(rounded(symmetric(side), 1), shirt)
     sleeve = plain(shirt.first if rng.random() < 0.7 else skin)
     for direction in (-1, 1):
-        _arm(drawing, rng, direction, 0.9 * shoulder, shoulder_y, sleeve, skin)
+        _arm(drawing, rng, direction * 0.9 * shoulder, sleeve, plain(skin))
     drawing.add(box(-0.03, -0.865, 0.03, -0.805), plain(toned(skin, 0.85)))
     _head(drawing, rng, from_behind, skin)
 
-    drawing.anchors["shoulder"] = (shoulder, shoulder_y)
-    drawing.anchors["waist"] = (0.0, hip_y)
+    drawing.anchors = {"shoulder": (shoulder, -0.8), "waist": (0.0, hip_y)}
     drawing.anchors["back" if from_behind else "neck"] = (0.0, -0.635 if from_behind else -0.812)
     drawing.own_colours = [shirt.first, shirt.second]
-    return drawing.scaled(rng.uniform(0.6, 0.76))
+    height = rng.uniform(0.6, 0.76)
+    return drawing.stretched(height, height)
 
 
-def _legs(
-    drawing: Drawing, rng: np.random.Generator, hip: float, hip_y: float, skin: Colour
-) -> None:
-    """Trousers, or a skirt and bare legs, in some stance; and shoes."""
+def _legs(drawing: Drawing, rng: np.random.Generator, hip: float, hip_y: float, skin: Colour) -> None:
     cloth = any_paint(rng, mostly(rng, TROUSERS), 0.06, ("plain", "gradient", "checks"))
     shoe = plain(any_colour(rng, 0.3))
     stance = rng.choice([0.35, 0.6, 1.0, 1.5])
@@ -96,38 +72,26 @@ def _legs(
         drawing.add([(-hip, hip_y), (hip, hip_y), (hip * 1.6, hem), (-hip * 1.6, hem)], cloth)
 
 
-def _arm(
-    drawing: Drawing,
-    rng: np.random.Generator,
-    side: int,
-    x: float,
-    y: float,
-    sleeve: Paint,
-    skin: Colour,
-) -> None:
-    """An arm from the shoulder (side * x, y) that hangs, rests on the hip, is raised or held aside."""
-    # Of elbow and hand: how far out, in x, and how far below y.
+def _arm(drawing: Drawing, rng: np.random.Generator, x: float, sleeve: Paint, skin: Paint) -> None:
+    # The elbow's and the hand's distance from the middle, in x, and their height.
     poses = [
-        ((1.25, 0.17), (1.25, 0.33)),
-        ((2.1, 0.16), (1.0, 0.28)),
-        ((2.0, 0.02), (2.1, -0.16)),
-        ((1.75, 0.13), (2.3, 0.25)),
+        ((1.25, 0.17), (1.25, 0.33)),  # hangs
+        ((2.1, 0.16), (1.0, 0.28)),  # rests on the hip
+        ((2.0, 0.02), (2.1, -0.16)),  # is raised
+        ((1.75, 0.13), (2.3, 0.25)),  # is held aside
     ]
-    elbow, hand = poses[rng.choice(4, p=[0.5, 0.15, 0.15, 0.2])]
-    elbow_at = (side * x * elbow[0], y + elbow[1])
-    hand_at = (side * x * hand[0], y + hand[1])
-    drawing.add(limb(elbow_at, hand_at, 0.026, 0.024), plain(skin) if rng.random() < 0.4 else sleeve)
-    drawing.add(limb((side * x, y + 0.035), elbow_at, 0.036, 0.03), sleeve)
-    drawing.add(ellipse(*hand_at, 0.028, 0.028), plain(skin))
+    (elbow_out, elbow_down), (hand_out, hand_down) = poses[rng.choice(4, p=[0.5, 0.15, 0.15, 0.2])]
+    elbow, hand = (x * elbow_out, -0.8 + elbow_down), (x * hand_out, -0.8 + hand_down)
+    drawing.add(limb(elbow, hand, 0.026, 0.024), skin if rng.random() < 0.4 else sleeve)
+    drawing.add(limb((x, -0.8 + 0.035), elbow, 0.036, 0.03), sleeve)
+    drawing.add(ellipse(*hand, 0.028, 0.028), skin)
 
 
 def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: Colour) -> None:
-    """Head, hair and, from the front, a face."""
     hair = colour_near(rng, HAIRS, 8)
     y, half, tall = -0.905, 0.066, 0.083
     if rng.random() < 0.4:
-        tips = y + rng.uniform(0.05, 0.13)
-        top = y - tall
+        top, tips = y - tall, y + rng.uniform(0.05, 0.13)
         drawing.add(rounded([(-0.08, top), (0.08, top), (0.086, tips), (-0.086, tips)]), plain(hair))
     drawing.add(ellipse(0, y, half, tall), plain(hair if from_behind else skin))
     if not from_behind:
@@ -139,9 +103,9 @@ def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: C
 
 
 def table(rng: np.random.Generator) -> Drawing:
-    """A table seen a little from above, its top square or round, with or without a cloth.
-
-    Anchors: top_left, top_right: opposite corners (far left, near right) of where things stand.
+    """
+    A table seen a little from above, square or round, with or without a cloth. Things stand between
+    the anchors "far_left" and "near_right".
     """
     drawing = Drawing()
     half = rng.uniform(0.22, 0.3)
@@ -159,9 +123,9 @@ def table(rng: np.random.Generator) -> Drawing:
         drawing.add(box(x - 0.019, near, x + 0.019, 0), plain(toned(colour, 0.65)))
     if round_top:
         middle = (near + far) / 2
-        upper, lower = (middle, 180, 360), (middle + hang, 0, 180)
-        arcs = [ellipse(0, y, half, depth / 2, start, end) for y, start, end in (upper, lower)]
-        drawing.add(np.concatenate(arcs), rim)
+        upper = ellipse(0, middle, half, depth / 2, 180, 360)
+        lower = ellipse(0, middle + hang, half, depth / 2, 0, 180)
+        drawing.add(np.concatenate([upper, lower]), rim)
         drawing.add(ellipse(0, middle, half, depth / 2), top)
     else:
         narrow = half * rng.uniform(0.78, 0.92)
@@ -170,28 +134,29 @@ def table(rng: np.random.Generator) -> Drawing:
         drawing.add([(-half, near), (half, near), *hem], rim)
         drawing.add([(-narrow, far), (narrow, far), (half, near), (-half, near)], top)
     reach = half * (0.62 if round_top else 0.8)
-    drawing.anchors["top_left"] = (-reach, near - 0.6 * depth)
-    drawing.anchors["top_right"] = (reach, near - 0.12 * depth)
+    drawing.anchors["far_left"] = (-reach, near - 0.6 * depth)
+    drawing.anchors["near_right"] = (reach, near - 0.12 * depth)
     drawing.own_colours = [top.first, top.second]
     return drawing
 
 
 def car(rng: np.random.Generator) -> Drawing:
-    """A car from the side, its front to the right: a saloon, a hatchback or a van."""
+    """
+    A car from the side, its front to the right: a saloon, a hatchback or a van.
+    """
     drawing = Drawing()
     half, roof = rng.uniform(0.28, 0.34), rng.uniform(0.22, 0.26)
     colour = mostly(rng, CARS)
     paint = any_paint(rng, colour, 0.16, ("gradient", "stripes", "blotches"))
     belt, wheel = -0.58 * roof, 0.058
-    # The cabin: back and front end of the roof and of the line below the windows, in half lengths.
-    roof_back, roof_front, belt_back, belt_front, raised = [
-        (-0.4, 0.2, -0.68, 0.52, 1.0),
-        (-0.78, 0.2, -0.95, 0.55, 1.0),
-        (-0.96, 0.48, -0.98, 0.76, 1.22),
+    # x of the cabin's corners, in half lengths: belt and roof at the back, roof and belt at the front.
+    corners, raised = [
+        ((-0.68, -0.4, 0.2, 0.52), 1.0),
+        ((-0.95, -0.78, 0.2, 0.55), 1.0),
+        ((-0.98, -0.96, 0.48, 0.76), 1.22),
     ][rng.integers(3)]
     roof *= raised
-    xs = half * np.array([belt_back, roof_back, roof_front, belt_front])
-    cabin = np.stack([xs, np.array([belt, -roof, -roof, belt])], axis=1)
+    cabin = np.stack([half * np.array(corners), np.array([belt, -roof, -roof, belt])], axis=1)
     drawing.add(cabin, paint)
     bonnet = [(-half, belt), (half * 0.6, belt), (half * 0.98, belt * 0.82)]
     drawing.add(rounded([*bonnet, (half, -wheel * 0.75), (-half, -wheel * 0.75)], 1), paint)
@@ -202,49 +167,37 @@ def car(rng: np.random.Generator) -> Drawing:
     glass = plain(colour_near(rng, GLASS, 10))
     drawing.add([back_low, back_high, (post - 0.009, back_high[1]), (post - 0.009, back_low[1])], glass)
     drawing.add([(post + 0.009, front_low[1]), (post + 0.009, front_high[1]), front_high, front_low], glass)
-    drawing.add(ellipse(half * 0.92, belt * 0.62, 0.018, 0.016), plain(LAMP))
-    drawing.add(box(-half * 0.99, belt * 0.72, -half * 0.92, belt * 0.5), plain(REAR_LAMP))
+    drawing.add(ellipse(half * 0.92, belt * 0.62, 0.018, 0.016), LAMP)
+    drawing.add(box(-half * 0.99, belt * 0.72, -half * 0.92, belt * 0.5), REAR_LAMP)
     drawing.add(box(post - 0.05, belt * 0.88, post - 0.015, belt * 0.82), plain(toned(colour, 0.5)))
     hub = plain(colour_near(rng, METALS, 10))
     for x in (-half * 0.6, half * 0.62):
-        drawing.add(ellipse(x, -wheel, wheel, wheel), plain(BLACK))
+        drawing.add(ellipse(x, -wheel, wheel, wheel), BLACK)
         drawing.add(ellipse(x, -wheel, wheel * 0.52, wheel * 0.52), hub)
     return drawing
 
 
 def tree(rng: np.random.Generator) -> Drawing:
-    """A tree: broad-leaved (a crown of clumps) or a conifer (tiers of triangles)."""
+    """
+    A conifer of three or four tiers, or a broad-leaved tree whose crown is several clumps.
+    """
     drawing = Drawing()
     height = rng.uniform(0.72, 1.0)
     bark = plain(toned(colour_near(rng, WOODS[:4]), 0.8))
     leaf = mostly(rng, LEAVES)
     trunk = rng.uniform(0.028, 0.042)
     if rng.random() < 0.4:
-        _conifer(drawing, rng, height, trunk, bark, leaf)
-    else:
-        _broad_leaved(drawing, rng, height, trunk, bark, leaf)
-    return drawing
-
-
-def _conifer(
-    drawing: Drawing, rng: np.random.Generator, height: float, trunk: float, bark: Paint, leaf: Colour
-) -> None:
-    drawing.add([(-trunk, 0), (trunk, 0), (trunk * 0.7, -0.3), (-trunk * 0.7, -0.3)], bark)
-    spread, tiers, crown = rng.uniform(0.17, 0.23), int(rng.integers(3, 5)), height - 0.2
-    for k in range(tiers):
-        bottom = -0.2 - crown * 0.8 * k / tiers
-        reach = spread * (1 - 0.72 * k / tiers)
-        hem = [(x, bottom - 0.02 * (j % 2)) for j, x in enumerate(np.linspace(reach, -reach, 9))]
-        tone = toned(leaf, rng.uniform(0.85, 1.1))
-        needles = any_paint(rng, tone, 0.06, ("blotches", "gradient"))
-        drawing.add([(0, bottom - 0.36 * crown), *hem], needles)
-
-
-def _broad_leaved(
-    drawing: Drawing, rng: np.random.Generator, height: float, trunk: float, bark: Paint, leaf: Colour
-) -> None:
-    side = [(trunk * 1.4, 0), (trunk, -0.2), (trunk * 0.7, -0.6 * height)]
-    drawing.add(side + [(-x, y) for x, y in side[::-1]], bark)
+        drawing.add([(-trunk, 0), (trunk, 0), (trunk * 0.7, -0.3), (-trunk * 0.7, -0.3)], bark)
+        spread, tiers, crown = rng.uniform(0.17, 0.23), int(rng.integers(3, 5)), height - 0.2
+        for k in range(tiers):
+            bottom = -0.2 - crown * 0.8 * k / tiers
+            reach = spread * (1 - 0.72 * k / tiers)
+            hem = [(x, bottom - 0.02 * (j % 2)) for j, x in enumerate(np.linspace(reach, -reach, 9))]
+            tone = toned(leaf, rng.uniform(0.85, 1.1))
+            needles = any_paint(rng, tone, 0.06, ("blotches", "gradient"))
+            drawing.add([(0, bottom - 0.36 * crown), *hem], needles)
+        return drawing
+    drawing.add(symmetric([(trunk * 1.4, 0), (trunk, -0.2), (trunk * 0.7, -0.6 * height)]), bark)
     middle, reach = -0.68 * height, rng.uniform(0.15, 0.2)
     clumps = [(0.0, middle, reach)]
     for angle in np.linspace(0, 2 * np.pi, 7, endpoint=False) + rng.uniform(0, 1):
@@ -254,14 +207,13 @@ def _broad_leaved(
         tone = toned(leaf, rng.uniform(0.82, 1.15))
         paint = Paint("blotches", tone, toned(tone, 0.75), seed=int(rng.integers(2**31)))
         drawing.add(ellipse(x, y, radius, 0.95 * radius), paint)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Things a person wears; the origin is where they are fastened
+    return drawing
 
 
 def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
-    """A tie, from the wearer's neck (the origin) to about the waist; measured in that distance."""
+    """
+    A tie, measured in the distance from the neck (the origin) to the waist.
+    """
     drawing = Drawing()
     colour = mostly(rng, TIES)
     paint = any_paint(rng, colour, 0.16, ("stripes", "dots", "checks"))
@@ -271,11 +223,14 @@ def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     drawing.add([(-half * 0.55, 0.1), (half * 0.55, 0.1), *tip], paint)
     top, bottom = half * 0.85, half * 0.5
     drawing.add([(-top, -0.02), (top, -0.02), (bottom, 0.15), (-bottom, 0.15)], plain(toned(colour, 0.8)))
-    return drawing.scaled(wearer.anchors["waist"][1] - wearer.anchors["neck"][1])
+    neck_to_waist = wearer.anchors["waist"][1] - wearer.anchors["neck"][1]
+    return drawing.stretched(neck_to_waist, neck_to_waist)
 
 
 def backpack(rng: np.random.Generator, wearer: Drawing) -> Drawing:
-    """A backpack (origin: the middle of the back); measured in half the wearer's shoulder width."""
+    """
+    A backpack around the middle of the back, measured in half the width of the wearer's shoulders.
+    """
     drawing = Drawing()
     colour = mostly_unlike(rng, BACKPACKS, wearer.own_colours)
     paint = any_paint(rng, colour, 0.5, ("gradient", "checks", "blotches", "stripes"))
@@ -283,63 +238,58 @@ def backpack(rng: np.random.Generator, wearer: Drawing) -> Drawing:
     tall = half * rng.uniform(1.05, 1.35)
     drawing.add(ring(0, -tall * 0.95, 0.3, 0.3, 0.12, 180, 360), plain(toned(colour, 0.6)))
     side = [(half * 0.9, -tall), (half * 1.05, tall * 0.2), (half, tall)]
-    drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]]), paint)
+    drawing.add(rounded(symmetric(side)), paint)
     pocket = rounded(box(-half * 0.66, tall * 0.08, half * 0.66, tall * 0.8), 1)
     drawing.add(pocket, plain(toned(colour, 0.72)))
     drawing.add(box(-half * 0.78, -tall * 0.22, half * 0.78, -tall * 0.12), plain(toned(colour, 0.5)))
-    return drawing.scaled(abs(wearer.anchors["shoulder"][0]))
+    shoulder = abs(wearer.anchors["shoulder"][0])
+    return drawing.stretched(shoulder, shoulder)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Things that stand on a table; the origin is where they stand
-
-
-def cup(rng: np.random.Generator, under: Drawing) -> Drawing:
-    """A mug, a tea cup or a goblet."""
-    colour = mostly_unlike(rng, CUPS, under.own_colours)
+def cup(rng: np.random.Generator, carrier: Drawing) -> Drawing:
+    """
+    A mug, a tea cup or a goblet.
+    """
+    colour = mostly_unlike(rng, CUPS, carrier.own_colours)
     paint = any_paint(rng, colour, 0.04, ("stripes", "dots", "checks", "gradient"))
     shade = plain(toned(colour, 0.85))
     half, tall = rng.uniform(0.058, 0.074), rng.uniform(0.115, 0.15)
-    kind = rng.choice(["mug", "tea cup", "goblet"], p=[0.45, 0.3, 0.25])
-    if kind == "tea cup":
-        half, tall = half * 1.15, tall * 0.8
-    if kind == "goblet":
-        tall *= 1.25
+    model = rng.choice(["mug", "tea cup", "goblet"], p=[0.45, 0.3, 0.25])
+    half *= 1.15 if model == "tea cup" else 1.0
+    tall *= {"mug": 1.0, "tea cup": 0.8, "goblet": 1.25}[model]
     rim = half * 0.28
 
     drawing = Drawing()
-    if kind == "mug":
+    if model == "mug":
         drawing.add(ring(half * 0.95, -tall * 0.52, half * 0.75, tall * 0.33, half * 0.24, -95, 95), shade)
         base = ellipse(0, -rim * 0.7, half * 0.92, rim * 0.7, 0, 180)
         drawing.add(np.concatenate([[(-half, -tall), (half, -tall)], base]), paint)
-    elif kind == "tea cup":
+    elif model == "tea cup":
         drawing.add(ring(half * 0.8, -tall * 0.62, half * 0.7, tall * 0.3, half * 0.2, -95, 95), shade)
         side = [(half, -tall), (half * 0.95, -tall * 0.5), (half * 0.45, 0)]
-        drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]], 1), paint)
+        drawing.add(rounded(symmetric(side), 1), paint)
     else:
         drawing.add(ellipse(0, -rim * 0.6, half * 0.75, rim * 0.6), shade)
         drawing.add(box(-half * 0.22, -tall * 0.55, half * 0.22, -rim * 0.5), shade)
         side = [(half, -tall), (half * 0.85, -tall * 0.5), (0.01, -tall * 0.36)]
-        drawing.add(rounded(side + [(-x, y) for x, y in side[::-1]], 1), paint)
+        drawing.add(rounded(symmetric(side), 1), paint)
     drawing.add(ellipse(0, -tall, half, rim), plain(toned(colour, 1.1)))
     drawing.add(ellipse(0, -tall, half * 0.8, rim * 0.7), plain(toned(colour, 0.5)))
     return drawing
 
 
-def bottle(rng: np.random.Generator, under: Drawing) -> Drawing:
-    """A bottle with a label and a cap."""
+def bottle(rng: np.random.Generator, carrier: Drawing) -> Drawing:
+    """
+    A bottle with a label and a cap.
+    """
     drawing = Drawing()
-    colour = mostly_unlike(rng, BOTTLES, under.own_colours)
+    colour = mostly_unlike(rng, BOTTLES, carrier.own_colours)
     half, tall = rng.uniform(0.036, 0.046), rng.uniform(0.16, 0.2)
     neck, slope = half * rng.uniform(0.36, 0.5), rng.uniform(0.5, 0.62)
-    side = [
-        (neck, -tall),
-        (neck, -tall * (slope + 0.16)),
-        (half * 0.85, -tall * (slope + 0.04)),
-        (half, -tall * (slope - 0.06)),
-    ]
+    heights = np.array([1, slope + 0.16, slope + 0.04, slope - 0.06])
+    side = np.stack([[neck, neck, half * 0.85, half], -tall * heights], axis=1)
     base = ellipse(0, -half * 0.22, half, half * 0.22, 0, 180)
-    outline = np.concatenate([side, base, [(-x, y) for x, y in side[::-1]]])
+    outline = np.concatenate([side, base, side[::-1] * (-1, 1)])
     drawing.add(outline, any_paint(rng, colour, 0.06, ("gradient", "plain", "stripes")))
     label = any_paint(rng, mostly_unlike(rng, CUPS, [colour]), 0.03)
     drawing.add(box(-half, -tall * (slope - 0.12), half, -tall * 0.14), label)

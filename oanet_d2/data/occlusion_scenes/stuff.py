@@ -1,15 +1,14 @@
-"""The stuff of an OcclusionScene: where sky, background and ground are, and their textures."""
+"""The stuff of a scene: where sky, background and ground are, and their textures."""
 
 import cv2
 import numpy as np
 
 from .categories import CATEGORIES, ID_OF
-from .drawing import colour_near, value_noise
+from .paints import colour_near, value_noise
 
+# Stuff becomes its neighbour if less than this share of the image is visible.
 LEAST_VISIBLE_AREA = 0.005
-"""Stuff of which less is visible becomes what lies next to it; share of the image."""
 
-GROUND = ["grass", "road", "sand"]
 COLOURS = {
     "sky": [(140, 190, 235), (190, 205, 220), (235, 200, 170), (110, 150, 210)],
     "mountain": [(120, 120, 135), (110, 125, 105), (150, 130, 115), (95, 105, 130)],
@@ -21,10 +20,13 @@ COLOURS = {
 
 
 def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
-    """The stuff map of a scene, as if no thing stood in it.
+    """
+    Lay out the stuff, as if no thing stood in the scene.
 
     Args:
-        horizon: y of the horizon, share of the image's height. size: pixels.
+        horizon: its y, share of the image's height.
+        size: height and width of the image, pixels.
+
     Returns:
         (size, size) int32 category ids.
     """
@@ -38,7 +40,7 @@ def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
 
     edge = _wave(rng, size, horizon, 0.012, rng.integers(3, 9))
     ground = rows >= edge
-    first, second, third = rng.permutation(GROUND)
+    first, second, third = rng.permutation(["grass", "road", "sand"])
     stuff[ground] = ID_OF[first]
     if rng.random() < 0.35:
         shore = edge + _wave(rng, size, rng.uniform(0.07, 0.16), 0.02, rng.integers(3, 7))
@@ -54,16 +56,13 @@ def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
 
 
 def _wave(rng: np.random.Generator, size: int, level: float, height: float, bumps: int) -> np.ndarray:
-    """(size,) float32: in pixels, a random line `height` image sides or so around `level`."""
+    """Return (size,) float32, a random line around `level`, pixels."""
     line = value_noise(rng, (1, size), (1, bumps))[0]
     return (level + height * (2 * line - 1)) * size
 
 
 def _path(rng: np.random.Generator, nearness: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(H, W) bool: a winding path that narrows towards the horizon.
-
-    nearness: (H, W), 0 at the horizon, 1 at the lower edge. columns: (1, W), 0 to 1.
-    """
+    """Return a winding path. `nearness` (H, W) is 0 at the horizon and 1 at the lower edge."""
     nearness = np.clip(nearness, 0, 1)
     near, far = rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.7)
     middle = far + (near - far) * nearness + 0.1 * np.sin(nearness * rng.uniform(0, 3.5))
@@ -72,23 +71,22 @@ def _path(rng: np.random.Generator, nearness: np.ndarray, columns: np.ndarray) -
 
 
 def _patch(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray, y: float) -> np.ndarray:
-    """(H, W) bool: a flat, ragged ellipse at height `y`; rows (H, 1) and columns (1, W) are 0 to 1."""
+    """Return a ragged ellipse, seen from the side, at height `y`."""
     x, half = rng.uniform(0.1, 0.9), rng.uniform(0.12, 0.28)
     ragged = 0.8 + 0.6 * value_noise(rng, (rows.shape[0], columns.shape[1]), (6, 6))
     return ((columns - x) / half) ** 2 + ((rows - y) / (0.4 * half)) ** 2 < ragged
 
 
 def merge_small(stuff: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Replaces every class of which too little is visible by the nearest of the others.
+    """
+    Replace each class that is hardly visible by the nearest other class, unless all are.
 
     Args:
-        stuff: (H, W) int32 category ids. covered: (H, W) bool, where things are.
-    Returns:
-        (H, W) int32; `stuff` itself where no class is left to take over.
+        stuff: (H, W) int32 category ids.
+        covered: (H, W) bool, where things are.
     """
     visible = np.bincount(stuff[~covered], minlength=len(CATEGORIES) + 1)
-    large = visible >= LEAST_VISIBLE_AREA * stuff.size
-    keep = large[stuff]
+    keep = (visible >= LEAST_VISIBLE_AREA * stuff.size)[stuff]
     if keep.all() or not keep.any():
         return stuff
     _, label = cv2.distanceTransformWithLabels(
@@ -100,20 +98,19 @@ def merge_small(stuff: np.ndarray, covered: np.ndarray) -> np.ndarray:
 
 
 def paint(rng: np.random.Generator, stuff: np.ndarray, horizon: float) -> np.ndarray:
-    """(H, W, 3) float32 RGB: the stuff map (H, W), every class in a random texture."""
-    size = stuff.shape[0]
-    tone = np.ones((size, size), dtype=np.float32)
+    """Return (H, W, 3) float32 RGB, 0 to 255: the (H, W) category ids `stuff` in random textures."""
+    tone = np.ones(stuff.shape, dtype=np.float32)
     palette = np.zeros((len(CATEGORIES) + 1, 3), dtype=np.float32)
     for name, colours in COLOURS.items():
         here = stuff == ID_OF[name]
         if here.any():
             palette[ID_OF[name]] = colour_near(rng, colours, 8)
-            np.copyto(tone, _tone(rng, name, size, horizon), where=here)
+            np.copyto(tone, _tone(rng, name, len(stuff), horizon), where=here)
     return palette[stuff] * tone[..., None]
 
 
 def _tone(rng: np.random.Generator, name: str, size: int, horizon: float) -> np.ndarray:
-    """(size, size) float32: what the class's colour is multiplied with, around 1."""
+    """Return (size, size) float32 around 1, a factor for the colour of the class."""
     down = np.linspace(0, 1, size, dtype=np.float32)[:, None]
 
     def noise(rows: int, columns: int) -> np.ndarray:
@@ -130,4 +127,4 @@ def _tone(rng: np.random.Generator, name: str, size: int, horizon: float) -> np.
     if name == "sand":
         ripples = np.sin(260 * down * (1.3 - 0.6 * down) + 14 * noise(5, 4))
         return 1 + 0.09 * ripples + 0.12 * noise(90, 90)
-    return 1 + 0.5 * noise(60, 9) + 0.25 * noise(110, 26)
+    return 1 + 0.5 * noise(60, 9) + 0.25 * noise(110, 26)  # water

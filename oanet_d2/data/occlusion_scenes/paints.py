@@ -1,0 +1,130 @@
+"""
+Colours and textures of OcclusionScenes. A colour is (3,) float32 RGB, 0 to 255.
+"""
+
+import colorsys
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+RGB = tuple[int, int, int]
+Colour = np.ndarray
+
+PATTERNS = ("plain", "stripes", "checks", "dots", "blotches", "gradient")
+
+
+@dataclass(frozen=True)
+class Paint:
+    """
+    A texture of two colours. It covers the whole plane of a drawing, in drawing units.
+
+    Args:
+        pattern: one of `PATTERNS`.
+        angle: radians.
+        period: the length of one repetition.
+        seed: seed of the pattern "blotches".
+    """
+
+    pattern: str
+    first: Colour
+    second: Colour
+    angle: float = 0.0
+    period: float = 0.05
+    seed: int = 0
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """
+        Args:
+            x, y: (W,) and (H,) float32, evenly spaced.
+
+        Returns:
+            (H, W, 3) float32 colours, or (1, 1, 3) for the pattern "plain".
+        """
+        if self.pattern == "plain":
+            return self.first[None, None]
+        mix = self._share_of_second(x[None, :], y[:, None])[..., None]
+        return self.first + mix * (self.second - self.first)
+
+    def _share_of_second(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        shape = (y.shape[0], x.shape[1])
+        if self.pattern == "gradient":
+            down = np.linspace(0, 1, shape[0], dtype=np.float32)[:, None]
+            return np.broadcast_to(down, shape)
+        if self.pattern == "blotches":
+            bumps = value_noise(np.random.default_rng(self.seed), shape, (7, 7))
+            return np.clip(0.5 + 5 * (bumps - 0.5), 0, 1)
+        # A Python float keeps the arrays float32. With a NumPy scalar, NumPy 2 would make them float64.
+        turn, cos, sin = 2 * math.pi / self.period, math.cos(self.angle), math.sin(self.angle)
+        along, across = turn * (cos * x + sin * y), turn * (cos * y - sin * x)
+        if self.pattern == "stripes":
+            return np.clip(0.5 + 2.5 * np.sin(along), 0, 1)
+        if self.pattern == "checks":
+            return np.clip(0.5 + 4 * np.sin(along) * np.sin(across), 0, 1)
+        return np.clip(4 * (np.cos(along) + np.cos(across) - 1.0), 0, 1)  # dots
+
+
+def plain(colour: Colour) -> Paint:
+    return Paint("plain", colour, colour)
+
+
+def any_paint(
+    rng: np.random.Generator, colour: Colour, period: float, patterns: tuple[str, ...] = PATTERNS
+) -> Paint:
+    """
+    Return a paint of `colour`: plain, or one of `patterns` with repetitions of about `period`.
+    """
+    pattern = "plain" if rng.random() < 0.6 else patterns[rng.integers(len(patterns))]
+    if rng.random() < 0.8:
+        bright = colour.mean() > 90
+        second = toned(colour, rng.uniform(0.55, 0.75) if bright else rng.uniform(1.5, 2.0))
+    else:
+        second = any_colour(rng)
+    angle = float(rng.choice([0.0, np.pi / 2, np.pi / 4, -np.pi / 4]) + rng.normal(0, 0.06))
+    period = float(period * rng.uniform(0.7, 1.4))
+    return Paint(pattern, colour, second, angle, period, int(rng.integers(2**31)))
+
+
+def any_colour(rng: np.random.Generator, saturation: float = 0.5) -> Colour:
+    hue, value = rng.random(), rng.uniform(0.2, 0.95)
+    saturation = np.clip(rng.normal(saturation, 0.25), 0.0, 0.95)
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255
+
+
+def colour_near(rng: np.random.Generator, colours: list[RGB], spread: float = 14) -> Colour:
+    """
+    Return one of `colours`, changed by about `spread`.
+    """
+    chosen = np.array(colours[rng.integers(len(colours))], dtype=np.float32)
+    return np.clip(chosen + rng.normal(0, spread, 3), 5, 250).astype(np.float32)
+
+
+def mostly(rng: np.random.Generator, colours: list[RGB]) -> Colour:
+    """
+    Return a colour near one of `colours` three times out of four, otherwise any colour.
+    """
+    return colour_near(rng, colours) if rng.random() < 0.75 else any_colour(rng)
+
+
+def mostly_unlike(rng: np.random.Generator, colours: list[RGB], others: list[Colour]) -> Colour:
+    """
+    Draw five colours that are `mostly` near `colours`, and return the one farthest from `others`.
+    """
+    candidates = [mostly(rng, colours) for _ in range(5)]
+    return max(candidates, key=lambda c: min(float(np.abs(c - other).sum()) for other in others))
+
+
+def toned(colour: Colour, factor: float) -> Colour:
+    """
+    Return `colour` darker (`factor` < 1) or brighter.
+    """
+    return np.clip(colour * factor, 0, 255).astype(np.float32)
+
+
+def value_noise(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
+    """
+    Return a smooth random field, `shape` float32, about 0 to 1, with `cells` (rows, columns) bumps.
+    """
+    coarse = rng.random((max(cells[0], 2), max(cells[1], 2)), dtype=np.float32)
+    return cv2.resize(coarse, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC)
