@@ -9,44 +9,44 @@ Panoptic segmentation of single pictures in Python:
 
 import logging
 import os
+import threading
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
-from unittest import mock
 
 import numpy as np
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultPredictor
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import VisImage, Visualizer
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import VisImage
 
 from .checkpoint import CheckpointError, OANetCheckpointer
-from .config_files import load_config
+from .config import load_config
 from .data import complete_config
 from .data.images import read_image
 from .modeling import OANet
-from .modeling.oanet import OUTPUTS
-from .modeling.semantic_labels import semantic_labels
+from .visualization import draw_panoptic
 
 __all__ = ["PanopticPredictor", "PanopticResult"]
 
 logger = logging.getLogger(__name__)
 
-READABLE_SIDE = 480  # pixels: of a smaller picture the labels would cover everything
+READABLE_SIDE = 480  # pixels: on a smaller picture the labels would cover everything
+Picture = Union[str, os.PathLike, np.ndarray]
+
+# Detectron2's catalogs of datasets and torch's list of safe types belong to the whole process.
+_building = threading.Lock()
 
 
 @dataclass
 class PanopticResult:
     """
-    What :class:`PanopticPredictor` makes of a picture.
-
     Attributes:
         image: (H, W, 3) uint8, the picture in BGR.
-        panoptic_seg: (H, W) int32 on the CPU; 0 is void, segments count from 1.
-        segments_info: a dict for every segment, see :func:`combine`, and with its "category_name".
+        panoptic_seg: (H, W) int32 on the CPU. 0 is void, segments count from 1.
+        segments_info: Detectron2's, with a "category_name" for every segment.
         metadata: Detectron2's metadata of the classes.
         predictions: all that the model gave, see `MODEL.OANET.OUTPUTS`.
     """
@@ -62,49 +62,53 @@ class PanopticResult:
         The picture with its segments and their names, as Detectron2 draws them.
 
         Args:
-            scale: size of the drawing relative to the picture's. By default 1, or what makes the
-                longer side 480 pixels if it has fewer.
-
-        Returns:
-            a :class:`VisImage`: `save(path)` writes it, `get_image()` gives an RGB array.
+            scale: size of the drawing relative to the picture's. The default is 1, or what makes
+                the longer side of a smaller picture 480 pixels.
         """
         if scale is None:
             scale = max(1, READABLE_SIDE / max(self.image.shape[:2]))
-        visualizer = Visualizer(self.image[:, :, ::-1], self.metadata, scale=scale)
-        return visualizer.draw_panoptic_seg(self.panoptic_seg, self.segments_info)
+        return draw_panoptic(self.image[:, :, ::-1], self.panoptic, self.metadata, scale)
+
+    @property
+    def panoptic(self) -> Tuple[torch.Tensor, List[Dict]]:
+        """(panoptic_seg, segments_info)"""
+        return self.panoptic_seg, self.segments_info
 
 
-class PanopticPredictor(DefaultPredictor):
+class PanopticPredictor:
     """
-    Detectron2's :class:`DefaultPredictor` for an OANet: one picture in, its panoptic segmentation
-    out. The dataset's pictures need not be there; the names of its classes come from what is
-    registered under its name or, for a dataset of `DATASETS.PANOPTIC`, from its panoptic JSON.
+    Detectron2's :class:`DefaultPredictor` for an OANet, with the same attributes. One predictor can
+    serve several threads.
+
+    The names of the classes come from what is registered under the name of the config's dataset
+    or, for a dataset of `DATASETS.PANOPTIC`, from its panoptic JSON. Nothing else of it is read.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg (CfgNode): config of the network, with `MODEL.WEIGHTS`.
+            cfg: config of the network, with `MODEL.WEIGHTS`.
 
         Raises:
-            ValueError: the config or the checkpoint is of no use; the message says why.
+            ValueError: the config or the checkpoint cannot be used. The message says why.
         """
-        cfg = cfg.clone()
+        self.cfg = cfg = cfg.clone()
         cfg.defrost()
-        _keep_one_dataset(cfg)
-        complete_config(cfg)
-        if not cfg.MODEL.WEIGHTS:
-            raise ValueError(
-                "MODEL.WEIGHTS is not set; give the checkpoint to predict with, such as the "
-                "model_final.pth that a training leaves."
-            )
-        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU; using cpu.")
-            cfg.MODEL.DEVICE = "cpu"
-        cfg.freeze()
-        checkpointer = partial(_WholeCheckpointer, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-        with mock.patch("detectron2.engine.defaults.DetectionCheckpointer", checkpointer):
-            super().__init__(cfg)
+        _check(cfg)
+        with _building:
+            complete_config(cfg)
+            cfg.freeze()
+            self.model = build_model(cfg).eval()
+            if not isinstance(self.model, OANet):
+                found = cfg.MODEL.META_ARCHITECTURE
+                raise ValueError(
+                    f"MODEL.META_ARCHITECTURE is {found}; to predict it must be OANet."
+                )
+            _load_weights(self.model, cfg)
+        self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+        size = cfg.INPUT.MIN_SIZE_TEST
+        self.aug = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        self.input_format = cfg.INPUT.FORMAT
 
     @classmethod
     def from_config(
@@ -116,13 +120,12 @@ class PanopticPredictor(DefaultPredictor):
         """
         Args:
             config_file: yaml that the network was trained with.
-            weights: path or URL of its checkpoint; by default the config's `MODEL.WEIGHTS`.
-            opts: "KEY", value, "KEY", value, ... to override in the config. For instances' masks
-                and the scores of the semantic branch in a result's `predictions`, which take most
-                of the time after the network, set "MODEL.OANET.OUTPUTS".
+            weights: path or URL of its checkpoint. The default is the config's `MODEL.WEIGHTS`.
+            opts: "KEY", value, "KEY", value, ... to override in the config. "MODEL.OANET.OUTPUTS"
+                is () unless it is set here.
 
         Raises:
-            ValueError: as :meth:`__init__`.
+            ValueError: see :meth:`__init__`.
         """
         panoptic_only = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
         cfg = load_config(os.fspath(config_file), [*panoptic_only, *opts])
@@ -130,21 +133,18 @@ class PanopticPredictor(DefaultPredictor):
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         return cls(cfg)
 
-    def __call__(self, image: Union[str, os.PathLike, np.ndarray]) -> PanopticResult:
+    def __call__(self, image: Picture) -> PanopticResult:
         """
         Args:
             image: path of a picture, or a (H, W, 3) uint8 array in BGR, OpenCV's order.
 
         Raises:
-            ValueError: the file cannot be read, or the array is of another kind.
+            ValueError: the picture cannot be read, is something else, or is too narrow to resize.
         """
-        image = _bgr(image)
-        predictions = super().__call__(image)
-        return self._result(image, predictions["panoptic_seg"], predictions)
+        image, predictions = self._predict(image)
+        return self._result(image, *predictions["panoptic_seg"], predictions)
 
-    def in_orders(
-        self, image: Union[str, os.PathLike, np.ndarray], orders: Sequence[str]
-    ) -> Dict[str, PanopticResult]:
+    def in_orders(self, image: Picture, orders: Sequence[str]) -> Dict[str, PanopticResult]:
         """
         The same predictions painted in several orders.
 
@@ -156,88 +156,85 @@ class PanopticPredictor(DefaultPredictor):
             order -> result.
 
         Raises:
-            ValueError: as :meth:`__call__`, or the network cannot rank by one of the rules.
+            ValueError: see :meth:`__call__`, or the network cannot rank by one of the rules.
         """
-        image = _bgr(image)
-        needed = mock.patch.multiple(self.model, return_evidence=True, outputs=OUTPUTS)
-        with needed, torch.no_grad():
-            predictions = super().__call__(image)
-            instances = predictions["instances"]
-            semantic = semantic_labels(predictions["sem_seg"], self.model.keep_things_free)
-            results = {}
-            for rule in orders:
-                order = predictions["ranking_evidence"].order(rule)
-                painted = self.model.combine(instances.pred_masks, instances, semantic, order)
-                results[rule] = self._result(image, painted, predictions)
+        image, predictions = self._predict(image, return_fusion_inputs=True)
+        inputs = predictions["fusion_inputs"]
+        inputs = inputs._replace(masks=inputs.masks.cached())
+        results = {}
+        for rule in orders:
+            panoptic = self.model.combine(inputs, inputs.order_inputs.order(rule))
+            results[rule] = self._result(image, *panoptic, predictions)
         return results
 
-    def _result(self, image: np.ndarray, panoptic: Tuple, predictions: Dict) -> PanopticResult:
-        panoptic_seg, segments_info = panoptic
+    @torch.no_grad()
+    def _predict(self, image: Picture, **options) -> Tuple[np.ndarray, Dict]:
+        name = "" if isinstance(image, np.ndarray) else f"{image}: "
+        image = _bgr(image)
+        height, width = image.shape[:2]
+        given = image[:, :, ::-1] if self.input_format == "RGB" else image
+        try:
+            resized = self.aug.get_transform(given).apply_image(given)
+        except ValueError as error:  # less than a pixel would be left
+            longest = self.cfg.INPUT.MAX_SIZE_TEST
+            raise ValueError(
+                f"{name}a picture of {width} x {height} pixels is too narrow; nothing is left of it "
+                f"when it is resized to INPUT.MAX_SIZE_TEST {longest} ({error})."
+            ) from error
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1), np.float32))
+        inputs = {"image": tensor, "height": height, "width": width}
+        return image, self.model.inference([inputs], **options)[0]
+
+    def _result(self, image, panoptic_seg, segments_info, predictions) -> PanopticResult:
         names = self.metadata.stuff_classes, self.metadata.thing_classes
-        segments_info = [
+        named = [
             {**s, "category_name": names[s["isthing"]][s["category_id"]]} for s in segments_info
         ]
-        return PanopticResult(image, panoptic_seg.cpu(), segments_info, self.metadata, predictions)
+        return PanopticResult(image, panoptic_seg.cpu(), named, self.metadata, predictions)
 
 
-class _WholeCheckpointer(OANetCheckpointer):
+def _check(cfg: CfgNode) -> None:
     """
-    Refuses a checkpoint that leaves a part of the network as it was initialized.
+    Leaves the config a device that is there, and one dataset, for the names of the classes.
     """
-
-    def load(self, path: str, *args, **kwargs) -> Dict:
-        if not isinstance(self.model, OANet):
-            raise ValueError(
-                f"MODEL.META_ARCHITECTURE is {type(self.model).__name__}; to predict it must be "
-                "OANet."
-            )
-        extra = super().load(path, *args, **kwargs)
-        lacking = [*self.new, *(name for name, *_ in self.left_out)]
-        if lacking:
-            raise CheckpointError(
-                f"{path} does not give, or in another shape, {len(lacking)} tensors of the model, "
-                f"such as {lacking[0]}. It belongs to another config, or is what a training "
-                "starts from."
-            )
-        return extra
-
-
-def _keep_one_dataset(cfg):
-    """
-    Leave the config only the dataset that it takes its classes from: the first one whose classes
-    can be had.
-
-    Raises:
-        ValueError: it names no dataset.
-    """
-    names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is not set. Give the checkpoint to predict with.")
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'RGB' or 'BGR'.")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU; using cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+    try:
+        torch.zeros(1, device=cfg.MODEL.DEVICE)
+    except Exception as error:  # every kind of device has its own
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which fails: {reason}") from error
+    names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1]
     if not names:
-        raise ValueError(
-            "DATASETS.TEST and DATASETS.TRAIN are empty; name the dataset that the network was "
-            "trained on, from which the names of the classes come."
+        raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = names, ()
+    described = {k: v for k, v in cfg.DATASETS.PANOPTIC.items() if k in names}
+    cfg.DATASETS.PANOPTIC = CfgNode(described, new_allowed=True)
+
+
+def _load_weights(model: OANet, cfg: CfgNode) -> None:
+    checkpointer = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    lacking = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
+    if lacking:
+        raise CheckpointError(
+            f"{cfg.MODEL.WEIGHTS} does not give, or in another shape, {len(lacking)} tensors of the "
+            f"model, such as {lacking[0]}. It belongs to another config, or a training starts from it."
         )
-    described = cfg.DATASETS.PANOPTIC
-    name = next((x for x in names if x in DatasetCatalog or _has_json(described, x)), names[0])
-    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = (name,), ()
-    cfg.DATASETS.PANOPTIC = CfgNode(
-        {k: v for k, v in described.items() if k == name}, new_allowed=True
-    )
 
 
-def _has_json(described: CfgNode, name: str) -> bool:
-    files = described.get(name)
-    return isinstance(files, dict) and PathManager.isfile(files.get("PANOPTIC_JSON") or "")
-
-
-def _bgr(image: Union[str, os.PathLike, np.ndarray]) -> np.ndarray:
+def _bgr(image: Picture) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return read_image(os.fspath(image), "BGR")
-    if not isinstance(image, np.ndarray):
-        kind = type(image).__name__
-        raise ValueError(f"A picture is a path or a numpy array in BGR, not {kind}.")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if not isinstance(image, np.ndarray) or dtype != np.uint8 or shape[2:] != (3,) or 0 in shape:
         raise ValueError(
-            f"The picture is an array of {image.dtype} and shape {image.shape}; it must be uint8 "
-            "of shape (H, W, 3) in BGR, as cv2.imread gives it."
+            f"A picture is a path or a (H, W, 3) uint8 array in BGR, as cv2.imread gives it, not "
+            f"{type(image).__name__} with shape {shape} and dtype {dtype}."
         )
     return image

@@ -1,8 +1,9 @@
 """
-Pictures of what the painting order changes.
+Pictures of panoptic results, and of what the painting order changes in them.
 """
 
 import heapq
+import itertools
 import os
 from typing import Dict, List, Optional, Tuple, Union
 
@@ -10,19 +11,20 @@ import cv2
 import numpy as np
 import torch
 from panopticapi.utils import rgb2id
+from PIL import Image
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import VisImage, Visualizer
 
 from .data.images import read_image
+from .files import atomic_path, write_atomically
 
 __all__ = [
     "OrderPictures",
     "changed_pixels",
-    "draw_order_comparison",
-    "draw_result",
+    "draw_panoptic",
+    "draw_side_by_side",
     "pixel_gain",
 ]
 
@@ -31,8 +33,10 @@ PanopticSeg = Tuple[Union[torch.Tensor, np.ndarray], List[Dict]]
 
 PANEL_SIDE = 480  # pixels, the longer side of a panel
 TITLE_HEIGHT = 34
+GAP = 6  # between panels
 MARK = (255, 0, 255)
 _TITLES = {"score": "by detection score", "oracle": "by ground truth (oracle)"}
+_FONT = cv2.FONT_HERSHEY_SIMPLEX, 0.7
 
 
 def category_codes(panoptic_seg: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
@@ -65,7 +69,7 @@ def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
     """
 
     def owners(panoptic: PanopticSeg) -> np.ndarray:
-        # The same instance has different segment ids in two orders; its index is the same.
+        # An instance has different segment ids in two orders. Its index is the same.
         ids, info = np.asarray(panoptic[0]), panoptic[1]
         out = np.zeros(ids.shape, dtype=np.int64)
         for s in info:
@@ -75,102 +79,77 @@ def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
     return owners(before) != owners(after)
 
 
-def draw_order_comparison(
-    image: np.ndarray,
-    gt: Optional[PanopticSeg],
-    before: PanopticSeg,
-    after: PanopticSeg,
-    metadata,
-    orders: Tuple[str, str],
-    side: int = PANEL_SIDE,
-) -> np.ndarray:
-    """
-    Image, ground truth, and the results of two orders side by side; in the last two the pixels
-    that the order changed are outlined.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        gt, before, after: panoptic results of the image; without ground truth (None), its panel is
-            left out.
-        metadata: of the dataset.
-        orders: names of the two orders, for the titles.
-        side: of every panel the longer one, in pixels.
-
-    Returns:
-        uint8 RGB picture.
-    """
-    changed = changed_pixels(before, after)
-    panels = [_titled("image", _resize(image, side))]
-    if gt is not None:
-        panels.append(_titled("ground truth", _draw_panoptic(image, gt, metadata, side)))
-    for order, x in zip(orders, (before, after)):
-        drawn = _outline(_draw_panoptic(image, x, metadata, side), changed)
-        panels.append(_titled(_TITLES.get(order, order), drawn))
-    return _side_by_side(panels)
-
-
-def draw_result(image: np.ndarray, gt: PanopticSeg, result: PanopticSeg, metadata) -> np.ndarray:
-    """
-    Image, ground truth and a result side by side.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        gt, result: panoptic results of the image.
-        metadata: of the dataset.
-
-    Returns:
-        uint8 RGB picture.
-    """
-    panels = [
-        _titled("image", _resize(image, PANEL_SIDE)),
-        _titled("ground truth", _draw_panoptic(image, gt, metadata, PANEL_SIDE)),
-        _titled("result", _draw_panoptic(image, result, metadata, PANEL_SIDE)),
-    ]
-    return _side_by_side(panels)
-
-
-def _side_by_side(panels: List[np.ndarray]) -> np.ndarray:
-    gap = np.full((panels[0].shape[0], 6, 3), 255, dtype=np.uint8)
-    return np.concatenate([x for panel in panels for x in (panel, gap)][:-1], axis=1)
-
-
-def _resize(image: np.ndarray, side: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-
-
-class _Visualizer(Visualizer):
-    """Detectron2's, with one colour for every class, the same in all panels."""
-
+class _OneColorPerClass(Visualizer):
     def _jitter(self, color):
         return color
 
 
-def _draw_panoptic(image: np.ndarray, panoptic: PanopticSeg, metadata, side: int) -> np.ndarray:
+def draw_panoptic(
+    image: np.ndarray, panoptic: PanopticSeg, metadata, scale: float = 1.0, *, jitter: bool = True
+) -> VisImage:
+    """
+    :meth:`Visualizer.draw_panoptic_seg` for images of any shape, however narrow.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        panoptic: panoptic result of the image.
+        metadata: of the dataset.
+        scale: size of the drawing relative to the image.
+        jitter: vary the color of a class from instance to instance, as Detectron2 does.
+    """
+    ids = torch.as_tensor(panoptic[0]).cpu()
+    if ids.shape[1] == 2:  # Detectron2 takes a mask of two columns for the corners of a polygon.
+        image = image.repeat(2, axis=0).repeat(2, axis=1)
+        ids = ids.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
+        scale /= 2
+    scale = max(scale, 1 / min(ids.shape))  # at least a pixel
+    visualizer = (Visualizer if jitter else _OneColorPerClass)(image, metadata, scale=scale)
+    return visualizer.draw_panoptic_seg(ids, panoptic[1], alpha=0.7 if jitter else 0.6)
+
+
+def draw_side_by_side(
+    image: np.ndarray,
+    results: Dict[str, PanopticSeg],
+    metadata,
+    outlined: Optional[np.ndarray] = None,
+    side: int = PANEL_SIDE,
+) -> np.ndarray:
+    """
+    An image and its panoptic results side by side, each under its title.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        results: title, or the name of a painting order, to panoptic result.
+        metadata: of the dataset.
+        outlined: (H, W) bool, pixels to outline in the results, see :func:`changed_pixels`.
+        side: the longer side of every panel in pixels.
+
+    Returns:
+        uint8 RGB picture.
+    """
     scale = side / max(image.shape[:2])
-    # without the scores, which would crowd a small picture
-    info = [{k: v for k, v in s.items() if k != "score"} for s in panoptic[1]]
-    drawn = _Visualizer(image, metadata, scale=scale).draw_panoptic_seg(
-        torch.as_tensor(panoptic[0]), info, alpha=0.6
-    )
-    return cv2.resize(drawn.get_image(), _resize(image, side).shape[1::-1])
-
-
-def _outline(panel: np.ndarray, changed: np.ndarray) -> np.ndarray:
-    panel = np.ascontiguousarray(panel)
-    enlarged = cv2.resize(
-        changed.astype(np.uint8), panel.shape[1::-1], interpolation=cv2.INTER_NEAREST
-    )
-    contours, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(panel, contours, -1, MARK, 2, cv2.LINE_AA)
+    width, height = (max(1, round(x * scale)) for x in image.shape[1::-1])
+    panels = [_titled("image", cv2.resize(image, (width, height)))]
+    for title, (ids, segments_info) in results.items():
+        # Scores would crowd a small picture.
+        info = [{k: v for k, v in s.items() if k != "score"} for s in segments_info]
+        drawn = draw_panoptic(image, (ids, info), metadata, scale, jitter=False).get_image()
+        panel = np.ascontiguousarray(cv2.resize(drawn, (width, height)))
+        if outlined is not None:
+            mask = outlined.astype(np.uint8)
+            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+            contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+            cv2.drawContours(panel, contours, -1, MARK, 2, cv2.LINE_AA)
+        panels += [np.full((len(panels[0]), GAP, 3), 255, dtype=np.uint8)]
+        panels += [_titled(_TITLES.get(title, title), panel)]
+    return np.concatenate(panels, axis=1)
 
 
 def _titled(title: str, panel: np.ndarray) -> np.ndarray:
-    bar = np.full((TITLE_HEIGHT, panel.shape[1], 3), 255, dtype=np.uint8)
-    cv2.putText(bar, title, (6, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([bar, panel])
+    (text_width, _), _ = cv2.getTextSize(title, *_FONT, 1)
+    lacking = max(0, text_width + 12 - panel.shape[1])
+    panel = np.pad(panel, ((TITLE_HEIGHT, 0), (0, lacking), (0, 0)), constant_values=255)
+    return cv2.putText(panel, title, (6, 24), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 class OrderPictures:
@@ -183,7 +162,7 @@ class OrderPictures:
         """
         Args:
             dataset_name: for its metadata.
-            folder: where the pictures go, one PNG for every image.
+            folder: where the pictures go, one PNG for every image. `written.txt` lists them.
             max_pictures: how many at most.
             orders: the order that loses, and the one that gains.
         """
@@ -193,10 +172,11 @@ class OrderPictures:
         self.orders = orders
         self.reset()
 
-    def reset(self):
-        self._best: List[Tuple] = []  # min-heap of (gain, image id, input, result before, result after)
+    def reset(self) -> None:
+        self._best: List[Tuple] = []  # min-heap of (gain, image id, number, input, before, after)
+        self._number = itertools.count()  # decides between equal gains and ids
 
-    def add(self, input: Dict, gt_ids: np.ndarray, results: Dict[str, PanopticSeg]):
+    def add(self, input: Dict, gt_ids: np.ndarray, results: Dict[str, PanopticSeg]) -> None:
         """
         Args:
             input: the dataset dict.
@@ -204,45 +184,49 @@ class OrderPictures:
             results: order -> panoptic result of the image.
         """
         before, after = (
-            (torch.as_tensor(ids).cpu().numpy(), info)
+            (torch.as_tensor(ids).cpu().numpy(), [dict(s) for s in info])
             for ids, info in (results[order] for order in self.orders)
         )
         gain = pixel_gain((gt_ids, input["segments_info"]), before, after)
         if gain > 0:
             kept = {k: input[k] for k in ("file_name", "pan_seg_file_name", "segments_info")}
-            copies = map(_with_own_dicts, (before, after))
-            heapq.heappush(self._best, (gain, str(input["image_id"]), kept, *copies))
+            entry = gain, str(input["image_id"]), next(self._number), kept, before, after
+            heapq.heappush(self._best, entry)
             if len(self._best) > self.max_pictures:
                 heapq.heappop(self._best)
 
     def save(self) -> List[str]:
         """
-        Draw the pictures; pictures of an earlier evaluation in the same folder are replaced.
+        Draw the pictures. They replace those that an earlier evaluation wrote into the same folder.
+        Other files there stay.
 
         Returns:
-            their paths, the greatest gain first; empty on all processes but the main one.
+            their paths, the greatest gain first. Empty on all processes but the main one.
         """
         collected = [x for part in comm.gather(self._best) for x in part]
         if not comm.is_main_process():
             return []
-        PathManager.mkdirs(self.folder)
-        for name in os.listdir(self.folder):
-            if name.endswith(".png"):
-                os.remove(os.path.join(self.folder, name))
-        paths = []
         best = sorted(collected, key=lambda x: x[:2], reverse=True)[: self.max_pictures]
-        for rank, (_, _, input, before, after) in enumerate(best, start=1):
+        paths = self._replace_earlier([x[3]["file_name"] for x in best])
+        for path, (*_, input, before, after) in zip(paths, best):
             image = read_image(input["file_name"], "RGB")
             gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
-            gt = (gt_ids.astype(np.int32), input["segments_info"])
-            picture = draw_order_comparison(image, gt, before, after, self.metadata, self.orders)
-            stem = os.path.splitext(os.path.basename(input["file_name"]))[0]
-            path = os.path.join(self.folder, f"{rank:02d}_{stem}.png")
-            cv2.imwrite(path, picture[:, :, ::-1])
-            paths.append(path)
+            gt = gt_ids, input["segments_info"]
+            results = {"ground truth": gt, **dict(zip(self.orders, (before, after)))}
+            changed = changed_pixels(before, after)
+            picture = draw_side_by_side(image, results, self.metadata, changed)
+            with atomic_path(path) as temporary:
+                Image.fromarray(picture).save(temporary)
         return paths
 
-
-def _with_own_dicts(panoptic: PanopticSeg) -> PanopticSeg:
-    # COCOPanopticEvaluator changes the segments' dicts in place
-    return panoptic[0], [dict(s) for s in panoptic[1]]
+    def _replace_earlier(self, file_names: List[str]) -> List[str]:
+        manifest = os.path.join(self.folder, "written.txt")
+        if os.path.isfile(manifest):
+            with open(manifest, encoding="utf-8") as f:
+                names = [os.path.basename(x) for x in f.read().splitlines()]
+            for path in filter(os.path.isfile, (os.path.join(self.folder, x) for x in names)):
+                os.remove(path)
+        stems = [os.path.splitext(os.path.basename(x))[0] for x in file_names]
+        names = [f"{rank:02d}_{stem}.png" for rank, stem in enumerate(stems, start=1)]
+        write_atomically(manifest, "\n".join(names))
+        return [os.path.join(self.folder, name) for name in names]
