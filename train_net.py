@@ -5,14 +5,13 @@ OANet training script: trains, resumes or evaluates what a config describes.
 This script is a simplified version of the training script in detectron2/tools.
 """
 
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
-from oanet_d2.distributed import launch
 from oanet_d2.engine import OANetTrainer, prepare_datasets, report_orderings, training_seconds
 from oanet_d2.output_folder import prepare_output_folder
 

@@ -1,39 +1,111 @@
 """
-What a training needs to survive: what it keeps in its checkpoints to go on as if nothing had
-happened, and what stops it before a bad step is kept.
+The parts of a training: its phases, what it keeps to go on after an interruption, and what ends it
+when it diverges.
 """
 
-import json
 import logging
 import math
 import os
+import time
 from typing import Dict, List, Optional
 
-import cv2
 import torch
+from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler
+from PIL import Image
 
 from detectron2.engine import HookBase
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.solver import LRMultiplier, build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from .checkpoint import first_not_finite
 from .data.training_stream import TrainingStream, derived_seed
-from .modeling.pair_memory import PairMemory
-from .output_folder import OutputFolderError, differences, flat_config, listed
-from .whole_files import whole_file
+from .output_folder import OutputFolderError, config_differences, listed
 
-__all__ = ["DataOrder", "NonFiniteLoss", "RememberedPairs", "RunConfig"]
+__all__ = [
+    "DataOrder",
+    "DivergenceGuard",
+    "RunConfig",
+    "TrainingClock",
+    "TwoPhases",
+    "build_two_phase_lr_scheduler",
+    "network_iterations",
+]
 
 logger = logging.getLogger(__name__)
 
-# What tells the random numbers of a step from those of a sample of the TrainingStream.
-_OF_STEPS = 2
-# Of these the checkpoint's value stays when a training is resumed.
-_KEPT_BY_OPTIMIZER = (
-    *("SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV"),
-    *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"),
-    *("SEED", "MODEL.WEIGHTS"),
-)
+# Tells the random numbers of a step from those of a sample of the TrainingStream.
+OF_STEPS = 2
+
+
+def network_iterations(cfg) -> int:
+    """
+    Returns:
+        the number of iterations in which the network learns. `cfg.SOLVER.SRM_ONLY_SHARE` takes the
+        others, at the end, for the ranking head alone. It is `cfg.SOLVER.MAX_ITER` where the
+        training has only one phase.
+
+    Raises:
+        ValueError: it is no share, or the model has no phases.
+    """
+    share = cfg.SOLVER.SRM_ONLY_SHARE
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"SOLVER.SRM_ONLY_SHARE is {share}; it must lie in [0, 1), 0 for one phase. (To train "
+            "nothing but the ranking head, set MODEL.OANET.TRAIN_SRM_ONLY.)"
+        )
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if share > 0 and not hasattr(architecture, "set_phase"):
+        raise ValueError(
+            f"SOLVER.SRM_ONLY_SHARE is {share}, but MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE!r} has no ranking head beside a network; set it to 0."
+        )
+    if cfg.MODEL.OANET.TRAIN_SRM_ONLY:
+        return cfg.SOLVER.MAX_ITER
+    return cfg.SOLVER.MAX_ITER - round(share * cfg.SOLVER.MAX_ITER)
+
+
+def build_two_phase_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    """
+    Detectron2's schedule over :func:`network_iterations`, then half a cosine from SOLVER.BASE_LR to 0.
+    """
+    first, total = network_iterations(cfg), cfg.SOLVER.MAX_ITER
+    cosine = CosineParamScheduler(1, 0)
+    if first == 0:
+        return LRMultiplier(optimizer, cosine, total)
+    network = cfg.clone()
+    network.defrost()
+    network.SOLVER.MAX_ITER = first
+    network.SOLVER.STEPS = tuple(x for x in cfg.SOLVER.STEPS if x < first)
+    schedule = build_lr_scheduler(network, optimizer)._multiplier
+    lengths = [first / total, 1 - first / total]
+    both = CompositeParamScheduler([schedule, cosine], lengths, ["rescaled", "rescaled"])
+    return LRMultiplier(optimizer, both, total)
+
+
+class TwoPhases(HookBase):
+    """
+    First the network learns, without the ranking head. Then the ranking head learns alone, from a
+    network that stands still, as it will in inference.
+
+    Whatever wraps the model stays as it is: DistributedDataParallel needs to have seen all parameters
+    with a gradient, and `find_unused_parameters`.
+    """
+
+    def __init__(self, network_iterations: int):
+        """
+        Args:
+            network_iterations: see :func:`network_iterations`.
+        """
+        self.network_iterations = network_iterations
+
+    def before_step(self):
+        phase = "network" if self.trainer.iter < self.network_iterations else "ranking"
+        model = self.trainer.checkpointer.model  # without DistributedDataParallel
+        if model.phase != phase:
+            logger.info(f"From iteration {self.trainer.iter} on, this learns: {phase}.")
+            model.set_phase(phase)
 
 
 class RunConfig(HookBase):
@@ -47,69 +119,56 @@ class RunConfig(HookBase):
     def load_state_dict(self, state_dict: Dict):
         """
         Raises:
-            OutputFolderError: the model or the optimizer is another one; the message names the
+            OutputFolderError: the checkpoint is of another model or optimizer; the message names the
                 keys that differ.
         """
-        there, here = flat_config(state_dict["yaml"]), flat_config(self.trainer.cfg.dump())
-        changed = differences(there, here)
+        changed = config_differences(state_dict["yaml"], self.trainer.cfg.dump())
         checkpointer = self.trainer.checkpointer
-        misfits = [
-            *checkpointer.new,
-            *(name for name, *_ in checkpointer.left_out),
-            *checkpointer.unused,
-        ]
-        folder = self.trainer.cfg.OUTPUT_DIR
+        left_out = [name for name, *_ in checkpointer.left_out]
+        misfits = [*checkpointer.new, *left_out, *checkpointer.unused]
         if misfits or "SOLVER.OPTIMIZER" in changed:
-            what = f"{len(misfits)} tensors, such as {misfits[0]}" if misfits else "the optimizer"
+            what = f"{len(misfits)} tensors, such as {misfits[0]}," if misfits else "the optimizer"
             raise OutputFolderError(
-                f"The training in {folder!r} cannot be resumed with this config: {what} would not "
-                f"be the same. {listed(changed) or 'The configs are the same, the code is not'}. "
-                "Resume with those values, or start a new training in another OUTPUT_DIR, with the "
-                "checkpoint as MODEL.WEIGHTS."
+                f"The training in {self.trainer.cfg.OUTPUT_DIR!r} cannot be resumed with this config: "
+                f"{what} would differ. {listed(changed) or 'The code is another one'}. Resume with the "
+                "values there, or use another OUTPUT_DIR and the checkpoint as MODEL.WEIGHTS."
             )
         if changed:
-            logger.warning(f"Resumed with another config than before: {listed(changed)}.")
-            kept = [key for key in _KEPT_BY_OPTIMIZER if key in changed]
-            if kept:
-                logger.warning(
-                    f"The checkpoint's {', '.join(kept)} stays: it is resumed with the optimizer "
-                    "and the order of the data."
-                )
+            logger.warning(
+                f"Resumed with another config than before: {listed(changed)}. SEED, learning rate, "
+                "momentum and weight decay stay as they are in the checkpoint."
+            )
 
 
 class DataOrder(HookBase):
     """
-    Makes everything that is random in a step a function of the seed, the step and the process, and
-    keeps in the checkpoints the seed and how far the training is. A resumed training therefore goes
-    on with the images, augmentations and samples that it would have had.
-
-    With another number of images a step than before, it goes on about where it was.
+    Makes everything random in a step depend on the seed, the step and the process alone, and keeps
+    the seed and the place in the data in the checkpoints. A resumed training therefore sees the
+    images, augmentations and samples that it would have seen. (With another number of images per
+    step it goes on at about the same image.)
     """
 
     def __init__(self, stream: TrainingStream, images_per_step: int):
         """
         Args:
             stream: the training data of this process.
-            images_per_step: of all processes.
+            images_per_step: of all processes together.
         """
         self.stream = stream
         self.images_per_step = images_per_step
         self.seed = stream.seed
-        self.images: Optional[int] = None  # that the steps before have seen; None: not known yet
+        self.images: Optional[int] = None  # seen so far; None where no checkpoint says it
 
     def before_train(self):
         if self.images is None:
             self.images = self.trainer.start_iter * self.images_per_step
-        # A process on another machine may have no checkpoint of its own.
-        self.seed, self.images = comm.all_gather((self.seed, self.images))[0]
         self.stream.seed = self.seed
         self.stream.first_batch = self.images // self.images_per_step
 
     def before_step(self):
-        seed_all_rng(derived_seed(_OF_STEPS, self.seed, comm.get_rank(), self.trainer.iter))
+        seed_all_rng(derived_seed(OF_STEPS, self.seed, comm.get_rank(), self.trainer.iter))
 
     def after_step(self):
-        assert self.images is not None  # known since before_train
         self.images += self.images_per_step
 
     def state_dict(self) -> Dict:
@@ -119,114 +178,112 @@ class DataOrder(HookBase):
         self.seed, self.images = state_dict["seed"], state_dict["images"]
 
 
-class RememberedPairs(HookBase):
+class DivergenceGuard(HookBase):
     """
-    Keeps in the checkpoints the pairs that a ranking head learns from again. In a training of several
-    processes these are the first one's, and all go on from them.
-    """
-
-    def __init__(self, memory: PairMemory):
-        self.memory = memory
-
-    def state_dict(self) -> Dict:
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state_dict: Dict):
-        device = next(self.trainer.checkpointer.model.parameters()).device
-        self.memory.load_state_dict(state_dict, device)
-
-
-class NonFiniteLoss(HookBase):
-    """
-    Ends the training at the first loss that is NaN or infinite, before it reaches a weight, and
-    keeps the batch: its images as the network saw them and a JSON beside them.
+    Ends a training at the first loss that is NaN or infinite, before it reaches a weight, and keeps
+    the batch. Every process looks at its own losses, and at those of the model itself: it does not
+    matter what wraps the model.
     """
 
-    def __init__(self, folder: str, image_format: str):
-        """
-        Args:
-            folder: where a folder for the batch is made.
-            image_format: `cfg.INPUT.FORMAT`.
-        """
-        self.folder = folder
-        self.image_format = image_format
-        self._handle = None
-        self._files_before: List[str] = []
+    def __init__(self):
+        self._hooks: List = []
+        self._batch: List[Dict] = []
+        self._files_before = ""
 
     def before_train(self):
-        self._handle = self.trainer.model.register_forward_hook(self._check)
+        model = self.trainer.checkpointer.model
+        self._hooks = [
+            model.register_forward_pre_hook(self._keep),
+            model.register_forward_hook(self._check),
+        ]
 
     def after_train(self):
-        if self._handle is not None:
-            self._handle.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, model, inputs):
+        if model.training:
+            self._files_before = _file_names(self._batch)
+            self._batch = inputs[0]
 
     def _check(self, model, inputs, losses: Dict[str, torch.Tensor]):
-        if not model.training:
-            return
-        (batch,) = inputs
-        files = [x.get("file_name", "?") for x in batch]
-        if torch.isfinite(torch.as_tensor(sum(losses.values()))):
-            self._files_before = files
-            return
-        values = {name: loss.item() for name, loss in losses.items()}
-        bad = {name: x for name, x in values.items() if not math.isfinite(x)} or values
-        iteration, rank = self.trainer.iter, comm.get_rank()
-        name = f"iteration_{iteration:07d}" + f"_rank_{rank}" * (comm.get_world_size() > 1)
-        folder = os.path.join(self.folder, "non_finite_loss", name)
+        if model.training and not torch.isfinite(torch.as_tensor(sum(losses.values()))):
+            values = {name: loss.item() for name, loss in losses.items()}
+            bad = {name: x for name, x in values.items() if not math.isfinite(x)} or values
+            raise FloatingPointError(", ".join(f"{name} is {x}" for name, x in bad.items()) + ".")
+
+    def explained(self, error: FloatingPointError) -> FloatingPointError:
+        """
+        Save the images of this step as the network saw them, and say what is known.
+
+        Args:
+            error: raised in the step, by this guard or by Detectron2, whose proposal generator may
+                meet infinite numbers before there is a loss.
+        """
+        trainer = self.trainer
+        folder = os.path.join(
+            trainer.cfg.OUTPUT_DIR,
+            "non_finite_loss",
+            f"iteration_{trainer.iter:07d}_rank_{comm.get_rank()}",
+        )
         try:
-            save_batch(folder, batch, self.image_format, iteration, values)
-            saved = f"as the network saw it, is in {folder}"
-        except OSError as error:
-            saved = f"could not be saved: {error}"
-        tensor = first_not_finite(self.trainer.checkpointer.model)
-        if tensor is None:
-            cause = "The weights are finite. It is this batch, or what the network makes of it."
-        else:
-            cause = (
-                f"The weights are not finite either, {tensor} for one: the step before has made "
-                f"them so, with {', '.join(self._files_before) or 'what it was given'}."
-            )
-        raise FloatingPointError(
-            f"Iteration {iteration}: {', '.join(f'{k} is {v}' for k, v in bad.items())}. The batch "
-            f"({', '.join(files)}), {saved}. {cause} Nothing of this step was kept; the last "
-            f"checkpoint is {self.trainer.checkpointer.get_checkpoint_file() or 'none yet'}. A "
-            "lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help."
+            save_images(folder, self._batch, trainer.cfg.INPUT.FORMAT)
+            kept = f"is in {folder}"
+        except OSError as failed:
+            kept = f"could not be saved: {failed}"
+        cause = "The weights are finite."
+        weight = first_not_finite(trainer.checkpointer.model.named_parameters())
+        if weight is not None:
+            before = self._files_before or "images that this run has not seen"
+            cause = f"{weight} is not finite: the step before spoiled it, with {before}."
+        return FloatingPointError(
+            f"Iteration {trainer.iter}: {error} The batch ({_file_names(self._batch)}) {kept}. {cause} "
+            f"The last checkpoint is {trainer.checkpointer.get_checkpoint_file() or 'none yet'}. A lower "
+            "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help."
         )
 
 
-def save_batch(
-    folder: str, batch: List[Dict], image_format: str, iteration: int, losses: Dict[str, float]
-):
+def save_images(folder: str, batch: List[Dict], image_format: str) -> None:
     """
-    Write a training batch for a person to look at: its images, and batch.json.
+    Write the images of a training batch, as PNGs that are numbered and named like their files.
 
     Args:
-        folder: made if it is not there.
-        batch: training inputs, "image" (3, H, W) uint8 where images are read.
+        folder: made if it does not exist.
+        batch: training inputs, with "image" (3, H, W) in [0, 255] where images are read.
         image_format: "BGR" or "RGB".
-        iteration, losses: the JSON holds them; losses that are not finite become strings.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: an image cannot be written.
     """
     os.makedirs(folder, exist_ok=True)
-    images = []
     for i, x in enumerate(batch):
-        file_name = x.get("file_name", "")
-        entry = {"file_name": file_name, "image_id": x.get("image_id")}
         if "image" in x:
-            stem = os.path.splitext(os.path.basename(file_name))[0]
-            picture = x["image"].permute(1, 2, 0).cpu().numpy()
-            entry["as_seen"] = f"{i:02d}_{stem}.png"
-            # cv2 writes BGR, and says by False what went wrong.
-            picture = picture if image_format == "BGR" else picture[:, :, ::-1]
-            if not cv2.imwrite(os.path.join(folder, entry["as_seen"]), picture):
-                raise OSError(f"cannot write {entry['as_seen']} into {folder}")
-        if "instances" in x:
-            entry["size"] = list(x["instances"].image_size)
-            entry["classes"] = x["instances"].gt_classes.tolist()
-            entry["boxes"] = x["instances"].gt_boxes.tensor.tolist()
-        images.append(entry)
-    written = {k: v if math.isfinite(v) else str(v) for k, v in losses.items()}
-    with whole_file(os.path.join(folder, "batch.json")) as f:
-        json.dump({"iteration": iteration, "losses": written, "images": images}, f, indent=2)
+            rgb = x["image"].flip(0) if image_format == "BGR" else x["image"]
+            name = os.path.splitext(os.path.basename(x.get("file_name", "")))[0]
+            picture = Image.fromarray(rgb.byte().permute(1, 2, 0).cpu().contiguous().numpy())
+            picture.save(os.path.join(folder, f"{i:02d}_{name}.png"))
+
+
+def _file_names(batch: List[Dict]) -> str:
+    return ", ".join(x.get("file_name", "?") for x in batch)
+
+
+class TrainingClock(HookBase):
+    """
+    Adds up the wall time of the training steps, over resumed runs too.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def before_step(self):
+        self._start = time.perf_counter()
+
+    def after_step(self):
+        self.seconds += time.perf_counter() - self._start
+
+    def state_dict(self) -> Dict:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: Dict):
+        self.seconds = state_dict["seconds"]
