@@ -19,7 +19,7 @@ def test_the_first_of_equal_classes_wins_as_in_argmax():
     assert torch.equal(semantic_labels(sem_seg, True), sem_seg.argmax(dim=0))
 
 
-@pytest.mark.parametrize("keep_things_free", [True, False])
+@pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("stride", [4, 2, 1])
 @pytest.mark.parametrize(
     "cells, image_size, output_size",
@@ -34,19 +34,17 @@ def test_the_first_of_equal_classes_wins_as_in_argmax():
         ((8, 8), (29, 32), (1, 1)),
     ],
 )
-def test_equals_detectron2s_two_interpolations(
-    cells, image_size, output_size, stride, keep_things_free
-):
+def test_equals_detectron2s_two_interpolations(cells, image_size, output_size, stride, free):
     scores = torch.randn(7, *cells, generator=torch.Generator().manual_seed(0))
     image_size = tuple(length * stride // 4 for length in image_size)
     up = F.interpolate(scores[None], scale_factor=stride, mode="bilinear", align_corners=False)[0]
     expected = sem_seg_postprocess(up, image_size, *output_size)
-    labels = resized_semantic_labels(scores, stride, image_size, output_size, keep_things_free)
+    labels = resized_semantic_labels(scores, stride, image_size, output_size, free)
     assert labels.shape == output_size and labels.dtype == torch.int64
-    wrong = labels != semantic_labels(expected, keep_things_free)
+    wrong = labels != semantic_labels(expected, free)
     assert wrong.float().mean() <= 0.001
     # and there only by rounding
-    best = (expected if keep_things_free else expected[1:]).amax(dim=0)
+    best = (expected if free else expected[1:]).amax(dim=0)
     torch.testing.assert_close(expected.gather(0, labels[None])[0], best, rtol=0, atol=1e-5)
 
 

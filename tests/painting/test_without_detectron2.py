@@ -1,7 +1,3 @@
-"""
-painting/ serves whoever has masks from another program.
-"""
-
 import json
 import subprocess
 import sys
