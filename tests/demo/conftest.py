@@ -1,8 +1,5 @@
-import functools
-import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +7,6 @@ import torch
 
 from detectron2.modeling import build_model
 
-from oanet_d2 import PanopticPredictor
 from oanet_d2.data.occlusion_scenes import write_split
 from tests.conftest import REPOSITORY, SMALLEST, load_config
 
@@ -45,35 +41,6 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(scenes):
     return sorted((scenes / "val").glob("*.jpg"))
-
-
-@functools.cache
-def built_once(config_file, opts):
-    return PanopticPredictor.from_config(config_file, opts=opts)
-
-
-@pytest.fixture
-def run(config_file, monkeypatch, caplog, capsys):
-    """
-    Run the demo with the tiny network. Gives its exit status, and what it logs or prints as error.
-    """
-    import demo
-
-    once = SimpleNamespace(from_config=lambda path, opts: built_once(path, tuple(opts)))
-    monkeypatch.setattr(demo, "PanopticPredictor", once)
-    monkeypatch.setattr(demo, "setup_logger", lambda name: None)  # caplog is there
-    monkeypatch.setattr(logging.getLogger("oanet_d2"), "propagate", True)
-
-    def run(*args, config=config_file):
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "oanet_d2"):
-            try:
-                status = demo.main(["--config-file", str(config), *map(str, args)])
-            except SystemExit as end:
-                status = end.code
-        return status, caplog.text + capsys.readouterr().err
-
-    return run
 
 
 def owners(panoptic_seg, segments_info):
