@@ -1,4 +1,4 @@
-"""python -m oanet_d2.data.occlusion_scenes: writes OcclusionScenes to disk."""
+"""The command line of OcclusionScenes."""
 
 import argparse
 import sys
@@ -9,24 +9,20 @@ from .writer import ensure_split, write_split
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m oanet_d2.data.occlusion_scenes",
-        description="Writes OcclusionScenes, a synthetic panoptic data set of things that lie on one "
-        "another, in the layout of COCO panoptic. A complete split of the same parameters is left alone.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Write OcclusionScenes, a synthetic panoptic dataset of things that lie on one "
+        "another, in the layout of COCO panoptic. A complete split of the same parameters stays as it is.",
     )
     add = parser.add_argument
-    add("--root", type=Path, default=Path(occlusion_scenes_root()), metavar="DIR",
-        help="folder of the data set; not given: occlusion_scenes in $DETECTRON2_DATASETS")
-    add("--train", type=int, default=1000, metavar="N", help="images of the train split; 0: leave it alone")
-    add("--val", type=int, default=200, metavar="N", help="images of the val split; 0: leave it alone")
+    add("--root", type=Path, default=Path(occlusion_scenes_root()), help="default: %(default)s")
+    add("--train", type=int, default=1000, metavar="N", help="training images; 0: leave the split alone")
+    add("--val", type=int, default=200, metavar="N", help="validation images; 0: leave the split alone")
     add("--image-size", type=int, default=192, metavar="PIXELS", help="height and width, at least 64")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files")
-    add("--workers", type=int, metavar="N", help="processes; 0: only this one; not given: one per CPU")
-    add("--overwrite", action="store_true", help="write anew, even where a complete split is there")
+    add("--workers", type=int, metavar="N", help="processes; 0: only this one; default: one per CPU")
+    add("--overwrite", action="store_true", help="replace a split that is already there")
     options = parser.parse_args(arguments)
-
     write = write_split if options.overwrite else ensure_split
     try:
         for split, count in (("train", options.train), ("val", options.val)):

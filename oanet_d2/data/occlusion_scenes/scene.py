@@ -1,19 +1,15 @@
 """
 One scene of OcclusionScenes: what is in it, what lies on what, and what is visible.
 
-Things overlap in three ways:
-
-* worn or standing: a tie or a backpack on a person, a cup or a bottle on a table. It lies inside its
-  carrier's silhouette, so it is lost if the carrier is painted last;
-* one in front of the other: what stands lower in the image is nearer. Chance decides which class is
-  nearer. What is worn moves with its carrier: a car in front of a person covers the tie;
-* several things of one class.
+A tie or a backpack lies on a person, a cup or a bottle on a table: inside the silhouette of its carrier,
+so it is lost if the carrier is painted last. Things on the ground overlap too. The one that stands lower
+in the image is nearer, and chance decides of which class it is. What is worn moves with its carrier: a
+car in front of a person covers the tie.
 
 Lengths are shares of the image's side until `rasterise`, so a seed gives the same scene in every image
 size, except for things that are too small to be seen in one of them.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,13 +21,13 @@ from .categories import CATEGORIES, ID_OF
 from .drawing import Drawing, Point, Sprite, rasterise
 
 SMALLEST_IMAGE = 64
-# The scene leaves out a thing if less than this is visible: share of its silhouette, of the image.
+# A thing is left out if less than this is visible: share of its silhouette, share of the image.
 LEAST_VISIBLE_SHARE, LEAST_VISIBLE_AREA = 0.4, 40 / 256**2
-# It leaves out a carried thing if less than this share of its box is inside the image.
+# A carried thing is left out if less than this share of its box is inside the image.
 LEAST_INSIDE = 0.35
 # y of the nearest ground. It is below the image, so the image cuts off some things.
 NEAREST_GROUND = 1.1
-# What stands on the ground, how it is drawn, and how often.
+# What stands on the ground: how it is drawn, and how often.
 ON_GROUND = {
     "person": (shapes.person, 0.42),
     "table": (shapes.table, 0.28),
@@ -41,24 +37,15 @@ ON_GROUND = {
 
 
 class Thing(NamedTuple):
-    """mask: (H, W) bool, the whole silhouette inside the image, also where it is hidden."""
-
     category_id: int
-    mask: np.ndarray
+    mask: np.ndarray  # (H, W) bool: the silhouette inside the image, also where it is hidden
 
 
 @dataclass
 class Scene:
-    """
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        things: from back to front.
-        stuff: (H, W) int32, the stuff's category id in every pixel, behind the things too.
-    """
-
-    image: np.ndarray
-    things: list[Thing]
-    stuff: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    things: list[Thing]  # from back to front
+    stuff: np.ndarray  # (H, W) int32 category ids of the stuff in every pixel, behind the things too
 
 
 @dataclass(eq=False)
@@ -131,21 +118,19 @@ def scene_to_panoptic(scene: Scene) -> tuple[np.ndarray, list[dict]]:
     regions = [(thing.category_id, topmost == k) for k, thing in enumerate(scene.things, 1)]
     regions += [(int(k), free & (scene.stuff == k)) for k in np.unique(scene.stuff[free])]
 
-    ids, segments = np.zeros_like(topmost), []
+    ids = np.zeros_like(topmost)
+    segments: dict[int, dict] = {}
     for category_id, mask in regions:
-        number = _segment_id(category_id, [segment["id"] for segment in segments])
+        # Ids resemble the colour of the class, so that a PNG of ids looks like a picture.
+        red, green, blue = CATEGORIES[category_id - 1]["color"]
+        number = 0
+        while number == 0 or number in segments:
+            number = red + 256 * green + 65536 * blue
+            red, green, blue = (red + 37) % 256, (green + 23) % 256, (blue + 53) % 256
         ids[mask] = number
         segment = {"id": number, "category_id": category_id, "iscrowd": 0}
-        segments.append({**segment, "bbox": bounding_box(mask), "area": int(mask.sum())})
-    return ids, segments
-
-
-def _segment_id(category_id: int, taken: list[int]) -> int:
-    # In a picture of the ids, segments of one class have similar colours.
-    red, green, blue = CATEGORIES[category_id - 1]["color"]
-    colours = (((red + 37 * k) % 256, (green + 23 * k) % 256, (blue + 53 * k) % 256) for k in itertools.count())
-    numbers = (r + 256 * g + 65536 * b for r, g, b in colours)
-    return next(number for number in numbers if number != 0 and number not in taken)
+        segments[number] = {**segment, "bbox": bounding_box(mask), "area": int(mask.sum())}
+    return ids, list(segments.values())
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:
@@ -154,7 +139,7 @@ def bounding_box(mask: np.ndarray) -> list[int]:
 
 
 def _compose(rng: np.random.Generator, horizon: float) -> list[_Placed]:
-    """Place the things, from back to front. Most stand beside, before or behind another one."""
+    """Place things from back to front. Most stand beside, before or behind another one."""
     groups: list[list[_Placed]] = []
     farthest = max(horizon + 0.24, 0.56)
     for _ in range(1 + rng.binomial(3, 0.6)):
@@ -185,16 +170,11 @@ def _scale_at(y: float, horizon: float) -> float:
 def _place_beside(
     rng: np.random.Generator, partner: _Placed, drawing: Drawing, horizon: float, farthest: float
 ) -> Point:
-    """
-    Choose (x, y) so that `drawing` overlaps `partner`, before or behind it equally often.
-
-    Sideways the overlap is a share of the narrower one, so that a person behind a tree stays
-    visible. In depth it is a share of the height of the one in front, so that a car covers as much
-    of a person as a person of a car.
-    """
+    """Choose (x, y) so that `drawing` overlaps `partner`, before or behind it equally often."""
     own_left, own_top, own_right, _ = drawing.extent()
     left, top, right, bottom = partner.box()
     in_front = rng.random() < 0.5
+    # A share of the height of the one in front: a car covers as much of a person as a person of a car.
     height = -own_top * partner.scale if in_front else bottom - top
     depth = min(rng.uniform(0.1, 0.6) * height, 0.16) * (1 if in_front else -1)
     y = partner.y + depth
@@ -204,6 +184,7 @@ def _place_beside(
 
     scale = _scale_at(y, horizon)
     width = (own_right - own_left) * scale
+    # A share of the narrower one, so that a person behind a tree stays visible.
     overlap = min(width, right - left) * rng.uniform(0.15, 0.7)
     side = rng.choice([-1, 1]) if 0.25 < partner.x < 0.75 else np.sign(0.5 - partner.x)
     middle = (left + right) / 2 + side * ((width + right - left) / 2 - overlap)
@@ -211,20 +192,20 @@ def _place_beside(
 
 
 def _carried(rng: np.random.Generator, carrier: _Placed) -> list[_Placed]:
-    anchors = carrier.drawing.anchors
-    for name, draw, anchor in (("backpack", shapes.backpack, "back"), ("tie", shapes.tie, "neck")):
-        if anchor in anchors and rng.random() < 0.9:
-            return [carrier.carry(name, draw(rng, carrier.drawing), anchors[anchor])]
-    if carrier.name != "table":
-        return []
-    carried = []
-    (left, far), (right, near) = anchors["far_left"], anchors["near_right"]
-    slots = rng.permutation(3)[: rng.choice(4, p=[0.05, 0.3, 0.35, 0.3])]
-    for down, slot in sorted((rng.uniform(0.45, 1.0), slot) for slot in slots):
-        across = (slot + rng.uniform(0.2, 0.8)) / 3
-        at = left + across * (right - left), far + down * (near - far)
-        name, draw = ("cup", shapes.cup) if rng.random() < 0.5 else ("bottle", shapes.bottle)
-        carried.append(carrier.carry(name, _or_mirrored(rng, draw(rng, carrier.drawing)), at))
+    anchors, carried = carrier.drawing.anchors, []
+    if "back" in anchors and rng.random() < 0.9:
+        backpack = shapes.backpack(rng, carrier.drawing)
+        carried.append(carrier.carry("backpack", backpack, anchors["back"]))
+    if "neck" in anchors and rng.random() < 0.9:
+        carried.append(carrier.carry("tie", shapes.tie(rng, carrier.drawing), anchors["neck"]))
+    if carrier.name == "table":
+        (left, far), (right, near) = anchors["far_left"], anchors["near_right"]
+        slots = rng.permutation(3)[: rng.choice(4, p=[0.05, 0.3, 0.35, 0.3])]
+        for down, slot in sorted((rng.uniform(0.45, 1.0), slot) for slot in slots):
+            across = (slot + rng.uniform(0.2, 0.8)) / 3
+            at = left + across * (right - left), far + down * (near - far)
+            name, draw = ("cup", shapes.cup) if rng.random() < 0.5 else ("bottle", shapes.bottle)
+            carried.append(carrier.carry(name, _or_mirrored(rng, draw(rng, carrier.drawing)), at))
     return carried
 
 
@@ -232,42 +213,31 @@ def _rasterise_visible(
     everything: list[_Placed], light: Point, size: int
 ) -> list[tuple[_Placed, Sprite]]:
     """
-    Rasterise the things and leave out what is hardly visible.
-
-    The least visible thing goes first, because others become more visible without it. What a thing
-    carries goes with it: no tie hangs in the air.
+    Rasterise the things and leave out what is hardly visible: the least visible thing first, because
+    without it others are more visible, and what it carries with it, so that no tie hangs in the air.
     """
     kept = []
     for placed in everything:
-        if placed.carrier is None or _share_inside(placed) >= LEAST_INSIDE:
+        left, top, right, bottom = placed.box()
+        inside = np.prod(np.clip([right, bottom], 0, 1) - np.clip([left, top], 0, 1))
+        if placed.carrier is None or inside / ((right - left) * (bottom - top)) >= LEAST_INSIDE:
             origin = (placed.x * size, placed.y * size)
             sprite = rasterise(placed.drawing, placed.scale * size, origin, size, light)
             if sprite is not None:
                 kept.append((placed, sprite))
     while len(kept) > 1:
-        shares = _visible_shares([sprite for _, sprite in kept], size)
-        worst = int(np.argmin(shares))
-        if shares[worst] >= LEAST_VISIBLE_SHARE:
+        topmost = np.zeros((size, size), dtype=np.uint8)
+        for k, (_, sprite) in enumerate(kept, 1):
+            topmost[sprite.window][sprite.inside] = k
+        visible = np.bincount(topmost.ravel(), minlength=len(kept) + 1)[1:]
+        shares = visible / [sprite.inside.sum() for _, sprite in kept]
+        shares[visible < LEAST_VISIBLE_AREA * size**2] = 0
+        worst, sprite = kept[np.argmin(shares)]
+        if shares.min() >= LEAST_VISIBLE_SHARE:
             break
-        gone = kept[worst]
-        # At least one thing stays.
-        kept = [k for k in kept if gone[0] not in (k[0], k[0].carrier)] or [gone]
+        others = [entry for entry in kept if worst not in (entry[0], entry[0].carrier)]
+        kept = others or [(worst, sprite)]
     return kept
-
-
-def _share_inside(placed: _Placed) -> float:
-    left, top, right, bottom = placed.box()
-    inside = np.clip([left, top, right, bottom], 0, 1)
-    return float((inside[2] - inside[0]) * (inside[3] - inside[1]) / ((right - left) * (bottom - top)))
-
-
-def _visible_shares(sprites: list[Sprite], size: int) -> np.ndarray:
-    topmost = np.zeros((size, size), dtype=np.uint8)
-    for k, sprite in enumerate(sprites, 1):
-        topmost[sprite.window][sprite.inside] = k
-    visible = np.bincount(topmost.ravel(), minlength=len(sprites) + 1)[1:]
-    shares = visible / [sprite.inside.sum() for sprite in sprites]
-    return np.where(visible >= LEAST_VISIBLE_AREA * size**2, shares, 0.0)
 
 
 def _cast_shadow(canvas: np.ndarray, placed: _Placed) -> None:
@@ -279,8 +249,8 @@ def _cast_shadow(canvas: np.ndarray, placed: _Placed) -> None:
     low = max(0.2 * half, 1.0)
     rows = slice(max(int(y - 2 * low), 0), min(int(y + 2 * low) + 1, size))
     columns = slice(max(int(x - 1.5 * half), 0), min(int(x + 1.5 * half) + 1, size))
-    down, across = np.ogrid[rows, columns]
-    distance = ((across.astype(np.float32) - x) / half) ** 2 + ((down.astype(np.float32) - y) / low) ** 2
+    down, across = (axis.astype(np.float32) for axis in np.ogrid[rows, columns])
+    distance = ((across - x) / half) ** 2 + ((down - y) / low) ** 2
     canvas[rows, columns] *= (1 - 0.5 * np.exp(-1.5 * distance))[..., None]
 
 

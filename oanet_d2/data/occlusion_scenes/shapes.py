@@ -8,8 +8,8 @@ person, and bring that into drawing units at the end.
 
 import numpy as np
 
-from .drawing import Drawing, Point, box, ellipse, limb, ring, rounded, symmetric
-from .paints import Colour, Paint, any_colour, any_paint, colour_near, mostly, mostly_unlike, plain, toned
+from .drawing import Drawing, box, ellipse, limb, ring, rounded, symmetric
+from .paints import Paint, any_colour, any_paint, colour_near, mostly, mostly_unlike, plain, toned
 
 SKINS = [(250, 215, 185), (232, 190, 150), (200, 150, 110), (150, 102, 70), (98, 66, 48)]
 HAIRS = [(40, 30, 26), (80, 52, 34), (140, 95, 50), (205, 170, 100), (150, 150, 150), (150, 60, 35)]
@@ -28,36 +28,28 @@ BLACK = plain(np.array([25, 22, 22], dtype=np.float32))
 LAMP = plain(np.array([250, 240, 190], dtype=np.float32))
 REAR_LAMP = plain(np.array([190, 40, 35], dtype=np.float32))
 
+# Elbow and hand of an arm: their distance from the middle, in that of the shoulder, and how far they
+# are below the shoulder. The arm hangs, rests on the hip, is raised, is held aside.
+ARMS = [
+    ((1.25, 0.17), (1.25, 0.33)),
+    ((2.1, 0.16), (1.0, 0.28)),
+    ((2.0, 0.02), (2.1, -0.16)),
+    ((1.75, 0.13), (2.3, 0.25)),
+]
+
 
 def person(rng: np.random.Generator) -> Drawing:
     """
-    A standing person, seen from the front (anchor "neck") or from behind (anchor "back"), measured
-    in its height. Further anchors: "shoulder" and "waist".
+    A standing person, seen from the front (anchor "neck") or from behind (anchor "back"), measured in
+    its height. Further anchors: "shoulder" and "waist".
     """
     drawing = Drawing()
     from_behind = rng.random() < 0.35
     build = rng.uniform(0.88, 1.16)
-    shoulder, hip, hip_y = 0.135 * build, 0.1 * build, -0.47
+    shoulder, shoulder_y, hip, hip_y = 0.135 * build, -0.8, 0.1 * build, -0.47
     skin = colour_near(rng, SKINS, 8)
     shirt = any_paint(rng, mostly(rng, SHIRTS), 0.075, ("stripes", "checks", "gradient", "dots"))
 
-    _legs(drawing, rng, hip, hip_y, skin)
-    side = [(0.4 * shoulder, -0.83), (shoulder, -0.79), (0.93 * shoulder, -0.62), (1.04 * hip, -0.44)]
-    drawing.add(rounded(symmetric(side), 1), shirt)
-    sleeve = plain(shirt.first if rng.random() < 0.7 else skin)
-    for direction in (-1, 1):
-        _arm(drawing, rng, direction * 0.9 * shoulder, sleeve, plain(skin))
-    drawing.add(box(-0.03, -0.865, 0.03, -0.805), plain(toned(skin, 0.85)))
-    _head(drawing, rng, from_behind, skin)
-
-    drawing.anchors = {"shoulder": (shoulder, -0.8), "waist": (0.0, hip_y)}
-    drawing.anchors["back" if from_behind else "neck"] = (0.0, -0.635 if from_behind else -0.812)
-    drawing.own_colours = [shirt.first, shirt.second]
-    height = rng.uniform(0.6, 0.76)
-    return drawing.stretched(height, height)
-
-
-def _legs(drawing: Drawing, rng: np.random.Generator, hip: float, hip_y: float, skin: Colour) -> None:
     cloth = any_paint(rng, mostly(rng, TROUSERS), 0.06, ("plain", "gradient", "checks"))
     shoe = plain(any_colour(rng, 0.3))
     stance = rng.choice([0.35, 0.6, 1.0, 1.5])
@@ -71,23 +63,17 @@ def _legs(drawing: Drawing, rng: np.random.Generator, hip: float, hip_y: float, 
         hem = hip_y * rng.uniform(0.2, 0.45)
         drawing.add([(-hip, hip_y), (hip, hip_y), (hip * 1.6, hem), (-hip * 1.6, hem)], cloth)
 
+    trunk = [(0.4 * shoulder, -0.83), (shoulder, -0.79), (0.93 * shoulder, -0.62), (1.04 * hip, -0.44)]
+    drawing.add(rounded(symmetric(trunk), 1), shirt)
+    sleeve = plain(shirt.first if rng.random() < 0.7 else skin)
+    for x in (-0.9 * shoulder, 0.9 * shoulder):
+        (elbow_x, elbow_y), (hand_x, hand_y) = ARMS[rng.choice(4, p=[0.5, 0.15, 0.15, 0.2])]
+        elbow, hand = (x * elbow_x, shoulder_y + elbow_y), (x * hand_x, shoulder_y + hand_y)
+        drawing.add(limb(elbow, hand, 0.026, 0.024), plain(skin) if rng.random() < 0.4 else sleeve)
+        drawing.add(limb((x, shoulder_y + 0.035), elbow, 0.036, 0.03), sleeve)
+        drawing.add(ellipse(*hand, 0.028, 0.028), plain(skin))
 
-def _arm(drawing: Drawing, rng: np.random.Generator, x: float, sleeve: Paint, skin: Paint) -> None:
-    # The elbow's and the hand's distance from the middle, in x, and their height.
-    poses = [
-        ((1.25, 0.17), (1.25, 0.33)),  # hangs
-        ((2.1, 0.16), (1.0, 0.28)),  # rests on the hip
-        ((2.0, 0.02), (2.1, -0.16)),  # is raised
-        ((1.75, 0.13), (2.3, 0.25)),  # is held aside
-    ]
-    (elbow_out, elbow_down), (hand_out, hand_down) = poses[rng.choice(4, p=[0.5, 0.15, 0.15, 0.2])]
-    elbow, hand = (x * elbow_out, -0.8 + elbow_down), (x * hand_out, -0.8 + hand_down)
-    drawing.add(limb(elbow, hand, 0.026, 0.024), skin if rng.random() < 0.4 else sleeve)
-    drawing.add(limb((x, -0.8 + 0.035), elbow, 0.036, 0.03), sleeve)
-    drawing.add(ellipse(*hand, 0.028, 0.028), skin)
-
-
-def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: Colour) -> None:
+    drawing.add(box(-0.03, -0.865, 0.03, -0.805), plain(toned(skin, 0.85)))  # neck
     hair = colour_near(rng, HAIRS, 8)
     y, half, tall = -0.905, 0.066, 0.083
     if rng.random() < 0.4:
@@ -99,7 +85,13 @@ def _head(drawing: Drawing, rng: np.random.Generator, from_behind: bool, skin: C
         drawing.add(ellipse(0, y + 0.012, half * 0.86, tall * 0.72), plain(skin))
         for eye in (-0.026, 0.026):
             drawing.add(ellipse(eye, y + 0.002, 0.008, 0.01), plain(toned(hair, 0.4)))
-        drawing.add(ellipse(0, y + 0.038, 0.02, 0.007), plain(toned(skin, 0.6)))
+        drawing.add(ellipse(0, y + 0.038, 0.02, 0.007), plain(toned(skin, 0.6)))  # mouth
+
+    drawing.anchors = {"shoulder": (shoulder, shoulder_y), "waist": (0.0, hip_y)}
+    drawing.anchors["back" if from_behind else "neck"] = (0.0, -0.635 if from_behind else -0.812)
+    drawing.own_colours = [shirt.first, shirt.second]
+    height = rng.uniform(0.6, 0.76)
+    return drawing.stretched(height, height)
 
 
 def table(rng: np.random.Generator) -> Drawing:
@@ -141,9 +133,7 @@ def table(rng: np.random.Generator) -> Drawing:
 
 
 def car(rng: np.random.Generator) -> Drawing:
-    """
-    A car from the side, its front to the right: a saloon, a hatchback or a van.
-    """
+    """A car from the side, its front to the right: a saloon, a hatchback or a van."""
     drawing = Drawing()
     half, roof = rng.uniform(0.28, 0.34), rng.uniform(0.22, 0.26)
     colour = mostly(rng, CARS)
@@ -178,9 +168,7 @@ def car(rng: np.random.Generator) -> Drawing:
 
 
 def tree(rng: np.random.Generator) -> Drawing:
-    """
-    A conifer of three or four tiers, or a broad-leaved tree whose crown is several clumps.
-    """
+    """A conifer of three or four tiers, or a broad-leaved tree whose crown is several clumps."""
     drawing = Drawing()
     height = rng.uniform(0.72, 1.0)
     bark = plain(toned(colour_near(rng, WOODS[:4]), 0.8))
@@ -211,9 +199,7 @@ def tree(rng: np.random.Generator) -> Drawing:
 
 
 def tie(rng: np.random.Generator, wearer: Drawing) -> Drawing:
-    """
-    A tie, measured in the distance from the neck (the origin) to the waist.
-    """
+    """A tie, measured in the distance from the neck (the origin) to the waist."""
     drawing = Drawing()
     colour = mostly(rng, TIES)
     paint = any_paint(rng, colour, 0.16, ("stripes", "dots", "checks"))
@@ -247,9 +233,7 @@ def backpack(rng: np.random.Generator, wearer: Drawing) -> Drawing:
 
 
 def cup(rng: np.random.Generator, carrier: Drawing) -> Drawing:
-    """
-    A mug, a tea cup or a goblet.
-    """
+    """A mug, a tea cup or a goblet."""
     colour = mostly_unlike(rng, CUPS, carrier.own_colours)
     paint = any_paint(rng, colour, 0.04, ("stripes", "dots", "checks", "gradient"))
     shade = plain(toned(colour, 0.85))
@@ -279,9 +263,7 @@ def cup(rng: np.random.Generator, carrier: Drawing) -> Drawing:
 
 
 def bottle(rng: np.random.Generator, carrier: Drawing) -> Drawing:
-    """
-    A bottle with a label and a cap.
-    """
+    """A bottle with a label and a cap."""
     drawing = Drawing()
     colour = mostly_unlike(rng, BOTTLES, carrier.own_colours)
     half, tall = rng.uniform(0.036, 0.046), rng.uniform(0.16, 0.2)

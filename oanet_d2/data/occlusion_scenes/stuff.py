@@ -20,16 +20,7 @@ COLOURS = {
 
 
 def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
-    """
-    Lay out the stuff, as if no thing stood in the scene.
-
-    Args:
-        horizon: its y, share of the image's height.
-        size: height and width of the image, pixels.
-
-    Returns:
-        (size, size) int32 category ids.
-    """
+    """Return (size, size) int32 category ids, as if no thing stood in the scene."""
     rows = np.arange(size, dtype=np.float32)[:, None]
     columns = np.arange(size, dtype=np.float32)[None, :] / size
     stuff = np.full((size, size), ID_OF["sky"], dtype=np.int32)
@@ -56,7 +47,6 @@ def lay_out(rng: np.random.Generator, horizon: float, size: int) -> np.ndarray:
 
 
 def _wave(rng: np.random.Generator, size: int, level: float, height: float, bumps: int) -> np.ndarray:
-    """Return (size,) float32, a random line around `level`, pixels."""
     line = value_noise(rng, (1, size), (1, bumps))[0]
     return (level + height * (2 * line - 1)) * size
 
@@ -71,20 +61,13 @@ def _path(rng: np.random.Generator, nearness: np.ndarray, columns: np.ndarray) -
 
 
 def _patch(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray, y: float) -> np.ndarray:
-    """Return a ragged ellipse, seen from the side, at height `y`."""
     x, half = rng.uniform(0.1, 0.9), rng.uniform(0.12, 0.28)
     ragged = 0.8 + 0.6 * value_noise(rng, (rows.shape[0], columns.shape[1]), (6, 6))
     return ((columns - x) / half) ** 2 + ((rows - y) / (0.4 * half)) ** 2 < ragged
 
 
 def merge_small(stuff: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """
-    Replace each class that is hardly visible by the nearest other class, unless all are.
-
-    Args:
-        stuff: (H, W) int32 category ids.
-        covered: (H, W) bool, where things are.
-    """
+    """Replace each class that is hardly visible by the nearest other class, unless all are."""
     visible = np.bincount(stuff[~covered], minlength=len(CATEGORIES) + 1)
     keep = (visible >= LEAST_VISIBLE_AREA * stuff.size)[stuff]
     if keep.all() or not keep.any():

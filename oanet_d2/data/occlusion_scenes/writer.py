@@ -16,7 +16,6 @@ import os
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -33,33 +32,28 @@ from .categories import CATEGORIES
 from .scene import SMALLEST_IMAGE, bounding_box, draw_scene, scene_to_panoptic
 
 GENERATOR = "OcclusionScenes"
-# Counts the times that the same parameters began to give other bytes.
+# It rises when the same parameters give other bytes than before.
 GENERATOR_VERSION = 1
 SPLITS = ("train", "val")
-# Image ids of the k-th split start at k * MOST_IMAGES + 1, so the splits share none.
+# The image ids of "val" start after as many, so that the splits share none.
 MOST_IMAGES = 1_000_000
-JPEG_QUALITY = 95
+
+PathLike = str | os.PathLike[str]
 
 
 def ensure_split(
-    root: str | os.PathLike,
-    split: str,
-    num_images: int,
-    image_size: int = 192,
-    seed: int = 0,
+    root: PathLike, split: str, num_images: int, image_size: int = 192, seed: int = 0,
     num_workers: int | None = None,
 ) -> None:
     """
-    Write a split if it is not there or incomplete. Several processes may call this at once: one
-    writes, the others wait.
-
-    Args: as for :func:`write_split`.
+    Write a split if it is not there or not complete. Of several processes that call this at once, one
+    writes and the others wait.
 
     Raises:
         ValueError: a parameter is out of range, or a complete split of other parameters is there.
-        OSError, RuntimeError: as for :func:`write_split`.
+        OSError, RuntimeError: as :func:`write_split`.
     """
-    root, wanted = Path(root), split_parameters(split, num_images, image_size, seed)
+    root, wanted = Path(root), _checked_parameters(split, num_images, image_size, seed)
     if not _is_complete(root, wanted):
         with _lock(root, split):
             if not _is_complete(root, wanted):
@@ -67,55 +61,42 @@ def ensure_split(
 
 
 def write_split(
-    root: str | os.PathLike,
-    split: str,
-    num_images: int,
-    image_size: int = 192,
-    seed: int = 0,
+    root: PathLike, split: str, num_images: int, image_size: int = 192, seed: int = 0,
     num_workers: int | None = None,
 ) -> None:
     """
-    Write a split. It replaces the split of that name.
+    Write a split in place of the one that is there.
 
     Args:
         root: folder of the dataset, made if it does not exist.
         split: "train" or "val".
-        num_images: 1 to 1,000,000.
+        num_images: from 1 to 1,000,000.
         image_size: height and width in pixels, at least 64.
-        seed: at least 0.
-        num_workers: processes to draw with; 0 draws in this one. By default one per CPU, but at most
-            8, and fewer for a small split.
+        seed: from 0.
+        num_workers: processes that draw; 0 draws in this one. The default is at most one per CPU, and
+            none for a small split.
 
     Raises:
         ValueError: a parameter is out of range.
-        FileExistsError: a file of somebody else is in the way.
+        FileExistsError: files that OcclusionScenes did not write are in the way.
         OSError: a file cannot be written. The error names it.
         RuntimeError: a worker process died.
     """
-    root, wanted = Path(root), split_parameters(split, num_images, image_size, seed)
+    root, wanted = Path(root), _checked_parameters(split, num_images, image_size, seed)
     with _lock(root, split):
         _write(root, wanted, num_workers)
 
 
-def split_parameters(split: str, num_images: int, image_size: int, seed: int) -> dict:
-    """Check the parameters of a split and return them as the JSON files record them."""
-    num_images, image_size, seed = map(operator.index, (num_images, image_size, seed))
+def _checked_parameters(split: str, num_images: int, image_size: int, seed: int) -> dict:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(map(repr, SPLITS))}")
-    if not 1 <= num_images <= MOST_IMAGES:
-        raise ValueError(f"num_images is {num_images}; it must be 1 to {MOST_IMAGES}")
-    if image_size < SMALLEST_IMAGE:
-        raise ValueError(f"image_size is {image_size}; it must be at least {SMALLEST_IMAGE}")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must be at least 0")
-    return {
-        "generator": GENERATOR,
-        "generator_version": GENERATOR_VERSION,
-        "split": split,
-        "num_images": num_images,
-        "image_size": image_size,
-        "seed": seed,
-    }
+    parameters: dict = {"generator": GENERATOR, "generator_version": GENERATOR_VERSION, "split": split}
+    numbers = [("num_images", num_images, 1), ("image_size", image_size, SMALLEST_IMAGE), ("seed", seed, 0)]
+    for name, value, least in numbers:
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        parameters[name] = operator.index(value)  # JSON takes no NumPy number
+    return parameters
 
 
 def image_id(split: str, index: int) -> int:
@@ -128,75 +109,72 @@ def file_names(split: str, index: int) -> tuple[str, str]:
     return f"{image_id(split, index):012d}.jpg", f"{image_id(split, index):012d}.png"
 
 
-def _paths(root: Path, split: str) -> tuple[Path, Path, Path, Path]:
-    annotations = root / "annotations"
-    instances_json, panoptic_json = (annotations / f"{k}_{split}.json" for k in ("instances", "panoptic"))
-    return root / split, root / f"panoptic_{split}", instances_json, panoptic_json
+def _paths(root: Path, split: str) -> list[Path]:
+    names = [split, f"panoptic_{split}"]
+    names += [f"annotations/{contents}_{split}.json" for contents in ("instances", "panoptic")]
+    return [root / name for name in names]
+
+
+def _lock(root: Path, split: str):
+    """One process writes at a time. The system frees the lock when its process ends, even if killed."""
+    _read_parameters(root, split)  # raises if the files are somebody else's
+    root.mkdir(parents=True, exist_ok=True)
+    return file_lock(str(root / f".{split}"))  # makes the file .{split}.lock
 
 
 def _is_complete(root: Path, wanted: dict) -> bool:
-    images, segments, instances_json, panoptic_json = _paths(root, wanted["split"])
-    found = _read_parameters(panoptic_json)
-    if found is None or not instances_json.is_file():
+    found = _read_parameters(root, wanted["split"])
+    if found is None:
         return False
     if found != wanted:
         raise ValueError(
-            f"{panoptic_json} belongs to a split of other parameters.\n"
-            f"  found:     {found}\n  asked for: {wanted}\n"
+            f"{root} holds a split of other parameters.\n  found:     {found}\n  asked for: {wanted}\n"
             "Ask for the parameters found, use another root folder, or replace the split "
             "(write_split, or --overwrite on the command line)."
         )
+    images, segments, instances_json, _ = _paths(root, wanted["split"])
     on_disk = {path.name for folder in (images, segments) for path in folder.glob("*")}
     names = (file_names(wanted["split"], k) for k in range(wanted["num_images"]))
-    return all(on_disk.issuperset(pair) for pair in names)
+    return instances_json.is_file() and all(on_disk.issuperset(pair) for pair in names)
 
 
-def _read_parameters(panoptic_json: Path) -> dict | None:
-    """The parameters of the split on disk; None if its panoptic JSON does not exist."""
+def _read_parameters(root: Path, split: str) -> dict | None:
+    """
+    Return the parameters of the split on disk, None if none was finished.
+
+    Raises:
+        FileExistsError: OcclusionScenes did not write the files that have the split's names.
+    """
+    images, segments, instances_json, panoptic_json = _paths(root, split)
+    # The files come first: another process makes the lock before it writes them.
+    files = [*images.glob("*"), *segments.glob("*"), *instances_json.parent.glob(instances_json.name)]
     try:
         parameters = json.loads(panoptic_json.read_bytes())["info"]["parameters"]
         if parameters["generator"] == GENERATOR:
             return parameters
+        files = [panoptic_json]
     except FileNotFoundError:
-        return None
+        if not files or (root / f".{split}.lock").exists():
+            return None
     except (ValueError, LookupError, TypeError):
-        pass
+        files = [panoptic_json]
     raise FileExistsError(
-        f"{panoptic_json} exists, but {GENERATOR} did not write it; "
-        "use another root folder, or move that file away"
+        f"{files[0]} exists, but {GENERATOR} did not write it; use another root folder, or move it away"
     )
 
 
-def _lock(root: Path, split: str):
-    """
-    A lock for one writer. The system drops it when its process ends, in whatever way.
-
-    Raises:
-        FileExistsError: the folders hold files, but no split was ever written here.
-    """
-    images, segments, instances_json, panoptic_json = _paths(root, split)
-    ours = _read_parameters(panoptic_json) is not None
-    files = [*images.glob("*"), *segments.glob("*"), *instances_json.parent.glob(instances_json.name)]
-    if files and not ours and not (root / f".{split}.lock").exists():
-        raise FileExistsError(
-            f"{files[0]} exists, but {GENERATOR} did not write it; "
-            "use another root folder, or move that file away"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    return file_lock(str(root / f".{split}"))
-
-
 def _write(root: Path, parameters: dict, num_workers: int | None) -> None:
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}; it must be at least 0, or None")
     images, segments, instances_json, panoptic_json = _paths(root, parameters["split"])
-    workers = _worker_count(num_workers, parameters["num_images"])
     # From here to the last line the split does not count as there.
     panoptic_json.unlink(missing_ok=True)
     instances_json.unlink(missing_ok=True)
-    for folder, suffix in ((images, ".jpg"), (segments, ".png")):
+    for folder, extension in ((images, ".jpg"), (segments, ".png")):
         folder.mkdir(exist_ok=True)
-        for path in folder.glob("[0-9]" * 12 + suffix):
+        for path in folder.glob("[0-9]" * 12 + extension):
             path.unlink()
-    scenes = _write_scenes(root, parameters, workers)
+    scenes = _write_scenes(root, parameters, num_workers)
     info = {
         "description": f"{GENERATOR}: synthetic panoptic scenes of things that lie on one another",
         "version": str(GENERATOR_VERSION),
@@ -204,76 +182,56 @@ def _write(root: Path, parameters: dict, num_workers: int | None) -> None:
     }
     common = {"info": info, "licenses": [], "images": [image for image, _, _ in scenes]}
     instances = [annotation for _, _, of_scene in scenes for annotation in of_scene]
-    documents = {
-        instances_json: (
-            [{"id": k, **annotation} for k, annotation in enumerate(instances, 1)],
-            [category for category in CATEGORIES if category["isthing"]],
-        ),
-        panoptic_json: ([annotation for _, annotation, _ in scenes], CATEGORIES),
-    }
-    for path, (annotations, categories) in documents.items():
-        content = {**common, "annotations": annotations, "categories": categories}
-        write_atomically(str(path), json.dumps(content))
+    instances = [{"id": k, **annotation} for k, annotation in enumerate(instances, 1)]
+    things = [category for category in CATEGORIES if category["isthing"]]
+    document = {**common, "annotations": instances, "categories": things}
+    write_atomically(str(instances_json), json.dumps(document))
+    panoptic = [annotation for _, annotation, _ in scenes]
+    document = {**common, "annotations": panoptic, "categories": CATEGORIES}
+    write_atomically(str(panoptic_json), json.dumps(document))
 
 
-def _worker_count(num_workers: int | None, num_images: int) -> int:
+def _write_scenes(root: Path, parameters: dict, num_workers: int | None) -> list[tuple]:
+    split, count = parameters["split"], parameters["num_images"]
     if num_workers is None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # A worker imports PyTorch with this package; in that time it could have drawn 200 scenes.
-        num_workers = min(cpus, num_images // 200, 8)
-        return num_workers if num_workers > 1 else 0
-    if num_workers < 0:
-        raise ValueError(f"num_workers is {num_workers}; it must be at least 0, or None")
-    return num_workers
-
-
-def _write_scenes(root: Path, parameters: dict, workers: int) -> list[dict]:
-    """Write the images of all scenes; return what `write_scene` returned, in order."""
-    split, count = parameters["split"], parameters["num_images"]
-    write = partial(write_scene, root, split, parameters["image_size"], parameters["seed"])
+        # A worker has to import PyTorch with this package. Meanwhile it could draw 200 scenes.
+        num_workers = min(cpus, count // 200, 8)
+    write = partial(_write_scene, root, parameters)
     progress = partial(tqdm, total=count, desc=f"{GENERATOR} {split}", unit="scene", disable=None)
-    if workers == 0:
+    if num_workers == 0:
         return list(progress(map(write, range(count))))
-    # Forked workers would hang if this process has used threads or a GPU.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
-    try:
-        with pool:
-            return list(progress(pool.map(write, range(count))))
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"A worker process of {GENERATOR} died: out of memory, killed, or started by a script that "
-            'lacks `if __name__ == "__main__":`. With num_workers=0 this process draws the scenes itself.'
-        ) from error
+    # Forked workers could hang if this process has used threads or a GPU.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker) as pool:
+        return list(progress(pool.map(write, range(count))))
 
 
 def _start_worker() -> None:
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and the parent its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
-    def end_with_parent():
-        # A killed parent cannot end its workers.
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def write_scene(
-    root: Path, split: str, image_size: int, seed: int, index: int
-) -> tuple[dict, dict, list[dict]]:
-    """
-    Draw scene `index` (from 0) and write its image and its PNG.
+def _end_with_parent() -> None:
+    # A killed parent cannot end its workers.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
-    Returns:
-        its COCO entries: the image, the panoptic annotation, and the instance annotations from back to
-        front, still without "id".
-    """
-    scene = draw_scene(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)), image_size)
+
+def _write_scene(root: Path, parameters: dict, index: int) -> tuple[dict, dict, list[dict]]:
+    """Return the COCO entries: the image, its panoptic and its instance annotations (without "id")."""
+    split, size = parameters["split"], parameters["image_size"]
+    seed = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
+    scene = draw_scene(seed, size)
     ids, segments = scene_to_panoptic(scene)
-    jpg, png = file_names(split, index)
-    _write_image(root / split / jpg, scene.image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    number, (jpg, png) = image_id(split, index), file_names(split, index)
+    _write_image(root / split / jpg, scene.image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     _write_image(root / f"panoptic_{split}" / png, id2rgb(ids), [cv2.IMWRITE_PNG_COMPRESSION, 6])
-    number, instances = image_id(split, index), []
+    instances = []
     for (category_id, mask), segment in zip(scene.things, segments):
         rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         instances.append(
@@ -287,13 +245,13 @@ def write_scene(
                 "panoptic_segment_id": segment["id"],
             }
         )
-    image = {"id": number, "file_name": jpg, "height": image_size, "width": image_size}
+    image = {"id": number, "file_name": jpg, "height": size, "width": size}
     return image, {"image_id": number, "file_name": png, "segments_info": segments}, instances
 
 
 def _write_image(path: Path, rgb: np.ndarray, options: list[int]) -> None:
     _, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
     try:
-        path.write_bytes(data)
-    except OSError as error:  # cv2.imwrite would not say why, and a full disk does not say where
+        path.write_bytes(data.tobytes())
+    except OSError as error:  # if the disk is full, it does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
