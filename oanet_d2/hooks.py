@@ -106,6 +106,9 @@ class TwoPhases(HookBase):
         if model.phase != phase:
             logger.info(f"From iteration {self.trainer.iter} on, this learns: {phase}.")
             model.set_phase(phase)
+            if phase == "ranking" and comm.get_world_size() > 1:
+                for buffer in model.buffers():  # the statistics that the checkpoints hold
+                    torch.distributed.broadcast(buffer, 0)
 
 
 class RunConfig(HookBase):
