@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """
-Put a ranking head that was trained from annotations into a Panoptic FPN checkpoint, from the model zoo
-or your own. The result is an OANet checkpoint.
+Put a ranking head that was trained from annotations into a Panoptic FPN checkpoint, from the model
+zoo or your own. The result is an OANet checkpoint.
 
     python tools/attach_srm.py --config-file configs/OcclusionScenes/oanet_R_18_masks.yaml \\
         --base panoptic_fpn.pkl --srm output/srm_from_annotations/model_final.pth --output oanet.pth
@@ -36,11 +36,12 @@ def load_part(cfg, path: str, belongs: Callable[[str], bool]) -> Dict[str, torch
     checkpointer = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     checkpointer.load(path)
     not_given = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
-    for names, problem in ((not_given, "lacks, or has in another shape,"), (checkpointer.unused, "has")):
+    for problem, names in (("lacks", not_given), ("has", checkpointer.unused)):
         names = list(filter(belongs, names))
         if names:
             raise ValueError(
-                f"{path} {problem} {len(names)} parameters that do not fit the config, such as {names[0]}."
+                f"{path} does not fit the config: it {problem} {len(names)} parameters, such as "
+                f"{names[0]} (or has them in another shape)."
             )
     return {name: x for name, x in model.state_dict().items() if belongs(name)}
 

@@ -6,7 +6,7 @@ What OANet costs, beside Detectron2's own functions on the same inputs.
     python tools/benchmark.py --rows semantic_labels mapper    # some rows
     python tools/benchmark.py --device cuda --update           # into docs/performance.md
 
-The two sides take turns within one run, and their ratio is the median of ours / theirs over the turns.
+The two sides take turns within one run. Their ratio is the median of ours / theirs over the turns.
 Every row has a process of its own. OMP_NUM_THREADS sets the threads.
 """
 
@@ -52,8 +52,9 @@ from oanet_d2.painting.semantic import resized_semantic_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "configs/OcclusionScenes/oanet_R_18.yaml"
-COCO = "configs/COCO-PanopticSegmentation/oanet_R_50_srm_only.yaml"  # the zoo's network, and a ranking
-PANOPTIC_FPN = ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"]
+COCO = "configs/COCO-PanopticSegmentation/oanet_R_50_srm_only.yaml"  # the zoo's network
+PANOPTIC_FPN = ["MODEL.META_ARCHITECTURE", "PanopticFPN"]
+PANOPTIC_FPN += ["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"]
 PANOPTIC_FPN += ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff"]
 ONLY_PANOPTIC = ["MODEL.OANET.OUTPUTS", "()"]
 NUM_THINGS, NUM_STUFF = 80, 53
@@ -209,8 +210,8 @@ def step(model, optimizer, batches) -> None:
 
 def mapper(device: str) -> Sides:
     """
-    Eight training images of COCO's size, on one core. Detectron2's mapper takes them as Panoptic FPN
-    wants them, with PNGs of semantic labels.
+    Eight training images of COCO's size, on one core. Detectron2's mapper takes them in Panoptic
+    FPN's format, with PNGs of semantic labels.
     """
     torch.set_num_threads(1)
     folder = tempfile.TemporaryDirectory()
@@ -256,7 +257,7 @@ ROWS = {
     "paste_combine": Row("paste + combine, 100 instances, 800 x 1333", SMALL, 15),
     "paste_combine_4k": Row("the same, 2160 x 3840", LARGE, 3),
     "semantic_labels": Row("133 semantic scores to labels, 480 x 640", semantic_labels, 7),
-    "inference": of_inference("whole inference, 800 x 1333, 100 painted", PANOPTIC_FPN, 100, 0.9, 0.75),
+    "inference": of_inference("inference, 800 x 1333, 100 painted", PANOPTIC_FPN, 100, 0.9, 0.75),
     "inference_20": of_inference("the same, 20 painted", PANOPTIC_FPN, 20, 0.9, 0.75),
     "ranking": of_inference("100 painted, *srm_pairs* against *score*", BY_SCORE, 100),
     "training_network": Row("demo's step, network's phase", partial(training_step, "network"), 12),

@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
 """
-Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs that differ in their
-seed. A run is the OUTPUT_DIR of a training, or of an evaluation, with TEST.ORDERS.
+Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs that differ in
+their seed. A run is the OUTPUT_DIR of a training, or of an evaluation, with TEST.ORDERS.
 
     python tools/results.py output/seed_1 output/seed_2 output/seed_3
 """
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 import yaml
 from PIL import Image
 from tabulate import tabulate
 
+from oanet_d2.painting.metrics import METRICS, closure
+
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = [name + kind for kind in ("", "_th", "_st") for name in ("PQ", "SQ", "RQ")]
 NUM_PICTURES = 2  # of each kind
 
 
@@ -55,28 +57,24 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def closure(run: Dict, order: str) -> float:
-    """The share of the gap in PQ_th between "score" and "oracle" that an order closes."""
-    score, this, oracle = (run["orderings"][x]["PQ_th"] for x in ("score", order, "oracle"))
-    return (this - score) / (oracle - score)
-
-
-def orders_table(runs: List[Dict], metrics: Sequence[str], orders: Optional[List[str]] = None) -> str:
+def orders_table(runs: List[Dict], metrics: Sequence[str], orders: Sequence[str]) -> str:
     rows = []
-    for order in orders or runs[0]["orderings"]:
+    for order in orders:
         cells = [spread([run["orderings"][order][m] for run in runs]) for m in metrics]
-        rows.append([order, *cells, spread([closure(run, order) for run in runs], 3)])
+        closures = [closure(run["orderings"], order) for run in runs]
+        rows.append([order, *cells, spread([math.nan if x is None else x for x in closures], 3)])
     return markdown_table(["order", *metrics, "closure"], rows)
 
 
 def runs_table(runs: List[Dict], best: str) -> str:
     rows = []
     for run in runs:
-        score, this, oracle = (run["orderings"][x]["PQ_th"] for x in ("score", best, "oracle"))
-        numbers = [f"{x:.1f}" for x in (run["orderings"][best]["PQ"], this - score, oracle - this)]
-        minutes = [f"{s / 60:.1f}" if s else "" for s in map(run["seconds"].get, ("train", "eval"))]
-        rows.append([str(run["config"]["SEED"]), *numbers, f"{closure(run, best):.3f}", *minutes])
-    headers = ["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle", "closure"]
+        orderings, seconds = run["orderings"], run["seconds"]
+        score, this, oracle = (orderings[x]["PQ_th"] for x in ("score", best, "oracle"))
+        numbers = [orderings[best]["PQ"], this - score, oracle - this]
+        numbers += [seconds[x] / 60 if seconds[x] else math.nan for x in ("train", "eval")]
+        rows.append([str(run["config"]["SEED"]), *(f"{x:.1f}" for x in numbers)])
+    headers = ["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle"]
     return markdown_table([*headers, "training, min", "evaluation, min"], rows)
 
 
@@ -100,7 +98,7 @@ def main():
         f"{len(runs)} trainings of {config['SOLVER']['MAX_ITER']} iterations that differ in their "
         f"seed, each evaluated on {runs[0]['images']} images."
     )
-    text = [orders_table(runs, METRICS), about, runs_table(runs, best)]
+    text = [orders_table(runs, METRICS, list(runs[0]["orderings"])), about, runs_table(runs, best)]
     fill_region(args.root / "docs" / "RESULTS.md", "tools/results.py", "\n\n".join(text))
     short = orders_table(runs, ["PQ", "PQ_th", "PQ_st"], ["score", best, "oracle"])
     fill_region(args.root / "README.md", "tools/results.py", f"{short}\n\n{about}")
