@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from .masks import BoxedMasks, Region
 from .ranking import order_from_margins
 
-__all__ = ["match_to_segments", "oracle_order", "visible_margins"]
+__all__ = ["match_to_segments", "oracle_order", "overlapping_regions", "visible_margins"]
 
 # (N, h, w) bool suits the small grids of training, on any device. Boxed masks suit full images.
 Masks = Union[BoxedMasks, torch.Tensor]
@@ -73,7 +73,7 @@ def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> t
         shown = torch.zeros(len(masks), len(masks))
         boxed = [masks[n] for n in range(len(masks))]
         own = [(ids[region] == i) & mask for (mask, region), i in zip(boxed, matched.tolist())]
-        for a, b, in_a, in_b in _overlapping_regions(masks.regions):
+        for a, b, in_a, in_b in overlapping_regions(masks.regions):
             shown[a, b] = (own[a][in_a] & boxed[b][0][in_b]).count_nonzero()
             shown[b, a] = (own[b][in_b] & boxed[a][0][in_a]).count_nonzero()
         return (shown - shown.t()).to(ids.device)
@@ -132,7 +132,7 @@ def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
     return areas, torch.tensor([float((ids == i).sum()) for i in position]), shared
 
 
-def _overlapping_regions(regions: List[Region]):
+def overlapping_regions(regions: List[Region]):
     """
     Yields:
         two instances a < b whose regions overlap, and the overlap relative to each region.
