@@ -28,8 +28,8 @@ BLACK = plain(np.array([25, 22, 22], dtype=np.float32))
 LAMP = plain(np.array([250, 240, 190], dtype=np.float32))
 REAR_LAMP = plain(np.array([190, 40, 35], dtype=np.float32))
 
-# Elbow and hand of an arm: their distance from the middle, in that of the shoulder, and how far they
-# are below the shoulder. The arm hangs, rests on the hip, is raised, is held aside.
+# (x, y) of elbow and hand, x as a multiple of the shoulder's, y below the shoulder. The arm hangs, rests
+# on the hip, is raised or is held aside.
 ARMS = [
     ((1.25, 0.17), (1.25, 0.33)),
     ((2.1, 0.16), (1.0, 0.28)),
@@ -50,6 +50,7 @@ def person(rng: np.random.Generator) -> Drawing:
     skin = colour_near(rng, SKINS, 8)
     shirt = any_paint(rng, mostly(rng, SHIRTS), 0.075, ("stripes", "checks", "gradient", "dots"))
 
+    # Legs in trousers or a skirt, and shoes.
     cloth = any_paint(rng, mostly(rng, TROUSERS), 0.06, ("plain", "gradient", "checks"))
     shoe = plain(any_colour(rng, 0.3))
     stance = rng.choice([0.35, 0.6, 1.0, 1.5])
@@ -63,6 +64,7 @@ def person(rng: np.random.Generator) -> Drawing:
         hem = hip_y * rng.uniform(0.2, 0.45)
         drawing.add([(-hip, hip_y), (hip, hip_y), (hip * 1.6, hem), (-hip * 1.6, hem)], cloth)
 
+    # Trunk and arms.
     trunk = [(0.4 * shoulder, -0.83), (shoulder, -0.79), (0.93 * shoulder, -0.62), (1.04 * hip, -0.44)]
     drawing.add(rounded(symmetric(trunk), 1), shirt)
     sleeve = plain(shirt.first if rng.random() < 0.7 else skin)
@@ -73,7 +75,8 @@ def person(rng: np.random.Generator) -> Drawing:
         drawing.add(limb((x, shoulder_y + 0.035), elbow, 0.036, 0.03), sleeve)
         drawing.add(ellipse(*hand, 0.028, 0.028), plain(skin))
 
-    drawing.add(box(-0.03, -0.865, 0.03, -0.805), plain(toned(skin, 0.85)))  # neck
+    # Neck and head, from the front with a face.
+    drawing.add(box(-0.03, -0.865, 0.03, -0.805), plain(toned(skin, 0.85)))
     hair = colour_near(rng, HAIRS, 8)
     y, half, tall = -0.905, 0.066, 0.083
     if rng.random() < 0.4:
@@ -85,7 +88,7 @@ def person(rng: np.random.Generator) -> Drawing:
         drawing.add(ellipse(0, y + 0.012, half * 0.86, tall * 0.72), plain(skin))
         for eye in (-0.026, 0.026):
             drawing.add(ellipse(eye, y + 0.002, 0.008, 0.01), plain(toned(hair, 0.4)))
-        drawing.add(ellipse(0, y + 0.038, 0.02, 0.007), plain(toned(skin, 0.6)))  # mouth
+        drawing.add(ellipse(0, y + 0.038, 0.02, 0.007), plain(toned(skin, 0.6)))
 
     drawing.anchors = {"shoulder": (shoulder, shoulder_y), "waist": (0.0, hip_y)}
     drawing.anchors["back" if from_behind else "neck"] = (0.0, -0.635 if from_behind else -0.812)

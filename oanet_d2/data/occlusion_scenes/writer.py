@@ -35,7 +35,7 @@ GENERATOR = "OcclusionScenes"
 # It rises when the same parameters give other bytes than before.
 GENERATOR_VERSION = 1
 SPLITS = ("train", "val")
-# The image ids of "val" start after as many, so that the splits share none.
+# Image ids of "val" are larger than this, so that the splits share none.
 MOST_IMAGES = 1_000_000
 
 PathLike = str | os.PathLike[str]
@@ -73,8 +73,8 @@ def write_split(
         num_images: from 1 to 1,000,000.
         image_size: height and width in pixels, at least 64.
         seed: from 0.
-        num_workers: processes that draw; 0 draws in this one. The default is at most one per CPU, and
-            none for a small split.
+        num_workers: processes that draw; with 0 or 1 this one draws. The default is at most one per
+            CPU, and none for a small split.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -143,7 +143,7 @@ def _read_parameters(root: Path, split: str) -> dict | None:
     Return the parameters of the split on disk, None if none was finished.
 
     Raises:
-        FileExistsError: OcclusionScenes did not write the files that have the split's names.
+        FileExistsError: files of others have the names of the split.
     """
     images, segments, instances_json, panoptic_json = _paths(root, split)
     # The files come first: another process makes the lock before it writes them.
@@ -199,7 +199,7 @@ def _write_scenes(root: Path, parameters: dict, num_workers: int | None) -> list
         num_workers = min(cpus, count // 200, 8)
     write = partial(_write_scene, root, parameters)
     progress = partial(tqdm, total=count, desc=f"{GENERATOR} {split}", unit="scene", disable=None)
-    if num_workers == 0:
+    if num_workers <= 1:
         return list(progress(map(write, range(count))))
     # Forked workers could hang if this process has used threads or a GPU.
     spawn = get_context("spawn")
@@ -210,7 +210,6 @@ def _write_scenes(root: Path, parameters: dict, num_workers: int | None) -> list
 def _start_worker() -> None:
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -223,7 +222,7 @@ def _end_with_parent() -> None:
 
 
 def _write_scene(root: Path, parameters: dict, index: int) -> tuple[dict, dict, list[dict]]:
-    """Return the COCO entries: the image, its panoptic and its instance annotations (without "id")."""
+    """Return the COCO image, its panoptic annotation and its instance annotations, still without "id"."""
     split, size = parameters["split"], parameters["image_size"]
     seed = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
     scene = draw_scene(seed, size)
@@ -253,5 +252,5 @@ def _write_image(path: Path, rgb: np.ndarray, options: list[int]) -> None:
     _, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
     try:
         path.write_bytes(data.tobytes())
-    except OSError as error:  # if the disk is full, it does not name the file
+    except OSError as error:  # a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
