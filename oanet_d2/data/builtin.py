@@ -1,6 +1,6 @@
 """
-Datasets registered when `oanet_d2` is imported. Files are looked for under
-`$DETECTRON2_DATASETS` (default: `./datasets`), as for Detectron2's own datasets.
+Datasets registered when `oanet_d2` is imported. Their files are looked for under
+`$DETECTRON2_DATASETS` (default: `./datasets`), as those of Detectron2's own datasets.
 """
 
 import os
@@ -11,12 +11,10 @@ from .cityscapes import register_cityscapes
 from .occlusion_scenes import CATEGORIES as OCCLUSION_SCENES_CATEGORIES
 from .register import register_panoptic
 
-SPLITS = ("train", "val")
-
 
 def datasets_root() -> str:
     """
-    Detectron2's dataset folder.
+    Detectron2's folder of datasets.
     """
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
@@ -28,15 +26,15 @@ def occlusion_scenes_root() -> str:
     return os.path.join(datasets_root(), "occlusion_scenes")
 
 
-def register_builtin():
+def register_builtin() -> None:
     """
     Register `coco_2017_{train,val}_oanet`, `cityscapes_fine_panoptic_{train,val}_oanet`,
-    `occlusion_scenes_{train,val}` and `occlusion_scenes_{train,val}_visible`: the same scenes with
-    instance masks that are cut to what is visible, as many real datasets have them.
+    `occlusion_scenes_{train,val}`, and `occlusion_scenes_{train,val}_visible`: the same scenes with
+    instance masks that are cut to what is visible, as in many real datasets.
     """
     register_cityscapes(os.path.join(datasets_root(), "cityscapes"))
     coco, scenes = os.path.join(datasets_root(), "coco"), occlusion_scenes_root()
-    for split in SPLITS:
+    for split in ("train", "val"):
         register_panoptic(
             f"coco_2017_{split}_oanet",
             os.path.join(coco, f"{split}2017"),
@@ -45,16 +43,14 @@ def register_builtin():
             os.path.join(coco, "annotations", f"instances_{split}2017.json"),
             categories=COCO_CATEGORIES,
         )
-        files = (
-            os.path.join(scenes, split),
-            os.path.join(scenes, "annotations", f"panoptic_{split}.json"),
-            os.path.join(scenes, f"panoptic_{split}"),
-        )
-        silhouettes = os.path.join(scenes, "annotations", f"instances_{split}.json")
+        annotations = os.path.join(scenes, "annotations")
+        silhouettes = os.path.join(annotations, f"instances_{split}.json")
         for name, instances_json in (("", silhouettes), ("_visible", None)):
             register_panoptic(
                 f"occlusion_scenes_{split}{name}",
-                *files,
+                os.path.join(scenes, split),
+                os.path.join(annotations, f"panoptic_{split}.json"),
+                os.path.join(scenes, f"panoptic_{split}"),
                 instances_json,
                 categories=OCCLUSION_SCENES_CATEGORIES,
             )

@@ -9,115 +9,133 @@ Exit status: 0 if nothing is wrong, 1 if something is, 2 if the command itself i
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
-import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from panopticapi.utils import rgb2id
 from tqdm import tqdm
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
+from detectron2.data import DatasetCatalog
 
-from ..config_files import load_config
-from .check_annotations import (
-    ANNOTATION,
-    IMAGE,
-    SEGMENT,
-    Problem,
-    by_id,
-    check_instances,
-    check_panoptic,
-    entries,
-    outside,
-    read_json,
-)
-from .cityscapes import is_cityscapes, name_images
-from .files import Folder
-from .images import read_header
-from .register import register_from_config
+from ..config import load_config
+from .images import read_image, read_segment_ids
+from .load import Report, check_image_size, check_segment_ids, load_panoptic, read_annotations
+from .register import Path, category_metadata, dataset_paths
 
 __all__ = ["Problem", "check", "format_report", "main"]
 
-YAML_KEYS = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT", "INSTANCES_JSON")
-CHUNK = 16  # samples that a worker takes at once
+
+class Problem(NamedTuple):
+    """
+    Something that is wrong.
+
+    Attributes:
+        kind: what kind of problem it is.
+        where: the file, and the entry in it.
+        detail: what was found there.
+        fatal: training refuses it.
+    """
+
+    kind: str
+    where: str
+    detail: str
+    fatal: bool = True
+
+
+class Problems(List[Problem]):
+    def report(self, kind: str, where: str, detail: str, fatal: bool = True) -> None:
+        """A `report` function of :mod:`load`."""
+        self.append(Problem(kind, where, detail, fatal))
 
 
 def check(
-    image_root: str,
-    panoptic_json: str,
-    panoptic_root: str,
-    instances_json: Optional[str] = None,
+    image_root: Path,
+    panoptic_json: Path,
+    panoptic_root: Path,
+    instances_json: Optional[Path] = None,
     workers: Optional[int] = None,
     progress: bool = True,
 ) -> List[Problem]:
     """
-    Check a whole dataset; the first four arguments are :func:`register_panoptic`'s.
+    Check a whole dataset. The first four arguments are :func:`register_panoptic`'s.
 
     Args:
-        workers: processes that read the images; up to 1: only this one; None: one per CPU, fewer
-            for small datasets. A script that asks for several needs `if __name__ == "__main__":`.
+        workers: threads that read the images. The default is one per CPU.
         progress: show a progress bar on stderr, if that is a terminal.
 
     Returns:
-        everything that is wrong: first in the JSONs, then in the images, in the JSON's order.
-
-    Raises:
-        BrokenProcessPool: the worker processes do not start.
+        everything that is wrong: first in the JSONs, then in the files, in the JSON's order.
     """
-    paths = (image_root, panoptic_json, panoptic_root, instances_json)
-    return _check([None if p is None else str(p) for p in paths], workers, progress)[0]
+    given = (image_root, panoptic_json, panoptic_root, instances_json)
+    paths = [None if path is None else os.fspath(path) for path in given]
+    return _check(paths, {}, workers, progress)[0]
 
 
 def _check(
-    paths: List, workers: Optional[int], progress: bool, cityscapes: bool = False
-) -> Tuple[List[Problem], int]:
-    """What :func:`check` returns, and the number of samples."""
-    image_root, panoptic_json, panoptic_root, instances_json = paths
-    contents, problems = [], []
-    for path in (panoptic_json, instances_json):
-        try:
-            contents.append(None if path is None else read_json(path))
-        except Exception as error:  # whatever a file, or a handler of PathManager, makes it raise
-            contents.append(None)
-            reason = str(error) if isinstance(error, ValueError) else repr(error)
-            problems.append(Problem("annotation file unusable", path, reason))
-    panoptic, instances = contents
-    if panoptic is None:
-        return problems, 0
-    if cityscapes:
-        name_images(panoptic)
+    paths: Sequence, options: Dict, workers: Optional[int], progress: bool
+) -> Tuple[Problems, int]:
+    """The problems, and the number of samples whose files were looked at."""
+    problems = Problems()
+    if not options:
+        content = read_annotations(paths[1], problems.report)
+        if content is None:
+            return problems, 0
+        where = f"{paths[1]}: categories"
+        metadata = category_metadata(content["categories"], where, problems.report)
+        for kind in ("thing", "stuff"):
+            options[f"{kind}_ids"] = metadata[f"{kind}_dataset_id_to_contiguous_id"]
+    dicts = load_panoptic(*paths, **options, report=problems.report)
+    workers = os.cpu_count() if workers is None else max(workers, 1)
+    with ThreadPoolExecutor(workers) as pool:  # decoding and sorting do without the GIL
+        results = pool.map(check_files, dicts)
+        disable = None if progress else True  # None: unless stderr is a terminal
+        for found in tqdm(results, "Checking", len(dicts), unit="sample", disable=disable):
+            problems += found
+    return problems, len(dicts)
 
-    folders = Folder(image_root), Folder(panoptic_root)
-    samples = list(make_samples(panoptic, *folders))
-    problems += check_panoptic(panoptic, panoptic_json, *folders)
-    if instances is not None:
-        problems += check_instances(instances, instances_json, panoptic)
-    if workers is None:
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        workers = min(len(affinity(0)), len(samples) // 50)
-    results = run(check_sample, samples, min(workers, len(samples)))
-    disable = None if progress else True  # None: unless stderr is a terminal
-    for found in tqdm(results, "Checking", len(samples), unit="sample", disable=disable):
-        problems += found
-    return problems, len(samples)
+
+def check_files(d: Dict) -> Problems:
+    """
+    What is wrong with the image and the panoptic PNG of a dataset dict.
+    """
+    problems = Problems()
+    for what, key in (("image", "file_name"), ("PNG", "pan_seg_file_name")):
+        try:
+            if what == "image":
+                check_image_size(d, read_image(d[key], "RGB").shape[:2], problems.report)
+            else:
+                _check_png(d, read_segment_ids(d[key]), problems.report)
+        except ValueError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            detail = str(error).removeprefix(f"{d[key]}: ")
+            problems.report(f"{what} {'missing' if missing else 'unusable'}", d[key], detail)
+    return problems
+
+
+def _check_png(d: Dict, ids: np.ndarray, report: Report) -> None:
+    check_segment_ids(d, ids, report)
+    pixels = dict(zip(*(x.tolist() for x in np.unique(ids, return_counts=True))))
+    for segment in d["segments_info"] if ids.shape == (d["height"], d["width"]) else []:
+        found, area = pixels.get(segment.get("id"), 0), segment.get("area")
+        if "id" in segment and area != found:
+            kind = "area differs from the PNG" if found else "segments_info id not in the PNG"
+            detail = f"the segment {segment['id']} has {found} pixels, its 'area' is {area}"
+            if area is not None or not found:
+                report(kind, d["pan_seg_file_name"], detail, fatal=False)
 
 
 def format_report(problems: List[Problem], num_samples: int, examples: int = 3) -> str:
     """
     Args:
         problems: what :func:`check` returns.
-        examples: so many of every kind are shown.
+        examples: how many of each kind are shown.
 
     Returns:
-        lines of text, of nothing but printable characters whatever the file names are.
+        lines of printable characters, whatever the file names are.
     """
     counts = Counter(p.kind for p in problems)
     lines = [f"Samples: {num_samples}. Problems: {len(problems)}, of {len(counts)} kinds."]
@@ -131,205 +149,26 @@ def format_report(problems: List[Problem], num_samples: int, examples: int = 3) 
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------
-# Image files
-
-
-class Sample(NamedTuple):
-    """An annotation's files and what the JSON says of them; None: unknown, or not to be opened."""
-
-    image: Optional[str]
-    png: Optional[str]
-    size: Optional[Tuple[int, int]]  # width, height
-    areas: Optional[Dict[int, Optional[float]]]  # segment id -> area
-
-
-class Picture(NamedTuple):
-    """An image file as training reads it, and how it is stored."""
-
-    rgb: np.ndarray
-    size: Tuple[int, int]  # width, height
-    storage: str
-    is_16_bit: bool
-
-
-def make_samples(panoptic: Dict, image_root: Folder, panoptic_root: Folder) -> Iterator[Sample]:
-    """A sample for every annotation of the panoptic JSON."""
-    images = by_id(panoptic["images"], IMAGE)
-    for annotation in entries(panoptic["annotations"], ANNOTATION):
-        image, areas = images.get(annotation.get("image_id"), {}), None
-        if "segments_info" in annotation:
-            segments = [s for s in entries(annotation["segments_info"], SEGMENT) if "id" in s]
-            areas = {s["id"]: s.get("area") for s in segments if 0 < s["id"] < 256**3}
-        names = (image_root, image.get("file_name")), (panoptic_root, annotation.get("file_name"))
-        image_path, png_path = (
-            None if not n or outside(root, n) else root.path(n) for root, n in names
-        )
-        size = (image["width"], image["height"]) if {"width", "height"} <= image.keys() else None
-        yield Sample(image_path, png_path, size, areas)
-
-
-def check_sample(sample: Sample) -> List[Problem]:
-    """Compare the files of an annotation with what it says, and with each other."""
-    try:
-        return list(_check_sample(sample))
-    except Exception as error:  # one sample must not end the check of all others
-        return [_not_checked(sample, repr(error))]
-
-
-def _check_sample(sample: Sample) -> Iterator[Problem]:
-    pictures: Dict[str, Picture] = {}
-    paths = {"image": sample.image or "", "PNG": sample.png or ""}
-    for what, path in paths.items():
-        try:
-            if path:
-                pictures[what] = read_picture(path)
-        except FileNotFoundError as error:
-            yield Problem(f"{what} missing", path, str(error))
-        except Exception as error:  # PIL's decoders raise whatever they stumble over
-            yield Problem(f"{what} unreadable", path, repr(error))
-    size, source = sample.size, "the JSON says"
-    image, png = pictures.get("image"), pictures.get("PNG")
-    if image is not None:
-        if image.is_16_bit:
-            detail = f"is {image.storage}; training takes 8 bits per channel"
-            yield Problem("image of more than 8 bits", paths["image"], detail)
-        if size is not None and image.size != size:
-            detail = f"is {image.size} (width, height), the JSON says {size}"
-            yield Problem("image size differs from the JSON", paths["image"], detail)
-        size, source = image.size, "the image is"
-    if png is not None:
-        if size is not None and png.size != size:
-            detail = f"is {png.size} (width, height), {source} {size}"
-            yield Problem("PNG size differs from the image", paths["PNG"], detail)
-        yield from check_png(png, paths["PNG"], sample.areas)
-
-
-def read_picture(path: str) -> Picture:
-    """
-    Raises:
-        FileNotFoundError: there is no such file. Anything else: it cannot be decoded.
-    """
-    header = read_header(path)
-    storage = f"{header.format} of mode {header.mode}" + " and 16 bits" * header.is_16_bit
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rgb = utils.read_image(path, "RGB")
-    return Picture(rgb, (rgb.shape[1], rgb.shape[0]), storage, header.is_16_bit)
-
-
-def check_png(png: Picture, path: str, areas: Optional[Dict]) -> Iterator[Problem]:
-    """Compare the segments in a PNG with those that its annotation lists."""
-    if png.is_16_bit:
-        detail = f"is {png.storage}; it must have 8 bits per channel"
-        yield Problem("PNG of more than 8 bits", path, detail)
-    elif png.storage != "PNG of mode RGB":
-        yield Problem("PNG is not RGB", path, f"is {png.storage}; it must be PNG of mode RGB")
-    elif areas is not None:
-        ids, pixels = np.unique(rgb2id(png.rgb), return_counts=True)
-        pixels = dict(zip(ids.tolist(), pixels.tolist()))
-        pixels.pop(0, None)  # void
-        unlisted = [f"{i} ({n} pixels)" for i, n in pixels.items() if i not in areas]
-        unseen = [str(i) for i, area in areas.items() if i not in pixels and area != 0]
-        wrong = [
-            f"segment {i} has {pixels[i]} pixels, the JSON says {area}"
-            for i, area in areas.items()
-            if area and i in pixels and area != pixels[i]
-        ]
-        for kind, found in (
-            ("PNG id not in segments_info", unlisted),
-            ("segments_info id not in the PNG", unseen),
-            ("area differs from the PNG", wrong),
-        ):
-            if found:
-                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-                yield Problem(kind, path, ", ".join(found[:3]) + more)
-
-
-def _not_checked(sample: Sample, why: str) -> Problem:
-    return Problem("could not be checked", f"{sample.png}, {sample.image}", why)
-
-
-# -------------------------------------------------------------------------------------------------
-# Processes
-
-
-def run(function: Callable, samples: List[Sample], workers: int) -> Iterator[List[Problem]]:
-    """
-    Yields:
-        function(sample) of every sample, in order.
-    """
-    if workers <= 1:
-        yield from map(function, samples)
-        return
-    with _pool(1) as pool:
-        pool.submit(os.getpid).result()  # raises if workers do not start
-    done = 0
-    while done < len(samples):
-        try:
-            with _pool(workers) as pool:
-                for result in pool.map(function, samples[done:], chunksize=CHUNK):
-                    done += 1
-                    yield result
-        except BrokenProcessPool:
-            # One worker has died (no memory left, a fault in a decoder), which ends all of them.
-            # The samples that were under way go one by one, which tells whose fault it was.
-            for sample in samples[done : done + workers * CHUNK]:
-                try:
-                    with _pool(1) as pool:
-                        result = pool.submit(function, sample).result()
-                except BrokenProcessPool:
-                    result = [_not_checked(sample, "the process that read it died")]
-                done += 1
-                yield result
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # To fork this process, which may have threads, is not safe. On Linux a server that has none
-    # imports torch and all that once and forks; elsewhere every worker imports it.
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload([__package__])
-    return ProcessPoolExecutor(workers, context)
-
-
-# -------------------------------------------------------------------------------------------------
-# Command line
-
-
-def find_dataset(name: str, config_file: Optional[str]) -> List[Optional[str]]:
+def find_dataset(name: str, config_file: Optional[str]) -> Tuple[Sequence, Dict]:
     """
     Returns:
-        :func:`register_panoptic`'s paths of a dataset that is registered, or described by a yaml.
+        the arguments of :func:`load_panoptic` for a dataset that is described by a yaml or registered.
 
     Raises:
         ValueError: it is neither, or the yaml is wrong.
     """
     if config_file is not None:
-        try:
-            cfg = load_config(config_file)
-            files = cfg.DATASETS.PANOPTIC.get(name, {})
-            is_complete = isinstance(files, dict) and set(YAML_KEYS[:3]) <= set(files) <= set(
-                YAML_KEYS
-            )
-            if is_complete and all(files[key] for key in YAML_KEYS[:3]):
-                # Registering it would stop at the first of what is to be reported.
-                return [files.get(key) or None for key in YAML_KEYS]
-            register_from_config(cfg)
-        except Exception as error:  # whatever a yaml makes it raise
-            raise ValueError(f"{config_file}: {error!r}") from error
-    names = sorted(filter(_is_coco_panoptic, DatasetCatalog.list()))
-    if name not in names:
+        cfg = load_config(config_file)
+        if name in cfg.DATASETS.PANOPTIC:
+            return dataset_paths(cfg, name), {}
+    loaders = {x: DatasetCatalog[x] for x in sorted(DatasetCatalog)}
+    ours = {k: v for k, v in loaders.items() if getattr(v, "func", None) is load_panoptic}
+    if name not in ours:
         raise ValueError(
             f"{name!r} is not registered as a dataset in the COCO panoptic format. Give its files, "
-            f"a --config-file that describes it, or one of {', '.join(names)}."
+            f"a --config-file that describes it, or one of {', '.join(ours)}."
         )
-    keys = ("image_root", "panoptic_json", "panoptic_root", "json_file")
-    return [getattr(MetadataCatalog.get(name), key, None) for key in keys]
-
-
-def _is_coco_panoptic(name: str) -> bool:
-    keys = ("image_root", "panoptic_json", "panoptic_root")
-    return all(getattr(MetadataCatalog.get(name), key, None) for key in keys)
+    return ours[name].args, ours[name].keywords
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -347,20 +186,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     add = parser.add_argument
     add("dataset", nargs="+", metavar="DATASET", help="a registered name, or three or four paths")
     add("--config-file", metavar="YAML", help="a config that describes it (DATASETS.PANOPTIC)")
-    add("--workers", type=int, metavar="N", help="processes; default: one per CPU")
+    add("--workers", type=int, metavar="N", help="threads; default: one per CPU")
     add("--examples", type=int, default=3, metavar="N", help="shown of each kind of problem")
     args = parser.parse_args(argv)
     if len(args.dataset) not in (1, 3, 4):
         parser.error(f"{len(args.dataset)} arguments given; it must be a NAME or 3 or 4 paths")
-    paths, cityscapes = (args.dataset + [None])[:4], False
+    paths, options = (args.dataset + [None])[:4], {}
     if len(args.dataset) == 1:
         try:
-            paths = find_dataset(args.dataset[0], args.config_file)
-            cityscapes = args.dataset[0] in DatasetCatalog and is_cityscapes(args.dataset[0])
+            paths, options = find_dataset(args.dataset[0], args.config_file)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    problems, num_samples = _check(paths, args.workers, True, cityscapes)
+    problems, num_samples = _check(paths, options, args.workers, True)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0
 

@@ -1,9 +1,10 @@
 import copy
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import cv2
 import numpy as np
 import torch
+from pycocotools import mask as mask_util
 
 import detectron2.data.transforms as T
 from detectron2.config import configurable
@@ -12,70 +13,83 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
-from .images import check_header, naming, read_image
-from .load import CHECK
-from .masks import check_rle, check_size
+from .images import check_header, naming, read_image, read_segment_ids
+from .load import check_image_size, check_segment_ids
 
-__all__ = [
-    "PanopticDatasetMapper",
-    "index_segments",
-    "panoptic_categories",
-]
+__all__ = ["PanopticDatasetMapper", "index_segments", "panoptic_categories"]
+
+# Detectron2's augmentations that pad (FixedSizeCrop) fill a label map with this value.
+PADDING = 255
 
 
 def index_segments(ids: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
     """
-    Segment ids to positions in `segments_info`, counted from 1; 0 for ids that are not listed.
-    Positions are small numbers, which augmentations keep on Detectron2's fast path.
+    Number the segments for augmentations: the segment at position p of `segments_info`, counted from
+    1, gets the number p. From 255 on it gets p + 1, because 255 is padding. Ids that are not listed
+    get 0.
 
     Args:
-        ids: (H, W) integer, segment ids.
+        ids: (H, W) int32 segment ids.
         segments_info: list[dict] with "id".
 
     Returns:
-        (H, W) array; uint8 up to 255 segments, float32 beyond.
+        (H, W) array, uint8 up to 254 segments (Detectron2 augments them faster), float32 beyond.
     """
-    # The map is constant over long runs: only where they start is there anything to look up.
+    # The map is constant over long runs. Only where they start is there anything to look up.
     flat = ids.ravel()
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
     known, inverse = np.unique(flat[starts], return_inverse=True)
     position = {s["id"]: i for i, s in enumerate(segments_info, start=1)}
-    dtype = np.uint8 if len(segments_info) < 256 else np.float32
-    values = np.array([position.get(i, 0) for i in known.tolist()], dtype=dtype)
-    return values[inverse].repeat(np.diff(starts, append=flat.size)).reshape(ids.shape)
+    dtype = np.uint8 if len(segments_info) < PADDING else np.float32
+    numbers = np.array([_number(position.get(i, 0)) for i in known.tolist()], dtype=dtype)
+    return numbers[inverse].repeat(np.diff(starts, append=flat.size)).reshape(ids.shape)
 
 
-def panoptic_categories(
-    segments_info: List[Dict], num_things: int, ignore_value: int
-) -> torch.Tensor:
+def _number(position: int) -> int:
+    return position + (position >= PADDING)
+
+
+def segment_positions(numbers: np.ndarray) -> np.ndarray:
     """
-    The panoptic category of every segment: thing class c is c, stuff class s (counted from 1) is
-    num_things + s - 1, void is `ignore_value`. A crowd segment counts as its class.
-
     Args:
-        segments_info: contiguous "category_id" and "isthing".
+        numbers: (H, W) of :func:`index_segments`, augmented.
 
     Returns:
-        (1 + len(segments_info),) int64, to be indexed with the positions of
-        :func:`index_segments`.
+        (H, W) int64, positions counted from 1. 0 is void, and padding is void, too.
+    """
+    positions = numbers.astype(np.int64)
+    positions[positions == PADDING] = 0
+    positions -= positions > PADDING
+    return positions
+
+
+def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarray:
+    """
+    The panoptic category by position: thing class c is c, stuff class s (counted from 1) is
+    num_things + s - 1, void is -1. A crowd counts as its class.
+
+    Args:
+        segments_info: list[dict] with contiguous "category_id" and "isthing".
+
+    Returns:
+        (1 + len(segments_info),) int64. Position 0 is void.
     """
     offsets = [0 if s["isthing"] else num_things - 1 for s in segments_info]
-    of_segments = [s["category_id"] + offset for s, offset in zip(segments_info, offsets)]
-    return torch.tensor([ignore_value, *of_segments])
+    return np.array([-1, *(s["category_id"] + x for s, x in zip(segments_info, offsets))])
 
 
 class PanopticDatasetMapper(DatasetMapper):
     """
-    :class:`DatasetMapper` for datasets registered by :func:`register_panoptic`. Without
-    "annotations", instances are the visible parts of the things in the panoptic ground truth; their
-    masks are bitmasks, whatever `instance_mask_format` is. In training it adds, all under the same
-    augmentations as the image,
+    :class:`DatasetMapper` for datasets registered by :func:`register_panoptic`. In training it adds,
+    under the same augmentations as the image,
 
-    * "panoptic_seg": as :class:`OANet` returns it, (H, W) int64 segment ids, counted from 1 (0 is
-      void), and segments_info;
-    * "panoptic_category": (H, W) int64 tensor, the category of every pixel, see
-      :func:`panoptic_categories`;
-    * "sem_seg": (H, W) int64 tensor, the labels that the semantic head is supervised on.
+    * "panoptic_seg": (H, W) int64 segment ids, counted from 1 (0 is void), and segments_info with
+      contiguous "category_id", as the model returns it;
+    * "panoptic_category": (H, W) int64, see :func:`panoptic_categories`;
+    * "sem_seg": (H, W) int64, the labels of the semantic head.
+
+    Without "annotations", the instances are the visible parts of the things in the panoptic PNG. Their
+    masks are bitmasks, whatever `instance_mask_format` is.
     """
 
     @configurable
@@ -92,13 +106,11 @@ class PanopticDatasetMapper(DatasetMapper):
         """
         Args:
             num_things: number of thing classes.
-            stuff_only: what "sem_seg" holds. True: Panoptic FPN's labels, 0 for any thing and
-                stuff from 1 on. False: panoptic categories.
-            ignore_value: label of void.
-            read_image: if False, the image file is never opened and no "image" is returned; for
-                :class:`SRMFromAnnotations`.
-
-        Other arguments are the same as :class:`DatasetMapper`.
+            stuff_only: what "sem_seg" holds. True: Panoptic FPN's labels, 0 for any thing and stuff
+                from 1 on. False: panoptic categories.
+            ignore_value: label of void in "sem_seg".
+            read_image: False: no image file is opened, and there is no "image" in the result.
+            kwargs: see :class:`DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
         self.num_things = num_things
@@ -112,136 +124,111 @@ class PanopticDatasetMapper(DatasetMapper):
         ret["num_things"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret["stuff_only"] = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
         ret["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-        ret["read_image"] = cfg.INPUT.READ_IMAGE
+        ret["read_image"] = cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations"
         return ret
 
     def __call__(self, dataset_dict):
         """
         Args:
-            dataset_dict (dict): one image, as returned by :func:`load_panoptic`.
+            dataset_dict (dict): one image, as :func:`load_panoptic` returns it.
 
         Returns:
             dict: what OANet takes. In inference the ground truth stays a file name.
 
         Raises:
-            ValueError: if a file or an annotation is not as it should be; it names the file.
+            ValueError: a file or an annotation is not as it should be. The message names it.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        image = self._read_image(dataset_dict)
-        index: Optional[np.ndarray] = None
+        file_name = dataset_dict["file_name"]
+        if self.read_image:
+            image = read_image(file_name, self.image_format)
+            check_image_size(dataset_dict, image.shape[:2])
+        else:  # augmentations look at its size
+            image = np.zeros((dataset_dict["height"], dataset_dict["width"]), dtype=np.uint8)
+        numbers: Optional[np.ndarray] = None
         if self.is_train:
-            ids = self._read_ids(dataset_dict, image.shape[:2])
-            index = self._index_segments(dataset_dict, ids)
+            ids = read_segment_ids(dataset_dict["pan_seg_file_name"])
+            check_segment_ids(dataset_dict, ids)
+            numbers = index_segments(ids, dataset_dict["segments_info"])
 
-        aug_input = T.AugInput(image, sem_seg=index)
-        transforms = self.augmentations(aug_input)
+        aug_input = T.AugInput(image, sem_seg=numbers)
+        with naming(f"{file_name}, augmented from {image.shape[1]} x {image.shape[0]} pixels"):
+            transforms = self.augmentations(aug_input)
         image = aug_input.image
         if self.read_image:
             dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        if not self.is_train:
+        if numbers is None:
             dataset_dict.pop("annotations", None)
-            # Whoever evaluates opens it without looking; a dataset without ground truth has none.
+            # Evaluators open it. A dataset without ground truth has none.
             if PathManager.exists(dataset_dict.get("pan_seg_file_name", "")):
-                check_header(dataset_dict["pan_seg_file_name"])
+                check_header(dataset_dict["pan_seg_file_name"], segment_ids=True)
             return dataset_dict
-        assert index is not None  # read above
 
-        with naming(f"annotations of {dataset_dict['file_name']}"):
+        with naming(f"annotations of {file_name}"):
             if "annotations" in dataset_dict:
                 self._transform_annotations(dataset_dict, transforms, image.shape[:2])
             else:
                 dataset_dict["instances"] = self._visible_instances(
-                    dataset_dict["segments_info"], index, aug_input.sem_seg, transforms
+                    dataset_dict["segments_info"], numbers, aug_input.sem_seg, transforms
                 )
-            self._add_labels(dataset_dict, aug_input.sem_seg)
+            self._add_labels(dataset_dict, segment_positions(aug_input.sem_seg))
         return dataset_dict
 
-    def _read_image(self, dataset_dict: Dict) -> np.ndarray:
-        if not self.read_image:
-            # Augmentations need something of the image's size to look at.
-            return np.zeros((dataset_dict["height"], dataset_dict["width"]), dtype=np.uint8)
-        image = read_image(dataset_dict["file_name"], self.image_format)
-        utils.check_image_size(dataset_dict, image)
-        return image
-
-    def _read_ids(self, dataset_dict: Dict, image_size: Tuple[int, ...]) -> np.ndarray:
-        file_name = dataset_dict["pan_seg_file_name"]
-        # rgb2id in one go: PIL keeps RGB in four bytes, lowest first, of which the last is alpha.
-        ids = read_image(file_name, "RGBA").view("<u4")[:, :, 0] & 0xFFFFFF
-        if ids.shape != image_size:
-            raise ValueError(
-                f"{file_name}: {ids.shape[1]} x {ids.shape[0]} pixels, but the image "
-                f"{dataset_dict['file_name']} has {image_size[1]} x {image_size[0]}. {CHECK}"
-            )
-        return ids
-
-    def _index_segments(self, dataset_dict: Dict, ids: np.ndarray) -> np.ndarray:
-        with naming(dataset_dict["pan_seg_file_name"]):
-            index = index_segments(ids, dataset_dict["segments_info"])
-            unlisted = np.unique(ids[(index == 0) & (ids != 0)]).tolist()
-            if unlisted:
-                more = f" and {len(unlisted) - 5} more" if len(unlisted) > 5 else ""
-                raise ValueError(
-                    f"segments_info does not list the ids {unlisted[:5]}{more}; 0 is void. {CHECK}"
-                )
-        return index
-
-    def _transform_annotations(self, dataset_dict: Dict, transforms, image_shape: Tuple[int, ...]):
-        annotations = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
-        if self.use_instance_mask and not all("segmentation" in a for a in annotations):
-            raise ValueError("an instance has no segmentation.")
-        # Detectron2 transforms integers in place, and so cuts the results off to integers.
-        for a in annotations:
-            a["bbox"] = [float(x) for x in a["bbox"]]
-            if isinstance(a.get("segmentation"), list):
-                a["segmentation"] = [np.asarray(p, dtype=float) for p in a["segmentation"]]
-            elif isinstance(a.get("segmentation"), dict):
-                check_rle(a["segmentation"])
-        check_size(len(annotations), *image_shape)
+    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+        """
+        As Detectron2's, except that padding is no part of a mask, that one RLE makes bitmasks of all
+        masks of an image, and that an image without instances has masks, too (none).
+        """
+        annotations, mask_format = [], self.instance_mask_format
+        for x in dataset_dict.pop("annotations"):
+            if x.get("iscrowd", 0):
+                continue
+            mask = x.pop("segmentation", None)
+            if self.use_instance_mask and mask is None:
+                raise ValueError("an instance has no segmentation.")
+            # Detectron2 transforms integers in place, which cuts off the fractions.
+            x["bbox"] = [float(v) for v in x["bbox"]]
+            if self.use_instance_mask and isinstance(mask, list):
+                x["segmentation"] = [np.asarray(polygon, dtype=float) for polygon in mask]
+            x = utils.transform_instance_annotations(x, transforms, image_shape)
+            if self.use_instance_mask and not isinstance(mask, list):
+                x["segmentation"] = transforms.apply_segmentation(mask_util.decode(mask)) == 1
+                mask_format = "bitmask"
+            annotations.append(x)
         if annotations:
-            mapper = self
-            if not all(isinstance(a.get("segmentation", []), list) for a in annotations):
-                # Of an RLE Detectron2 makes a bitmask, never polygons.
-                mapper = copy.copy(self)
-                mapper.instance_mask_format = "bitmask"
-            DatasetMapper._transform_annotations(mapper, dataset_dict, transforms, image_shape)
+            instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
+            if self.recompute_boxes:
+                instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            dataset_dict["instances"] = utils.filter_empty_instances(instances)
         else:
-            # Detectron2 leaves the masks out then, and fails where it is to take boxes from them.
-            del dataset_dict["annotations"]
-            masks = np.zeros((0, *image_shape), dtype=bool)
-            dataset_dict["instances"] = self._make_instances([], np.zeros((0, 4)), masks)
+            no_masks = np.zeros((0, *image_shape), dtype=bool)
+            dataset_dict["instances"] = self._make_instances([], np.zeros((0, 4)), no_masks)
 
     def _visible_instances(
-        self, segments_info: List[Dict], index: np.ndarray, augmented: np.ndarray, transforms
+        self, segments_info: List[Dict], numbers: np.ndarray, augmented: np.ndarray, transforms
     ) -> Instances:
         """
-        Instances from the panoptic ground truth: the visible part of every thing that is not a
-        crowd, as bitmasks.
+        The things that are no crowds and of which something is left, as Detectron2 makes instances
+        from annotations.
 
         Args:
-            segments_info: the segments that `index` counts.
-            index: (H, W), see :func:`index_segments`.
-            augmented: `index` under `transforms`.
-
-        Returns:
-            those of which something is left, as Detectron2 makes them from annotations.
+            numbers: (H, W) of :func:`index_segments`.
+            augmented: `numbers` under `transforms`.
         """
         seen = set(np.unique(augmented).tolist())
-        things = [
-            i
+        things = {
+            _number(i): s["category_id"]
             for i, s in enumerate(segments_info, start=1)
-            if s["isthing"] and not s.get("iscrowd", 0) and i in seen
-        ]
-        check_size(len(things), *augmented.shape)
-        boxed = augmented if self.recompute_boxes else index
-        rects = [cv2.boundingRect((boxed == i).view(np.uint8)) for i in things]
+            if s["isthing"] and not s.get("iscrowd", 0) and _number(i) in seen
+        }
+        boxed = augmented if self.recompute_boxes else numbers
+        rects = [cv2.boundingRect((boxed == number).view(np.uint8)) for number in things]
         boxes = np.array(rects, dtype=float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         if not self.recompute_boxes:
             boxes = transforms.apply_box(boxes).clip(0, augmented.shape[::-1] * 2)
-        classes = [segments_info[i - 1]["category_id"] for i in things]
-        masks = augmented == np.array(things, dtype=augmented.dtype)[:, None, None]
-        return self._make_instances(classes, boxes, masks)
+        masks = augmented == np.array([*things], dtype=augmented.dtype)[:, None, None]
+        return self._make_instances([*things.values()], boxes, masks)
 
     def _make_instances(
         self, classes: List[int], boxes: np.ndarray, masks: np.ndarray
@@ -253,17 +240,14 @@ class PanopticDatasetMapper(DatasetMapper):
             instances.gt_masks = BitMasks(torch.from_numpy(masks))
         return instances
 
-    def _add_labels(self, dataset_dict: Dict, index: np.ndarray):
-        index = index.astype("int64")
-        segments_info = [
-            {**s, "id": i} for i, s in enumerate(dataset_dict.pop("segments_info"), start=1)
-        ]
-        categories = panoptic_categories(segments_info, self.num_things, self.ignore_value)
-        dataset_dict["panoptic_seg"] = (torch.from_numpy(index), segments_info)
-        # take is several times as fast as indexing
-        dataset_dict["panoptic_category"] = torch.from_numpy(categories.numpy().take(index))
-        dataset_dict["sem_seg"] = dataset_dict["panoptic_category"]
+    def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:
+        listed = dataset_dict.pop("segments_info")
+        segments_info = [{**s, "id": i} for i, s in enumerate(listed, start=1)]
+        categories = labels = panoptic_categories(segments_info, self.num_things)
         if self.stuff_only:
-            labels = (categories - self.num_things + 1).clamp(min=0)
-            labels = labels.where(categories != self.ignore_value, self.ignore_value)
-            dataset_dict["sem_seg"] = torch.from_numpy(labels.numpy().take(index))
+            labels = np.maximum(categories - self.num_things + 1, 0)
+        labels = np.where(categories < 0, self.ignore_value, labels)
+        dataset_dict["panoptic_seg"] = (torch.from_numpy(positions), segments_info)
+        # take is several times as fast as indexing
+        dataset_dict["panoptic_category"] = torch.from_numpy(categories.take(positions))
+        dataset_dict["sem_seg"] = torch.from_numpy(labels.take(positions))

@@ -1,43 +1,141 @@
 """
-The annotations of a dataset in the COCO panoptic format, as Detectron2's dataset dicts.
+Annotations of a dataset in the COCO panoptic format, as Detectron2's dataset dicts.
+
+What is wrong goes to a `report` function. Training passes :func:`stop`, which raises at the first
+problem; :mod:`check` collects all of them. So the code that follows the report of a fatal problem
+runs in the checker only.
 """
 
 import json
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+import math
+import os
+import reprlib
+from collections import defaultdict
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from detectron2.data.datasets import load_coco_json
+import numpy as np
+from pycocotools import mask as mask_util
 
-from .files import Folder, check_json_file, read_json
-from .images import MAX_PIXELS
-from .masks import check_annotation
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
-__all__ = ["CHECK", "MAX_SEGMENTS", "load_panoptic", "read_annotations"]
+__all__ = [
+    "CATEGORY",
+    "Report",
+    "check_image_size",
+    "check_segment_ids",
+    "entries",
+    "load_panoptic",
+    "read_annotations",
+    "stop",
+]
 
-# Segments, and instances, of one image. Training holds a mask of the image's size for each thing.
-MAX_SEGMENTS = 10_000
+# report(kind, where, detail, fatal=True): the kind of problem, the file and entry, what was found
+# there. Training refuses what is fatal; of the rest it would learn, or evaluation would fail.
+Report = Callable[..., None]
 
-CHECK = "`python -m oanet_d2.data.check` finds all such mistakes in a dataset."
 
-
-def read_annotations(path: str, *keys: str) -> Dict:
+def stop(kind: str, where: str, detail: str, fatal: bool = True) -> None:
     """
-    Read a JSON annotation file.
+    Raises:
+        ValueError: the problem is fatal.
+    """
+    if fatal:
+        check = "`python -m oanet_d2.data.check` finds all that is wrong with a dataset."
+        raise ValueError(f"{where}: {detail}. {check}")
+
+
+def _finite(values: Any) -> bool:
+    try:
+        return math.isfinite(sum(values))
+    except (OverflowError, TypeError):
+        return False
+
+
+# What a field must be: in words, and as a test. (type(), because a bool is an int, too.)
+INTEGER = "a whole number", lambda x: type(x) is int
+LENGTH = "a whole number from 1 on", lambda x: type(x) is int and x > 0
+ID = "a whole number or a string", lambda x: type(x) in (int, str)
+TEXT = "a string that is not empty", lambda x: isinstance(x, str) and x != ""
+LIST = "a list", lambda x: isinstance(x, list)
+FLAG = "0 or 1", lambda x: type(x) in (int, bool) and x in (0, 1)
+AREA = "a number from 0 on", lambda x: type(x) in (int, float) and 0 <= x < math.inf
+BOX = "four numbers", lambda x: isinstance(x, list) and len(x) == 4 and _finite(x)
+SEGMENT_ID = "1 to 16777215 (0 is void)", lambda x: type(x) is int and 0 < x < 256**3
+
+Fields = Dict[str, Tuple[str, Callable[[Any], bool]]]
+CATEGORY_NAME: Fields = {"id": INTEGER, "name": TEXT}
+ISTHING = "1 for a thing or 0 for stuff (an instances JSON has no stuff)", FLAG[1]
+CATEGORY: Fields = {**CATEGORY_NAME, "isthing": ISTHING}
+IMAGE: Fields = {"id": ID, "file_name": TEXT, "height": LENGTH, "width": LENGTH}
+ANNOTATION: Fields = {"image_id": ID, "file_name": TEXT, "segments_info": LIST}
+SEGMENT: Fields = {"id": SEGMENT_ID, "category_id": INTEGER, "area": AREA, "iscrowd": FLAG}
+INSTANCE: Fields = {"id": ID, "image_id": ID, "category_id": INTEGER, "bbox": BOX}
+INSTANCE.update({"area": AREA, "iscrowd": FLAG})
+# Training does without these fields. panopticapi and pycocotools do not.
+OPTIONAL = ("area", "iscrowd")
+
+
+def entries(
+    items: List, fields: Fields, where: str, name: str, report: Report
+) -> Iterator[Tuple[str, Dict, bool]]:
+    """
+    Report fields that are not what they must be, and ids that an earlier entry has.
 
     Args:
-        keys: what it must hold.
+        items: a list of a JSON.
+        fields: what every entry must have.
+        where: the file and the list.
+        name: name of the list.
 
-    Raises:
-        ValueError: see :func:`read_json`; or it lacks one of the keys.
+    Yields:
+        where an entry is, the entry, and whether training can use it. If it cannot, only those
+        fields are left that are what they must be.
     """
-    annotations = read_json(path)
-    missing = [k for k in keys if not isinstance(annotations, dict) or k not in annotations]
-    if missing:
-        raise ValueError(
-            f"{path} has no {missing[0]!r}; the COCO panoptic format has 'images', 'annotations' "
-            "and 'categories'. (An instances JSON goes into instances_json.)"
-        )
-    return annotations
+    seen = set()
+    for i, item in enumerate(items):
+        at = f"{where}[{i}]"
+        if not isinstance(item, dict):
+            report("malformed entry", at, f"it is {reprlib.repr(item)}, not an object")
+            continue
+        if isinstance(item.get("file_name"), str):
+            at += f" ({item['file_name']})"
+        wrong = [k for k, (_, is_right) in fields.items() if k not in item or not is_right(item[k])]
+        for key in wrong:
+            found = f"is {reprlib.repr(item[key])}" if key in item else "is missing"
+            fatal = key in item or key not in OPTIONAL
+            report("malformed entry", at, f"{key!r} {found}; it must be {fields[key][0]}", fatal)
+        usable = all(k not in item and k in OPTIONAL for k in wrong)
+        if not usable:
+            item = {k: item[k] for k in fields if k in item and k not in wrong}
+        if "id" in item:
+            if item["id"] in seen:
+                report(f"duplicate id in {name}", at, f"an earlier entry has the id {item['id']!r}")
+            seen.add(item["id"])
+        yield at, item, usable
+
+
+def read_annotations(path: str, report: Report = stop) -> Optional[Dict]:
+    """
+    Read a JSON of one of COCO's formats.
+
+    Returns:
+        dict with the lists "images", "annotations" and "categories"; None if it was reported that
+        the file is missing or is something else.
+    """
+    try:
+        with PathManager.open(path, "rb") as f:
+            content = json.loads(f.read().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"it is not JSON in UTF-8: {error}"
+        report("annotation file unusable", path, reason)
+        return None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            detail = f"it has no list {key!r}; it must have 'images', 'annotations', 'categories'"
+            report("annotation file unusable", path, detail)
+            return None
+    return content
 
 
 def load_panoptic(
@@ -45,127 +143,185 @@ def load_panoptic(
     panoptic_json: str,
     panoptic_root: str,
     instances_json: Optional[str],
+    *,
     thing_ids: Dict[int, int],
     stuff_ids: Dict[int, int],
+    image_name: Callable[[Dict], str] = lambda image: image["file_name"],
+    report: Report = stop,
 ) -> List[Dict]:
     """
-    Read the annotation files of a dataset registered by :func:`register_panoptic`.
-
-    Raises:
-        ValueError: the files contradict each other; `python -m oanet_d2.data.check` finds
-            everything that is wrong with a dataset, this stops at the first thing.
+    Args:
+        image_root, panoptic_json, panoptic_root, instances_json: see :func:`register_panoptic`.
+        thing_ids, stuff_ids: category id -> contiguous id.
+        image_name: the file name of an entry of "images".
 
     Returns:
         list[dict] in Detectron2's standard format: "file_name", "image_id", "height", "width",
-        "pan_seg_file_name", "segments_info" (with contiguous "category_id" and "isthing") and,
-        with an instances JSON, "annotations".
-    """
-    panoptic = read_annotations(panoptic_json, "images", "annotations")
-    with _entry(f"{panoptic_json}: images"):
-        images = {image["id"]: image for image in panoptic["images"]}
-    with _entry(f"{panoptic_json}: annotations"):
-        annotations = list(panoptic["annotations"])
-    instances = None if instances_json is None else _load_instances(instances_json, image_root)
-    folders = Folder(image_root), Folder(panoptic_root)
+        "pan_seg_file_name", "segments_info" (with contiguous "category_id", "isthing", "iscrowd")
+        and, with an instances JSON, "annotations" as Detectron2's `load_coco_json` makes them.
 
-    dicts = []
-    for i, annotation in enumerate(annotations):
-        with _entry(f"{panoptic_json}: annotations[{i}]"):
-            d = _load_image(annotation, images, *folders, thing_ids, stuff_ids)
-        if instances is not None:
-            with _entry(f"{instances_json}, as an instances JSON"):
-                own = instances.get(d["image_id"], [])
-                _check_count(own, "instances", d["file_name"])
-                d["annotations"] = [_contiguous_annotation(a, thing_ids, d) for a in own]
-        dicts.append(d)
+    Raises:
+        ValueError: something is wrong. It names the file, the entry and what was found.
+    """
+    panoptic = read_annotations(panoptic_json, report)
+    if panoptic is None:
+        return []
+    where, dicts, annotated = f"{panoptic_json}: annotations", [], set()
+    images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
+    instances = None
+    if instances_json is not None:
+        instances = _instances(instances_json, panoptic, images, thing_ids, report)
+    for at, x, usable in entries(panoptic["annotations"], ANNOTATION, where, "annotations", report):
+        image_id, image = x.get("image_id"), images.get(x.get("image_id"), {})
+        segments = _segments(x.get("segments_info", []), at, thing_ids, stuff_ids, report)
+        if "image_id" in x and image_id not in images:
+            detail = f"it annotates the image {image_id!r}, which is not among the 'images'"
+            report("annotation of an unknown image", at, detail)
+        elif image_id in annotated:
+            detail = f"an earlier one annotates the image {image_id!r}, too"
+            report("several annotations of one image", at, detail)
+        elif usable and image.keys() >= IMAGE.keys():
+            d = {
+                "file_name": os.path.join(image_root, image_name(image)),
+                "image_id": image_id,
+                "height": image["height"],
+                "width": image["width"],
+                "pan_seg_file_name": os.path.join(panoptic_root, x["file_name"]),
+                "segments_info": segments,
+            }
+            dicts.append(d if instances is None else {**d, "annotations": instances[image_id]})
+        annotated.add(image_id)
+    for image_id in [i for i in images if i not in annotated]:
+        detail = f"no annotation has the image_id {image_id!r}; training leaves it out"
+        report("image without annotation", f"{panoptic_json}: images", detail, fatal=False)
     return dicts
 
 
-@contextmanager
-def _entry(where: str) -> Iterator[None]:
-    """Whatever an entry makes Python raise in here becomes a ValueError that says where it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    except Exception as error:
-        raise ValueError(f"{where}: {type(error).__name__}: {error}. {CHECK}") from error
+def _by_id(content: Dict, key: str, fields: Fields, path: str, report: Report) -> Dict[Any, Dict]:
+    found = entries(content[key], fields, f"{path}: {key}", key, report)
+    return {x["id"]: x for _, x, _ in found if "id" in x}
 
 
-def _load_instances(instances_json: str, image_root: str) -> Dict[Any, List[Dict]]:
-    with _entry(f"{instances_json}, as an instances JSON"):
-        check_json_file(instances_json)
-        try:
-            dicts = load_coco_json(instances_json, image_root)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"it is not a JSON file: {error}") from error
-        return {x["image_id"]: x["annotations"] for x in dicts}
+def _segments(
+    items: List, at: str, thing_ids: Dict, stuff_ids: Dict, report: Report
+) -> List[Dict]:
+    segments = []
+    for where, x, _ in entries(items, SEGMENT, f"{at} segments_info", "segments_info", report):
+        category, iscrowd = x.get("category_id"), int(x.get("iscrowd", 0))
+        isthing = category in thing_ids
+        contiguous = (thing_ids if isthing else stuff_ids).get(category)
+        if contiguous is None and category is not None:
+            detail = f"the category {category} is not among the 'categories'"
+            report("unknown category id", where, detail)
+        elif iscrowd and not isthing:
+            detail = f"'iscrowd' is 1, but the category {category} is stuff"
+            report("stuff segment is a crowd", where, detail, fatal=False)
+        if x.get("area") == 0:
+            report("empty segment", where, "'area' is 0", fatal=False)
+        segments.append({**x, "category_id": contiguous, "isthing": isthing, "iscrowd": iscrowd})
+    return segments
 
 
-def _load_image(
-    annotation: Dict,
-    images: Dict,
-    images_in: Folder,
-    pngs_in: Folder,
-    thing_ids: Dict,
-    stuff_ids: Dict,
-) -> Dict:
-    """An annotation of the panoptic JSON as a dataset dict, still without "annotations"."""
-    image = images.get(annotation["image_id"])
-    if image is None:
-        raise ValueError(
-            f"{annotation.get('file_name')} annotates the image {annotation['image_id']!r}, which "
-            "is not among the 'images'."
-        )
-    height, width = image["height"], image["width"]
-    if not all(type(x) is int and x > 0 for x in (height, width)) or height * width > MAX_PIXELS:
-        raise ValueError(
-            f"the image {image['file_name']} has the height {height!r} and the width {width!r}; "
-            f"they must be whole numbers from 1 on, of {MAX_PIXELS:,} pixels at most."
-        )
-    segments = annotation["segments_info"]
-    _check_count(segments, "segments", annotation["file_name"])
-    return {
-        "file_name": images_in.path(image["file_name"]),
-        "image_id": annotation["image_id"],
-        "height": height,
-        "width": width,
-        "pan_seg_file_name": pngs_in.path(annotation["file_name"]),
-        "segments_info": [_contiguous_segment(s, thing_ids, stuff_ids) for s in segments],
-    }
+def _instances(
+    path: str, panoptic: Dict, images: Dict, thing_ids: Dict, report: Report
+) -> Optional[Dict[Any, List[Dict]]]:
+    """Image id -> annotations; None if it was reported that the file cannot be used."""
+    content = read_annotations(path, report)
+    if content is None:
+        return None
+    for key, fields in (("categories", CATEGORY_NAME), ("images", IMAGE)):
+        own = _by_id(content, key, fields, path, report)
+        other = _by_id(panoptic, key, fields, "", lambda *args, **kwargs: None)
+        for i in own.keys() & other.keys():
+            for field in [f for f in fields if own[i].get(f) != other[i].get(f)]:
+                detail = f"{field!r} of id {i!r} is {own[i].get(field)!r}, not {other[i].get(field)!r}"
+                report(f"{key} differ from the panoptic JSON", f"{path}: {key}", detail, fatal=False)
+    for i in [i for i in images if i not in own]:
+        detail = f"the image {i!r} is missing; training takes it to have no instances"
+        report("image only in the panoptic JSON", f"{path}: images", detail, fatal=False)
+    for i in [i for i in own if i not in images]:
+        detail = f"the panoptic JSON has no image {i!r}"
+        report("image only in the instances JSON", f"{path}: images", detail, fatal=False)
+
+    instances, where = defaultdict(list), f"{path}: annotations"
+    for at, x, usable in entries(content["annotations"], INSTANCE, where, "annotations", report):
+        image_id, category = x.get("image_id"), x.get("category_id")
+        image, mask = images.get(image_id, {}), x.get("segmentation")
+        at += f" ({image['file_name']})" if "file_name" in image else ""
+        if "image_id" in x and image_id not in images and image_id not in own:
+            detail = f"there is no image {image_id!r}"
+            report("annotation of an unknown image", at, detail, fatal=False)
+        if "category_id" in x and category not in thing_ids:
+            detail = f"the category {category} is no thing of the panoptic JSON"
+            report("instance of no thing", at, detail)
+        if min(x.get("bbox", [1])[-2:]) <= 0:
+            detail = f"'bbox' is {x['bbox']}; width and height must be more than 0"
+            report("box without extent", at, detail, fatal=False)
+        if not mask:
+            report("instance without a mask", at, "it has no segmentation", fatal=False)
+        elif image.keys() >= IMAGE.keys():
+            mask = _mask(mask, image["height"], image["width"], at, report)
+            usable = usable and bool(mask)
+        if usable and image_id in images:
+            kept = {"bbox": x["bbox"], "bbox_mode": BoxMode.XYWH_ABS}
+            kept.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
+            instances[image_id].append({**kept, "segmentation": mask} if mask else kept)
+    if content["annotations"] and not instances:
+        detail = "none has the image_id of an image in the panoptic JSON (1 and '1' are two ids)"
+        report("instances of no image", where, detail)
+    return instances
 
 
-def _check_count(items: List, what: str, file_name: str) -> None:
-    if len(items) > MAX_SEGMENTS:
-        raise ValueError(
-            f"{file_name} has {len(items):,} {what}; there may be {MAX_SEGMENTS:,} in an image."
-        )
+def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
+    """The segmentation as Detectron2's `load_coco_json` gives it; [] if no polygon is one."""
+    kind, size = "malformed mask", [height, width]
+    if isinstance(mask, dict):
+        counts = mask.get("counts")
+        if mask.get("size") != size:
+            detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
+            report("RLE size differs from the image", at, detail)
+        elif isinstance(counts, list):
+            if not _finite(counts) or sum(counts) != height * width or min(counts) < 0:
+                report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
+            else:
+                mask = mask_util.frPyObjects(mask, *size)
+        elif not isinstance(counts, (str, bytes)):
+            report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
+        return mask
+    if not isinstance(mask, list):
+        report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
+        return mask
+    polygons = [p for p in mask if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    if len(polygons) < len(mask):
+        report(kind, at, "a polygon is not of 6, 8, 10, ... numbers", fatal=False)
+    if not all(map(_finite, polygons)):
+        report(kind, at, "a polygon holds what is no finite number")
+    return polygons
 
 
-def _contiguous_segment(segment: Dict, thing_ids: Dict, stuff_ids: Dict):
-    category = segment["category_id"]
-    isthing = category in thing_ids
-    ids = thing_ids if isthing else stuff_ids
-    if category not in ids:
-        raise ValueError(
-            f"segment {segment['id']} is of category {category}, which is not among the "
-            "'categories'."
-        )
-    if type(segment["id"]) is not int or not 0 < segment["id"] < 256**3:
-        raise ValueError(
-            f"the id of a segment is {segment['id']!r}; it must be a whole number from 1 to "
-            f"{256 ** 3 - 1} (0 is void)."
-        )
-    return {**segment, "isthing": isthing, "category_id": ids[category]}
+def check_image_size(d: Dict, size: Tuple[int, ...], report: Report = stop) -> None:
+    """
+    Report if the image of a dataset dict is not of the (height, width) that the JSON says.
+    """
+    if size != (d["height"], d["width"]):
+        detail = f"it has {size[1]} x {size[0]} pixels, the JSON says {d['width']} x {d['height']}"
+        report("image size differs from the JSON", d["file_name"], detail)
 
 
-def _contiguous_annotation(annotation: Dict, thing_ids: Dict, image: Dict):
-    category = annotation["category_id"]
-    if category not in thing_ids:
-        raise ValueError(
-            f"an instance is of category {category}, which is no thing in the panoptic annotation; "
-            f"its things are {sorted(thing_ids)}."
-        )
-    with _entry(f"an instance in {image['file_name']}"):
-        check_annotation(annotation, image["height"], image["width"])
-    return {**annotation, "category_id": thing_ids[category]}
+def check_segment_ids(d: Dict, ids: np.ndarray, report: Report = stop) -> None:
+    """
+    Report if the segment ids of a dataset dict's PNG, (H, W) int32, are of another size than its
+    image, or show a segment that is not listed.
+    """
+    if ids.shape != (d["height"], d["width"]):
+        size = f"{d['width']} x {d['height']}"
+        detail = f"it has {ids.shape[1]} x {ids.shape[0]} pixels, the image {d['file_name']} {size}"
+        report("PNG size differs from the image", d["pan_seg_file_name"], detail)
+    flat = ids.ravel()
+    present = np.unique(flat[np.diff(flat, prepend=-1) != 0])  # sorting only where the id changes
+    listed = {0, *(s["id"] for s in d["segments_info"] if "id" in s)}
+    unlisted = [i for i in present.tolist() if i not in listed]
+    if unlisted:
+        more = f" and {len(unlisted) - 5} more" if len(unlisted) > 5 else ""
+        detail = f"segments_info does not list the ids {unlisted[:5]}{more}; 0 is void"
+        report("PNG id not in segments_info", d["pan_seg_file_name"], detail)
