@@ -114,6 +114,12 @@ class BoxedMasks:
         masks = [self._make(i) for i in range(len(self))]
         return BoxedMasks(self.regions, masks.__getitem__, self.image_size, self.device)
 
+    def numpy(self) -> List[np.ndarray]:
+        """
+        Every mask inside its region.
+        """
+        return [self._make(i).cpu().numpy() for i in range(len(self))]
+
     def full(self) -> torch.Tensor:
         """
         Returns:

@@ -5,6 +5,7 @@ two instances overlap.
 
 from typing import Dict, List, Union
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -70,13 +71,18 @@ def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> t
         minus those that show b.
     """
     if isinstance(masks, BoxedMasks):
-        shown = torch.zeros(len(masks), len(masks))
-        boxed = [masks[n] for n in range(len(masks))]
-        own = [(ids[region] == i) & mask for (mask, region), i in zip(boxed, matched.tolist())]
+        # NumPy, because PyTorch's overhead is most of the time of such small operations.
+        margins = np.zeros((len(masks), len(masks)), dtype=np.float32)
+        boxed, truth = masks.numpy(), ids.cpu().numpy()
+        own = [
+            (truth[region] == i) & mask
+            for mask, region, i in zip(boxed, masks.regions, matched.tolist())
+        ]
         for a, b, in_a, in_b in overlapping_regions(masks.regions):
-            shown[a, b] = (own[a][in_a] & boxed[b][0][in_b]).count_nonzero()
-            shown[b, a] = (own[b][in_b] & boxed[a][0][in_a]).count_nonzero()
-        return (shown - shown.t()).to(ids.device)
+            shows_a = np.count_nonzero(own[a][in_a] & boxed[b][in_b])
+            shows_b = np.count_nonzero(own[b][in_b] & boxed[a][in_a])
+            margins[a, b], margins[b, a] = shows_a - shows_b, shows_b - shows_a
+        return torch.from_numpy(margins).to(ids.device)
     m = masks.flatten(1)
     own = m & (ids.flatten() == matched[:, None])
     # Counts are exact in single precision up to 2**24, far beyond a grid, but not in half precision.
@@ -120,16 +126,18 @@ def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
             m = masks.flatten(1).float()
             segments = (ids.flatten() == segment_ids.to(ids.device)[:, None]).float()
             return m.sum(1).cpu(), segments.sum(1).cpu(), (m @ segments.t()).cpu()
-    position = {i: k for k, i in enumerate(segment_ids.tolist())}
-    areas, shared = torch.zeros(len(masks)), torch.zeros(len(masks), len(position))
+    # Ids become columns, and other ids one more column, so that a histogram counts all segments.
+    number = len(segment_ids)
+    known, column = torch.cat([segment_ids, torch.tensor([-1])]).to(ids.device).sort()
+    place = torch.searchsorted(known, ids.long(), right=True) - 1
+    columns = column[place].masked_fill(known[place] != ids, number)
+    areas, shared = torch.zeros(len(masks)), torch.zeros(len(masks), number)
     for n in range(len(masks)):
         mask, region = masks[n]
         areas[n] = mask.count_nonzero()
-        found, counts = ids[region][mask].unique(return_counts=True)
-        for i, count in zip(found.tolist(), counts.tolist()):
-            if i in position:
-                shared[n, position[i]] = count
-    return areas, torch.tensor([float((ids == i).sum()) for i in position]), shared
+        shared[n] = columns[region][mask].bincount(minlength=number + 1)[:number]
+    segment_areas = columns.flatten().bincount(minlength=number + 1)[:number]
+    return areas, segment_areas.cpu().float(), shared
 
 
 def overlapping_regions(regions: List[Region]):

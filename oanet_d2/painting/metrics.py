@@ -89,7 +89,7 @@ def pq_counts(shared: SharedPixels, truth: List[Dict], prediction: List[Dict]) -
         category = predicted.get(j)
         union = true_areas[i] + areas[j] - pixels - shared.get((VOID, j), 0)
         if category is not None and segments.get(i) == category and 2 * pixels > union:
-            counts[category, "iou"] += pixels / union
+            counts[category, "iou"] += pixels / union  # type: ignore[assignment]
             counts[category, "tp"] += 1
             del segments[i], predicted[j]  # more than half of both is taken: nothing else can match
     for category in segments.values():
@@ -189,14 +189,14 @@ def occluded_pairs(
     matched = match_to_segments(masks, classes, ids, segments_info)
     margins = visible_margins(masks, matched, ids).tolist()
     class_of, is_matched = classes.tolist(), (matched >= 0).tolist()
-    boxed = [masks[n][0] for n in range(len(masks))]
+    boxed = masks.numpy()
     pairs = []
     for a, b, in_a, in_b in overlapping_regions(masks.regions):
         pixels = int(margins[a][b])
         if pixels == 0:
             continue
-        overlap = (boxed[a][in_a] & boxed[b][in_b]).count_nonzero()
-        if abs(pixels) > CLEAR_SHARE * int(overlap):
+        overlap = np.count_nonzero(boxed[a][in_a] & boxed[b][in_b])
+        if abs(pixels) > CLEAR_SHARE * overlap:
             kind = KINDS[int(class_of[a] == class_of[b])]
             if not (is_matched[a] and is_matched[b]):
                 kind = KINDS[2]

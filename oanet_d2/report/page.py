@@ -80,8 +80,9 @@ def render(report: Dict) -> str:
     Returns:
         the page, from what :func:`load_report` returned.
     """
+    loader = PackageLoader("oanet_d2.report", "template")
     environment = Environment(
-        loader=PackageLoader("oanet_d2.report", "template"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -89,8 +90,7 @@ def render(report: Dict) -> str:
     )
     environment.filters.update(number=_number, signed=_signed, pair=_pair)
     style, script = (
-        Markup(environment.loader.get_source(environment, name)[0])
-        for name in ("style.css", "script.js")
+        Markup(loader.get_source(environment, name)[0]) for name in ("style.css", "script.js")
     )
     score, ranked = report["compared"]
     rows = report["overlaps"]

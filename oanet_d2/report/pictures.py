@@ -57,7 +57,7 @@ def draw_segments(
         RGB, of the size of `photo`.
     """
     ids, segments_info = panoptic
-    size = photo.shape[1::-1]
+    size = photo.shape[1], photo.shape[0]
     masks = [_enlarged(ids == s["id"], size) for s in segments_info]
     filled = photo.copy()
     for mask, s in zip(masks, segments_info):

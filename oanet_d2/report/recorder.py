@@ -53,7 +53,7 @@ class ReportRecorder:
     def reset(self):
         self._outcomes: Counter = Counter()
         self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
-        self._right: Counter = Counter()  # the same and an order -> pairs
+        self._right: Counter = Counter()  # (the same, order) -> pairs
         self._cases: Dict[str, List[Dict]] = {section: [] for section in SECTIONS}
 
     def add(
@@ -83,7 +83,7 @@ class ReportRecorder:
             right = [name for name, x in position.items() if x[front] < x[behind]]
             key = class_of[front], class_of[behind], kind
             self._overlaps[key] += 1
-            self._right.update((*key, name) for name in right)
+            self._right.update((key, name) for name in right)
             pairs.append((*key, pixels, right))
 
         before, after = self.compared
@@ -121,7 +121,9 @@ class ReportRecorder:
         parts = comm.gather((self._outcomes, self._overlaps, self._right, self._cases))
         if not comm.is_main_process():
             return
-        outcomes, overlaps, right = (sum(x, Counter()) for x in list(zip(*parts))[:3])
+        outcomes: Counter = sum((part[0] for part in parts), Counter())
+        overlaps: Counter = sum((part[1] for part in parts), Counter())
+        right: Counter = sum((part[2] for part in parts), Counter())
         orderings = orderings_of(results)
         content = {
             "format": FORMAT,
@@ -136,7 +138,7 @@ class ReportRecorder:
                 {
                     **self._named(*key),
                     "number": number,
-                    "right": {order: right[(*key, order)] for order in orderings},
+                    "right": {order: right[key, order] for order in orderings},
                 }
                 for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0]))
             ],
