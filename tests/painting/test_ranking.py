@@ -52,6 +52,7 @@ def test_pairs_of_one_class_are_told_apart_by_pair_margins_alone():
     persons = torch.tensor([PERSON, PERSON])
     assert order("srm_overlap", classes=persons) == [0, 1]
     assert order("srm_overlap", SCORES.flip(0), persons) == [1, 0]
+    assert order("srm_mean", SCORES.flip(0), persons, MASKS[[0, 0]]) == [1, 0]
     behind = torch.tensor([[0.0, -0.5], [0.5, 0.0]])
     assert order("srm_pairs", classes=persons, pairs=behind) == [1, 0]
     assert order("srm_pairs", SCORES.flip(0), persons, pairs=-behind) == [0, 1]
