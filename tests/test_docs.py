@@ -41,10 +41,8 @@ def test_links_lead_somewhere_and_files_are_linked():
 
 
 def test_config_keys_exist():
-    cfg = load_config(REPOSITORY / "configs/Base-OANet.yaml")
-    keys = re.findall(r"\b((?:MODEL|INPUT|SOLVER|TEST|DATASETS)(?:\.[A-Z0-9_]+)+)\b", TEXT)
-    for key in keys:
-        node = cfg
+    for key in re.findall(r"\b((?:MODEL|INPUT|SOLVER|TEST|DATASETS)(?:\.[A-Z0-9_]+)+)\b", TEXT):
+        node = load_config(REPOSITORY / "configs/Base-OANet.yaml")
         for name in key.split("."):
             assert name in node, key
             node = node[name]
@@ -54,15 +52,13 @@ def test_commands_and_their_options_exist():
     text, makefile = TEXT.replace("\\\n", " "), (REPOSITORY / "Makefile").read_text()
     for target in re.findall(r"(?:`|^ {4})make (?:[A-Z].*=\S* )?([a-z-]+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile, target
-    for command in re.findall(r"\bpython ((?:-m )?[\w./]+.*)", text):
-        name = command.split("`")[0].split()[1 if command.startswith("-m ") else 0]
-        path = REPOSITORY / name.replace("oanet_d2.", "oanet_d2/").replace("data.", "data/")
+    for name, rest in re.findall(r"\bpython (?:-m )?([\w./]+)([^`\n]*)", text):
+        path = REPOSITORY / re.sub(r"\.(?!py$)", "/", name)
         places = [path, path.with_suffix(".py"), path / "__main__.py"]
         source = next(x for x in places if x.is_file()).read_text()
-        if "default_argument_parser" in source:
-            source += Path(defaults.__file__).read_text()
-        for option in re.findall(r" (--[a-z-]+)", command.split("`")[0]):
-            assert f'"{option}"' in source, command
+        source += Path(defaults.__file__).read_text() * ("default_argument_parser" in source)
+        for option in re.findall(r" (--[a-z-]+)", rest):
+            assert f'"{option}"' in source, f"{name} {option}"
 
 
 def test_readme(tmp_path, monkeypatch):
@@ -98,20 +94,19 @@ def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):
 def test_extensions(tiny_cfg, monkeypatch):
     for registry in (RANKING_RULE_REGISTRY, META_ARCH_REGISTRY):
         monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
-    rule, combiner, masks_alone = (run(CONTRIBUTING, i) for i in range(3))
+    _, combiner, alone = (run(CONTRIBUTING, i) for i in range(3))
     # All 64 pixels of the first are visible, 16 of the second, and 15 of the third, a crumb.
-    masks = [box_mask(0, 0, 8, 8), box_mask(0, 8, 8, 10), box_mask(8, 0, 11, 5)]
+    masks = torch.stack([box_mask(0, 0, 8, 8), box_mask(0, 8, 8, 10), box_mask(8, 0, 11, 5)])
     scores, classes = torch.tensor([0.9, 0.8, 0.7]), torch.arange(3)
-    inputs = OrderInputs(scores, classes, torch.stack(masks))
-    assert inputs.order("smallest_first").tolist() == [2, 1, 0] and "smallest_first" in rule
+    order_inputs = OrderInputs(scores, classes, masks)
+    assert order_inputs.order("smallest_first").tolist() == [2, 1, 0]
     tiny_cfg.MODEL.META_ARCHITECTURE = "OANetWithoutCrumbs"
     model = build_model(tiny_cfg)
     assert isinstance(model, combiner["OANetWithoutCrumbs"])
     instances = Instances((10, 12), scores=scores, pred_classes=classes)
-    boxed = BoxedMasks.from_masks(inputs.masks)
-    fusion_inputs = FusionInputs(boxed, instances, torch.zeros(10, 12).long(), inputs)
-    seg, segments = model.combine(fusion_inputs, torch.arange(3))
+    free = torch.zeros(10, 12, dtype=torch.int64)
+    inputs = FusionInputs(BoxedMasks.from_masks(masks), instances, free, order_inputs)
+    seg, segments = model.combine(inputs, torch.arange(3))
     assert torch.equal(seg, masks[0] * 1 + masks[1] * 2) and [s["id"] for s in segments] == [1, 2]
-    seg, segments = masks_alone["panoptic_seg"], masks_alone["segments_info"]
-    areas = [(seg == s["id"]).sum().item() for s in segments]
+    areas = [(alone["panoptic_seg"] == s["id"]).sum().item() for s in alone["segments_info"]]
     assert areas == [50**2, 200**2 - 50**2, 480 * 640 - 200**2]

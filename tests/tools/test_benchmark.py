@@ -5,7 +5,7 @@ import benchmark
 import pytest
 import torch
 
-# In a process of its own, as the script measures: others have freed memory that would serve the call.
+# In a process of its own, as the script measures: memory that others have freed would serve the call.
 HELD_AT_ONCE = """
 import benchmark, torch
 def call():
@@ -35,7 +35,9 @@ def test_both_sides_do_the_same_work(monkeypatch):
 
     monkeypatch.setattr(benchmark, "IMAGE_SIZE", (416, 448))
     monkeypatch.setattr(benchmark, "COCO", benchmark.DEMO)
-    for side in benchmark.inference([], benchmark.PANOPTIC_FPN, 20, "cpu"):
+    monkeypatch.setattr(benchmark, "NUM_THINGS", 8)
+    stuff = ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "MODEL.SRM_HEAD.PAIRS.EVIDENCE", "()"]
+    for side in benchmark.inference(stuff, benchmark.PANOPTIC_FPN, 20, "cpu"):
         (result,) = side()
         assert len(result["instances"]) == 100
         assert 2 <= sum(x["isthing"] for x in result["panoptic_seg"][1]) <= 20
