@@ -27,6 +27,7 @@ from .config import load_config
 from .data import complete_config
 from .data.images import read_image
 from .modeling import OANet
+from .painting.ranking import RANKING_RULE_REGISTRY
 from .visualization import draw_panoptic
 
 __all__ = ["PanopticPredictor", "PanopticResult"]
@@ -142,7 +143,7 @@ class PanopticPredictor:
             ValueError: the picture cannot be read, is something else, or is too narrow to resize.
         """
         image, predictions = self._predict(image)
-        return self._result(image, *predictions["panoptic_seg"], predictions)
+        return self._result(image, predictions["panoptic_seg"], predictions)
 
     def in_orders(self, image: Picture, orders: Sequence[str]) -> Dict[str, PanopticResult]:
         """
@@ -158,13 +159,17 @@ class PanopticPredictor:
         Raises:
             ValueError: see :meth:`__call__`, or the network cannot rank by one of the rules.
         """
+        for rule in orders:
+            if rule not in RANKING_RULE_REGISTRY:
+                known = sorted(name for name, _ in RANKING_RULE_REGISTRY)
+                raise ValueError(f"There is no order {rule!r}; it must be one of {known}.")
         image, predictions = self._predict(image, return_fusion_inputs=True)
         inputs = predictions["fusion_inputs"]
         inputs = inputs._replace(masks=inputs.masks.cached())
         results = {}
         for rule in orders:
             panoptic = self.model.combine(inputs, inputs.order_inputs.order(rule))
-            results[rule] = self._result(image, *panoptic, predictions)
+            results[rule] = self._result(image, panoptic, predictions)
         return results
 
     @torch.no_grad()
@@ -185,7 +190,8 @@ class PanopticPredictor:
         inputs = {"image": tensor, "height": height, "width": width}
         return image, self.model.inference([inputs], **options)[0]
 
-    def _result(self, image, panoptic_seg, segments_info, predictions) -> PanopticResult:
+    def _result(self, image: np.ndarray, panoptic: Tuple, predictions: Dict) -> PanopticResult:
+        panoptic_seg, segments_info = panoptic
         names = self.metadata.stuff_classes, self.metadata.thing_classes
         named = [
             {**s, "category_name": names[s["isthing"]][s["category_id"]]} for s in segments_info
@@ -207,8 +213,9 @@ def _check(cfg: CfgNode) -> None:
     try:
         torch.zeros(1, device=cfg.MODEL.DEVICE)
     except Exception as error:  # every kind of device has its own
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which fails: {reason}") from error
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; torch cannot use it here."
+        ) from error
     names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1]
     if not names:
         raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
@@ -231,10 +238,11 @@ def _load_weights(model: OANet, cfg: CfgNode) -> None:
 def _bgr(image: Picture) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return read_image(os.fspath(image), "BGR")
-    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-    if not isinstance(image, np.ndarray) or dtype != np.uint8 or shape[2:] != (3,) or 0 in shape:
-        raise ValueError(
-            f"A picture is a path or a (H, W, 3) uint8 array in BGR, as cv2.imread gives it, not "
-            f"{type(image).__name__} with shape {shape} and dtype {dtype}."
-        )
-    return image
+    found = type(image).__name__
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+            return image
+        found = f"an array of {image.dtype} with shape {image.shape}"
+    raise ValueError(
+        f"A picture is a path or a (H, W, 3) uint8 array in BGR, as cv2.imread gives it, not {found}."
+    )

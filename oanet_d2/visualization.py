@@ -10,22 +10,21 @@ from typing import Dict, List, Optional, Tuple, Union
 import cv2
 import numpy as np
 import torch
-from panopticapi.utils import rgb2id
 from PIL import Image
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-from .data.images import read_image
+from .data.images import read_image, read_segment_ids
 from .files import atomic_path, write_atomically
+from .painting.metrics import correct_pixels, shared_pixels
 
 __all__ = [
     "OrderPictures",
     "changed_pixels",
     "draw_panoptic",
     "draw_side_by_side",
-    "pixel_gain",
 ]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
@@ -39,27 +38,6 @@ _TITLES = {"score": "by detection score", "oracle": "by ground truth (oracle)"}
 _FONT = cv2.FONT_HERSHEY_SIMPLEX, 0.7
 
 
-def category_codes(panoptic_seg: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
-    """
-    Segment ids to a code of the category: thing c is 2c + 1, stuff s is 2s, void is 0.
-
-    Returns:
-        (H, W) int64.
-    """
-    codes = np.zeros(panoptic_seg.shape, dtype=np.int64)
-    for s in segments_info:
-        codes[panoptic_seg == s["id"]] = 2 * s["category_id"] + bool(s["isthing"])
-    return codes
-
-
-def pixel_gain(gt: PanopticSeg, before: PanopticSeg, after: PanopticSeg) -> int:
-    """
-    How many more pixels carry the right category in `after` than in `before`.
-    """
-    truth, b, a = (category_codes(np.asarray(ids), info) for ids, info in (gt, before, after))
-    return int((a == truth).sum()) - int((b == truth).sum())
-
-
 def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
     """
     Where the two results show a different instance or stuff class.
@@ -70,9 +48,9 @@ def changed_pixels(before: PanopticSeg, after: PanopticSeg) -> np.ndarray:
 
     def owners(panoptic: PanopticSeg) -> np.ndarray:
         # An instance has different segment ids in two orders. Its index is the same.
-        ids, info = np.asarray(panoptic[0]), panoptic[1]
+        ids, segments_info = np.asarray(panoptic[0]), panoptic[1]
         out = np.zeros(ids.shape, dtype=np.int64)
-        for s in info:
+        for s in segments_info:
             out[ids == s["id"]] = s["instance_id"] + 1 if s["isthing"] else -s["category_id"]
         return out
 
@@ -128,16 +106,15 @@ def draw_side_by_side(
         uint8 RGB picture.
     """
     scale = side / max(image.shape[:2])
-    width, height = (max(1, round(x * scale)) for x in image.shape[1::-1])
-    panels = [_titled("image", cv2.resize(image, (width, height)))]
+    size = [max(1, round(x * scale)) for x in image.shape[1::-1]]
+    panels = [_titled("image", cv2.resize(image, size))]
     for title, (ids, segments_info) in results.items():
         # Scores would crowd a small picture.
         info = [{k: v for k, v in s.items() if k != "score"} for s in segments_info]
         drawn = draw_panoptic(image, (ids, info), metadata, scale, jitter=False).get_image()
-        panel = np.ascontiguousarray(cv2.resize(drawn, (width, height)))
+        panel = np.ascontiguousarray(cv2.resize(drawn, size))
         if outlined is not None:
-            mask = outlined.astype(np.uint8)
-            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+            mask = cv2.resize(outlined.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
             contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
             cv2.drawContours(panel, contours, -1, MARK, 2, cv2.LINE_AA)
         panels += [np.full((len(panels[0]), GAP, 3), 255, dtype=np.uint8)]
@@ -184,10 +161,14 @@ class OrderPictures:
             results: order -> panoptic result of the image.
         """
         before, after = (
-            (torch.as_tensor(ids).cpu().numpy(), [dict(s) for s in info])
+            (torch.as_tensor(ids).cpu().numpy(), info)
             for ids, info in (results[order] for order in self.orders)
         )
-        gain = pixel_gain((gt_ids, input["segments_info"]), before, after)
+        right_before, right_after = (
+            correct_pixels(shared_pixels(gt_ids, ids), input["segments_info"], info)
+            for ids, info in (before, after)
+        )
+        gain = right_after - right_before
         if gain > 0:
             kept = {k: input[k] for k in ("file_name", "pan_seg_file_name", "segments_info")}
             entry = gain, str(input["image_id"]), next(self._number), kept, before, after
@@ -210,8 +191,7 @@ class OrderPictures:
         paths = self._replace_earlier([x[3]["file_name"] for x in best])
         for path, (*_, input, before, after) in zip(paths, best):
             image = read_image(input["file_name"], "RGB")
-            gt_ids = rgb2id(read_image(input["pan_seg_file_name"], "RGB"))
-            gt = gt_ids, input["segments_info"]
+            gt = read_segment_ids(input["pan_seg_file_name"]), input["segments_info"]
             results = {"ground truth": gt, **dict(zip(self.orders, (before, after)))}
             changed = changed_pixels(before, after)
             picture = draw_side_by_side(image, results, self.metadata, changed)

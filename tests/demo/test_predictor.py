@@ -70,6 +70,8 @@ def test_a_network_that_wants_rgb(config_file, predictor, bgr):
 
 
 def test_orders_of_the_same_predictions(predictor, bgr):
+    with pytest.raises(ValueError, match="'oracle'"):
+        predictor.in_orders(bgr, ["score", "oracle"])
     model = predictor.model
     results = predictor.in_orders(bgr, ["score", model.order])
     painted = {k: owners(x.panoptic_seg, x.segments_info) for k, x in results.items()}
@@ -212,6 +214,7 @@ def test_a_checkpoint_that_leaves_a_part_as_initialized(config_file, predictor, 
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "META_ARCHITECTURE is GeneralizedRCNN"),
         ("INPUT.FORMAT", "L", "INPUT.FORMAT is 'L'"),
         ("MODEL.DEVICE", "gpu", "MODEL.DEVICE is 'gpu'"),
+        ("MODEL.DEVICE", "xpu:9", "MODEL.DEVICE is 'xpu:9'"),
         ("DATASETS.TEST", "('no_such',)", "'no_such'"),
     ],
 )
@@ -220,13 +223,18 @@ def test_configs_that_cannot_be_used(config_file, key, value, words):
         PanopticPredictor.from_config(config_file, opts=[key, value])
 
 
-@pytest.mark.parametrize("device", ["cpu:0", "cuda"])
-def test_devices(config_file, predictor, bgr, caplog, monkeypatch, device):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cpu_predicts(config_file, predictor, bgr, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("oanet_d2"), "propagate", True)
-    other = PanopticPredictor.from_config(config_file, opts=["MODEL.DEVICE", device])
-    result, expected = other(bgr).panoptic_seg, predictor(bgr).panoptic_seg
-    assert result.device.type == "cpu"
-    if device == "cuda" and torch.cuda.is_available():
-        return
-    assert torch.equal(result, expected)
-    assert ("MODEL.DEVICE is cuda" in caplog.text) == (device == "cuda")
+    other = PanopticPredictor.from_config(config_file, opts=["MODEL.DEVICE", "cuda"])
+    assert torch.equal(other(bgr).panoptic_seg, predictor(bgr).panoptic_seg)
+    assert "MODEL.DEVICE is cuda" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_results_of_a_gpu_lie_on_the_cpu(config_file, bgr):
+    predictor = PanopticPredictor.from_config(config_file, opts=["MODEL.DEVICE", "cuda"])
+    for result in (predictor(bgr), *predictor.in_orders(bgr, ["score", "srm_pairs"]).values()):
+        assert result.panoptic_seg.device.type == "cpu" and result.segments_info
+        assert result.draw().get_image().shape == (480, 480, 3)
