@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
-from oanet_d2.engine import OANetTrainer, prepare_datasets, report_orderings, training_seconds
+from oanet_d2.engine import OANetTrainer, prepare_datasets, report_orderings
 from oanet_d2.output_folder import prepare_output_folder
 
 
@@ -35,15 +35,13 @@ def main(args):
 
     if args.eval_only:
         model = OANetTrainer.build_model(cfg)
-        checkpointer = OANetCheckpointer(
-            model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE
-        )
-        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = OANetCheckpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = OANetTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
             if cfg.TEST.ORDERS:
-                report_orderings(cfg, results, training_seconds(checkpoint))
+                report_orderings(cfg, results)
         return results
 
     trainer = OANetTrainer(cfg)

@@ -31,8 +31,7 @@ class OANetCheckpointer(DetectionCheckpointer):
     lines what became of the tensors. It writes the same files, whole or not at all.
 
     Attributes:
-        loaded, new (list[str]): the model's tensors that came from the last file, and those that the
-            file does not have. (Counters of batches are left out.)
+        new (list[str]): tensors of the model that the last file does not have.
         left_out (list[tuple]): (name, shape in the file, shape in the model) of tensors whose shapes
             differ.
         unused (list[str]): tensors of the file that the model does not have.
@@ -47,7 +46,6 @@ class OANetCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.allow_pickle = allow_pickle
-        self.loaded: List[str] = []
         self.new: List[str] = []
         self.left_out: List[Tuple] = []
         self.unused: List[str] = []
@@ -149,37 +147,26 @@ class OANetCheckpointer(DetectionCheckpointer):
             f".pth with the tensors of a model by name; this one is damaged or another kind.{fetched}"
         )
 
-    def _load_model(self, checkpoint: Dict[str, Any]):
-        in_file = list(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
-        names = [x for x in self.model.state_dict() if not x.endswith("num_batches_tracked")]
-        missing = set(incompatible.missing_keys)
-        self.left_out = list(incompatible.incorrect_shapes)
-        left_out = {name for name, *_ in self.left_out}
-        self.new = [x for x in names if x in missing - left_out]
-        self.loaded = [x for x in names if x not in missing | left_out]
-        from_config = {"pixel_mean", "pixel_std"}
-        self.unused = [x for x in incompatible.unexpected_keys if x not in from_config]
-        if not self.loaded:
-            raise CheckpointError(
-                f"{self._path} has not one tensor that fits the model: it holds {_few(in_file)}; the "
-                f"model has {_few(names)}.{self._shapes(' Shapes differ')} It belongs to another "
-                "model, or is a backbone's .pth: put ?matching_heuristics=True after the path then."
-            )
-        return incompatible
-
     def _log_incompatible_keys(self, incompatible) -> None:
-        total = len(self.loaded) + len(self.new) + len(self.left_out)
+        names = [x for x in self.model.state_dict() if not x.endswith("num_batches_tracked")]
+        self.left_out = list(incompatible.incorrect_shapes)
+        left_out = [name for name, *_ in self.left_out]
+        self.new = [x for x in names if x in incompatible.missing_keys and x not in left_out]
+        loaded = [x for x in names if x not in incompatible.missing_keys and x not in left_out]
+        from_config = ("pixel_mean", "pixel_std")
+        self.unused = [x for x in incompatible.unexpected_keys if x not in from_config]
+        shapes = _few([f"{name} {there} here {here}" for name, there, here in self.left_out])
+        if not loaded:
+            raise CheckpointError(
+                f"{self._path} has not one tensor that fits the model. Unknown: {_few(self.unused)}; "
+                f"with another shape: {shapes}. The model has {_few(names)}. It is another model's, or "
+                "a backbone's .pth: put ?matching_heuristics=True after the path then."
+            )
         unused = f", {len(self.unused)} unused, such as {self.unused[0]}" if self.unused else ""
-        loaded = f"{len(self.loaded)} of {_count(total, self.loaded)}"
-        logger.info(f"From {self._path}: {loaded}{unused}")
+        logger.info(f"From {self._path}: {len(loaded)} of {_count(len(names), loaded)}{unused}")
         logger.info(f"New, not in it: {_count(len(self.new), self.new)}")
-        left_out = _count(len(self.left_out), [name for name, *_ in self.left_out])
-        logger.info(f"Left out for their shape: {left_out}{self._shapes('')}")
-
-    def _shapes(self, title: str) -> str:
-        shapes = [f"{name} {theirs} here {ours}" for name, theirs, ours in self.left_out]
-        return f"{title}: {_few(shapes)}" if shapes else ""
+        shapes = f": {shapes}" if left_out else ""
+        logger.info(f"Left out for their shape: {_count(len(left_out), left_out)}{shapes}")
 
 
 def first_not_finite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:

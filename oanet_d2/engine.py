@@ -6,39 +6,41 @@ from typing import Dict, Optional
 
 import torch
 
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import has_event_storage
 from detectron2.utils.logger import setup_logger
 
+from . import hooks
 from .checkpoint import CheckpointError, OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
 from .data.occlusion_scenes import ensure_split
 from .data.register import require_files
 from .data.training_stream import TrainingStream, build_train_loader
-from .hooks import (
-    DataOrder,
-    DivergenceGuard,
-    RunConfig,
-    TrainingClock,
-    TwoPhases,
-    build_two_phase_lr_scheduler,
-    network_iterations,
+from .evaluation import (
+    PanopticEvaluator,
+    PanopticPictures,
+    orderings_of,
+    orderings_table,
+    write_orderings,
 )
+from .report import ReportRecorder, write_report
+from .visualization import OrderPictures
 
-__all__ = ["OANetTrainer", "prepare_datasets", "report_orderings", "training_seconds"]
+__all__ = ["OANetTrainer", "prepare_datasets", "report_orderings"]
 
 logger = logging.getLogger(__name__)
 
 
 class BFloat16Trainer(SimpleTrainer):
     """
-    Mixed precision where there is no CUDA. (Detectron2's :class:`AMPTrainer` asks for CUDA.) The range
-    of bfloat16 needs no scaling of gradients.
+    Mixed precision without CUDA, which Detectron2's :class:`AMPTrainer` asks for. The range of
+    bfloat16 needs no scaling of gradients.
     """
 
     def run_step(self):
@@ -56,19 +58,15 @@ class BFloat16Trainer(SimpleTrainer):
 
 class OANetTrainer(DefaultTrainer):
     """
-    Detectron2's trainer with OANet's mapper, evaluators, checkpointer and phases. Several processes
-    can train on CPUs as well.
+    Detectron2's trainer with OANet's mapper, evaluators, checkpoints and phases, on GPUs and CPUs.
     """
 
     def __init__(self, cfg):
         """
-        Args:
-            cfg (CfgNode): the config of the training.
-
         Raises:
             ValueError: the config is wrong, or a file of its datasets is missing.
         """
-        # DefaultTrainer.__init__ asks for CUDA in several processes and in mixed precision.
+        # Not DefaultTrainer.__init__, which asks for CUDA in several processes and mixed precision.
         super(DefaultTrainer, self).__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
@@ -80,22 +78,19 @@ class OANetTrainer(DefaultTrainer):
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the latter are read at the end
             require_files(name, images=reads_images)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        on_cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-
-        # As DefaultTrainer does it, in its order.
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        ddp_args = {"broadcast_buffers": False}
-        # Each phase leaves the parameters of the other one without a gradient.
-        ddp_args["find_unused_parameters"] = network_iterations(cfg) < cfg.SOLVER.MAX_ITER
-        if not on_cuda:
-            ddp_args["device_ids"] = None
-        model = create_ddp_model(model, **ddp_args)
+
+        on_cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        # Each of two phases leaves the parameters of the other one without a gradient.
+        two_phases = hooks.network_iterations(cfg) < cfg.SOLVER.MAX_ITER
+        ddp_args = {} if on_cuda else {"device_ids": None}
+        ddp_args.update(broadcast_buffers=False, find_unused_parameters=two_phases)
         trainer_class = SimpleTrainer
         if cfg.SOLVER.AMP.ENABLED:
             trainer_class = AMPTrainer if on_cuda else BFloat16Trainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
+        self._trainer = trainer_class(create_ddp_model(model, **ddp_args), data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = OANetCheckpointer(
             model,
@@ -103,34 +98,34 @@ class OANetTrainer(DefaultTrainer):
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             trainer=weakref.proxy(self),
         )
-        self.start_iter = 0
+        self.start_iter, self.train_seconds = 0, 0.0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self):
-        self.guard = DivergenceGuard()
-        ours = [RunConfig(), self.guard, TrainingClock()]
+        self.guard = hooks.DivergenceGuard()
+        ours = [hooks.RunConfig(), self.guard]
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # a subclass may build another loader
-            ours.append(DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
-        first_phase = network_iterations(self.cfg)
+            ours.append(hooks.DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
+        first_phase = hooks.network_iterations(self.cfg)
         if first_phase < self.max_iter:
-            ours.append(TwoPhases(first_phase))
+            ours.append(hooks.TwoPhases(first_phase))
         reports = comm.is_main_process() and self.cfg.TEST.ORDERS
         return [*ours, *super().build_hooks(), OrderReport() if reports else None]
 
     def run_step(self):
+        start = time.perf_counter()
         try:
             super().run_step()
         except FloatingPointError as error:
             raise self.guard.explained(error) from error
+        self.train_seconds += time.perf_counter() - start
 
     def resume_or_load(self, resume=True):
         """
-        As :meth:`DefaultTrainer.resume_or_load`.
-
         Raises:
-            CheckpointError: not every process finds the checkpoint to resume from.
+            CheckpointError: a checkpoint is of no use, or not every process finds the last one.
             OutputFolderError: it is of another model or optimizer, see :class:`RunConfig`.
         """
         super().resume_or_load(resume)
@@ -142,13 +137,12 @@ class OANetTrainer(DefaultTrainer):
             )
 
     def after_train(self):
-        finished = self.iter >= self.max_iter
         try:
             super().after_train()
         except Exception as error:
-            if finished:
+            if self.iter >= self.max_iter:
                 raise
-            # The user has to know what ended the training, and that comes next.
+            # The error that ended the training comes next, and is what the user has to know.
             logger.warning(f"After that error, a hook failed too: {error}")
 
     @classmethod
@@ -169,14 +163,14 @@ class OANetTrainer(DefaultTrainer):
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
-        # Not fused: with a GradScaler that unscales within the step, after the gradients are clipped.
+        # Not fused: with a GradScaler that unscales in the step itself, after gradients are clipped.
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return optimizer(params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        if network_iterations(cfg) < cfg.SOLVER.MAX_ITER:
-            return build_two_phase_lr_scheduler(cfg, optimizer)
+        if hooks.network_iterations(cfg) < cfg.SOLVER.MAX_ITER:
+            return hooks.build_two_phase_lr_scheduler(cfg, optimizer)
         return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
@@ -187,3 +181,106 @@ class OANetTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg, dataset_name):
         mapper = PanopticDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None, model=None):
+        """
+        Panoptic quality, with `model` also that of the orders in `cfg.TEST.ORDERS`, and COCO's
+        instance AP where there are an instances JSON and masks (`cfg.MODEL.OANET.OUTPUTS`). Within a
+        training a few pictures for TensorBoard.
+        """
+        folder = output_folder or evaluation_folder(cfg, dataset_name)
+        evaluators = [PanopticPictures(dataset_name)] if has_event_storage() else []
+        orders, most, pictures, report = cfg.TEST.ORDERS, cfg.TEST.ORDER_PICTURES, [], None
+        if model is None or not orders:
+            evaluators.append(PanopticEvaluator())
+        else:
+            gain, still_wrong = ("score", model.order), (model.order, "oracle")
+            for name, compared in (("pictures", gain), ("pictures_still_wrong", still_wrong)):
+                if most > 0 and set(compared) <= set(orders):
+                    path = os.path.join(folder, name)
+                    pictures.append(OrderPictures(dataset_name, path, most, compared))
+            if _has_report(cfg):
+                report = ReportRecorder(dataset_name, folder, most, gain)
+            evaluators.append(PanopticEvaluator(model, orders, pictures, report))
+        has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
+        if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
+            path = os.path.join(folder, "inference")
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=path))
+        return DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        if evaluators is None:
+            bare_model = getattr(model, "module", model)
+            evaluators = [cls.build_evaluator(cfg, x, model=bare_model) for x in cfg.DATASETS.TEST]
+        return super().test(cfg, model, evaluators)
+
+
+def evaluation_folder(cfg, dataset_name: str) -> str:
+    """
+    Where an evaluation writes: `cfg.OUTPUT_DIR`, or a folder in it for each of several datasets.
+    """
+    several = len(cfg.DATASETS.TEST) > 1
+    return os.path.join(cfg.OUTPUT_DIR, dataset_name) if several else cfg.OUTPUT_DIR
+
+
+def _has_report(cfg) -> bool:
+    order = cfg.MODEL.OANET.ORDER
+    return order != "score" and {"score", order} <= set(cfg.TEST.ORDERS)
+
+
+def prepare_datasets(cfg) -> None:
+    """
+    Draw the synthetic scenes that the config names, where they are missing.
+    """
+    scenes = cfg.DATASETS.OCCLUSION_SCENES
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    for split, images in (("train", scenes.TRAIN_IMAGES), ("val", scenes.VAL_IMAGES)):
+        if names & {f"occlusion_scenes_{split}", f"occlusion_scenes_{split}_visible"}:
+            options = {"image_size": scenes.IMAGE_SIZE, "seed": scenes.SEED}
+            ensure_split(occlusion_scenes_root(), split, images, **options)
+
+
+def report_orderings(cfg, results: Dict, train_seconds: Optional[float] = None) -> None:
+    """
+    Log the table of orders, and write `orderings.json` and the report.
+
+    Args:
+        cfg: the config of the evaluation.
+        results: from :meth:`OANetTrainer.test`.
+        train_seconds: how long the training took, if that is known.
+    """
+    names = cfg.DATASETS.TEST
+    for name, result in ({names[0]: results} if len(names) == 1 else results).items():
+        folder = evaluation_folder(cfg, name)
+        path = os.path.join(folder, "orderings.json")
+        seconds = {"train": train_seconds, "eval": result["evaluation"]["seconds"]}
+        write_orderings(path, result, seconds)
+        table = orderings_table(orderings_of(result))
+        logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
+        if _has_report(cfg):
+            logger.info(f"Report, for a browser: {write_report(folder)}")
+
+
+class OrderReport(HookBase):
+    """
+    Reports the comparison of orders after every evaluation, with the time of the training so far.
+    """
+
+    _reported = None
+
+    def after_step(self):
+        results = getattr(self.trainer, "_last_eval_results", None)
+        if results is not None and results is not self._reported:
+            self._reported = results
+            report_orderings(self.trainer.cfg, results, self.trainer.train_seconds)
+
+    def after_train(self):  # the last evaluation is there
+        self.after_step()
+
+    def state_dict(self):
+        return {"train_seconds": self.trainer.train_seconds}
+
+    def load_state_dict(self, state_dict):
+        self.trainer.train_seconds = state_dict["train_seconds"]

@@ -1,13 +1,12 @@
 """
-The parts of a training: its phases, what it keeps to go on after an interruption, and what ends it
-when it diverges.
+The phases of a training, what it keeps to go on after an interruption, and what ends it when it
+diverges.
 """
 
 import logging
 import math
 import os
-import time
-from typing import Dict, List, Optional
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler
@@ -23,28 +22,17 @@ from .checkpoint import first_not_finite
 from .data.training_stream import TrainingStream, derived_seed
 from .output_folder import OutputFolderError, config_differences, listed
 
-__all__ = [
-    "DataOrder",
-    "DivergenceGuard",
-    "RunConfig",
-    "TrainingClock",
-    "TwoPhases",
-    "build_two_phase_lr_scheduler",
-    "network_iterations",
-]
+__all__ = ["DataOrder", "DivergenceGuard", "RunConfig", "TwoPhases"]
 
 logger = logging.getLogger(__name__)
 
-# Tells the random numbers of a step from those of a sample of the TrainingStream.
-OF_STEPS = 2
+OF_STEPS = 2  # tells the random numbers of a step from those of a sample of the TrainingStream
 
 
 def network_iterations(cfg) -> int:
     """
-    Returns:
-        the number of iterations in which the network learns. `cfg.SOLVER.SRM_ONLY_SHARE` takes the
-        others, at the end, for the ranking head alone. It is `cfg.SOLVER.MAX_ITER` where the
-        training has only one phase.
+    The number of iterations in which the network learns. `cfg.SOLVER.SRM_ONLY_SHARE` takes the others,
+    at the end, for the ranking head. It is `cfg.SOLVER.MAX_ITER` for a training with one phase.
 
     Raises:
         ValueError: it is no share, or the model has no phases.
@@ -89,15 +77,11 @@ class TwoPhases(HookBase):
     First the network learns, without the ranking head. Then the ranking head learns alone, from a
     network that stands still, as it will in inference.
 
-    Whatever wraps the model stays as it is: DistributedDataParallel needs to have seen all parameters
-    with a gradient, and `find_unused_parameters`.
+    DistributedDataParallel is not told. It must have been built while every parameter required a
+    gradient, with `find_unused_parameters`.
     """
 
     def __init__(self, network_iterations: int):
-        """
-        Args:
-            network_iterations: see :func:`network_iterations`.
-        """
         self.network_iterations = network_iterations
 
     def before_step(self):
@@ -148,15 +132,10 @@ class DataOrder(HookBase):
     Makes everything random in a step depend on the seed, the step and the process alone, and keeps
     the seed and the place in the data in the checkpoints. A resumed training therefore sees the
     images, augmentations and samples that it would have seen. (With another number of images per
-    step it goes on at about the same image.)
+    step, over all processes, it goes on at about the same image.)
     """
 
     def __init__(self, stream: TrainingStream, images_per_step: int):
-        """
-        Args:
-            stream: the training data of this process.
-            images_per_step: of all processes together.
-        """
         self.stream = stream
         self.images_per_step = images_per_step
         self.seed = stream.seed
@@ -188,21 +167,20 @@ class DivergenceGuard(HookBase):
     matter what wraps the model.
     """
 
-    def __init__(self):
-        self._hooks: List = []
-        self._batch: List[Dict] = []
-        self._files_before = ""
+    _handles: Tuple = ()
+    _batch: Sequence[Dict] = ()
+    _files_before = ""
 
     def before_train(self):
         model = self.trainer.checkpointer.model
-        self._hooks = [
+        self._handles = (
             model.register_forward_pre_hook(self._keep),
             model.register_forward_hook(self._check),
-        ]
+        )
 
     def after_train(self):
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _keep(self, model, inputs):
         if model.training:
@@ -224,11 +202,8 @@ class DivergenceGuard(HookBase):
                 meet infinite numbers before there is a loss.
         """
         trainer = self.trainer
-        folder = os.path.join(
-            trainer.cfg.OUTPUT_DIR,
-            "non_finite_loss",
-            f"iteration_{trainer.iter:07d}_rank_{comm.get_rank()}",
-        )
+        name = f"iteration_{trainer.iter:07d}_rank_{comm.get_rank()}"
+        folder = os.path.join(trainer.cfg.OUTPUT_DIR, "non_finite_loss", name)
         try:
             save_images(folder, self._batch, trainer.cfg.INPUT.FORMAT)
             kept = f"is in {folder}"
@@ -246,7 +221,7 @@ class DivergenceGuard(HookBase):
         )
 
 
-def save_images(folder: str, batch: List[Dict], image_format: str) -> None:
+def save_images(folder: str, batch: Sequence[Dict], image_format: str) -> None:
     """
     Write the images of a training batch, as PNGs that are numbered and named like their files.
 
@@ -267,26 +242,5 @@ def save_images(folder: str, batch: List[Dict], image_format: str) -> None:
             picture.save(os.path.join(folder, f"{i:02d}_{name}.png"))
 
 
-def _file_names(batch: List[Dict]) -> str:
+def _file_names(batch: Sequence[Dict]) -> str:
     return ", ".join(x.get("file_name", "?") for x in batch)
-
-
-class TrainingClock(HookBase):
-    """
-    Adds up the wall time of the training steps, over resumed runs too.
-    """
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def before_step(self):
-        self._start = time.perf_counter()
-
-    def after_step(self):
-        self.seconds += time.perf_counter() - self._start
-
-    def state_dict(self) -> Dict:
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: Dict):
-        self.seconds = state_dict["seconds"]

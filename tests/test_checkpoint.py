@@ -2,7 +2,6 @@ import logging
 import os
 import pickle
 import re
-import signal
 import sys
 from collections import Counter, OrderedDict
 
@@ -12,7 +11,6 @@ import torch
 from iopath.common.file_io import PathHandler
 from torch import nn
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
@@ -110,7 +108,8 @@ def test_another_class_count(cfg, tmp_path, caplog):
     classes = ["MODEL.ROI_HEADS.NUM_CLASSES", "80", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "54"]
     state, model = panoptic_fpn_state(cfg, *classes), build_model(cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    OANetCheckpointer(model).load(write(tmp_path / "zoo.pkl", zoo(state)))
+    others = {"neck.weight": torch.ones(1), "pixel_mean": torch.ones(3)}
+    OANetCheckpointer(model).load(write(tmp_path / "zoo.pkl", zoo({**state, **others})))
     changed = {
         "roi_heads.box_predictor.cls_score.weight": "(81, 32) here (9, 32)",
         "roi_heads.box_predictor.cls_score.bias": "(81,) here (9,)",
@@ -119,40 +118,11 @@ def test_another_class_count(cfg, tmp_path, caplog):
     }
     for k, v in model.state_dict().items():
         assert torch.equal(v, state[k] if k in state and k not in changed else before[k]), k
+    assert lines(caplog)[0].endswith(", 1 unused, such as neck.weight")
     shown = ", ".join(f"{k} {changed[k]}" for k in list(changed)[:3])
     assert lines(caplog)[2] == (
         f"Left out for their shape: 4 tensors (roi_heads 2, sem_seg_head 2): {shown} and 1 more"
     )
-
-
-def test_tensors_that_the_model_does_not_know(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    state = {"head.weight": torch.ones(2, 3), "neck.weight": torch.ones(1), "pixel_mean": torch.ones(3)}
-    path = write(tmp_path / "a.pth", state)
-    OANetCheckpointer(linear()).load(path)
-    assert lines(caplog)[:2] == [
-        f"From {path}: 1 of 2 tensors (head 1), 1 unused, such as neck.weight",
-        "New, not in it: 1 tensor (head 1)",
-    ]
-
-
-@pytest.mark.parametrize("ending", [".pkl", ".pth"])
-def test_names_are_matched_as_detectron2_does(cfg, tmp_path, ending):
-    """A Caffe2 backbone, and a backbone's .pth with ?matching_heuristics=True."""
-    rng = np.random.default_rng(0)
-    shapes = {"conv1_w": (64, 3, 7, 7), "res_conv1_bn_s": (64,), "res2_0_branch2a_w": (64, 64, 3, 3)}
-    content = {k: rng.random(shape, dtype=np.float32) for k, shape in shapes.items()}
-    if ending == ".pth":
-        names = ["stem.conv1.weight", "stem.conv1.norm.weight", "res2.0.conv1.weight"]
-        content = {k: torch.from_numpy(v) for k, v in zip(names, content.values())}
-    path = write(tmp_path / f"a{ending}", content) + "?matching_heuristics=True" * (ending == ".pth")
-    theirs, ours = build_model(cfg), build_model(cfg)
-    ours.load_state_dict(theirs.state_dict())
-    DetectionCheckpointer(theirs).load(path)
-    checkpointer = OANetCheckpointer(ours)
-    checkpointer.load(path)
-    assert all(torch.equal(ours.state_dict()[k], v) for k, v in theirs.state_dict().items())
-    assert len(checkpointer.loaded) == 3
 
 
 # ---------------------------------------------------------------- code in files
@@ -169,16 +139,16 @@ class Call:
 
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
-@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth", "evil.pyth"])
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth"])
 def test_code_in_a_file_runs_only_if_allowed(tmp_path, name, allow_pickle):
     state = linear(1).state_dict()
-    content = zoo(state) if name.endswith("pkl") else {"model": state, "model_state": state}
+    content = zoo(state) if name.endswith("pkl") else {"model": state}
     path = write(tmp_path / name, {**content, "evil": Call(os.mkdir, str(tmp_path / "made"))})
-    if allow_pickle and name != "evil.pyth":
+    if allow_pickle:
         OANetCheckpointer(linear(), allow_pickle=True).load(path)
-    elif not allow_pickle:
+    else:
         refused(path, f"holds {os.mkdir.__module__}.mkdir,.*MODEL.ALLOW_PICKLE True")
-    assert (tmp_path / "made").exists() == (allow_pickle and name != "evil.pyth")
+    assert (tmp_path / "made").exists() == allow_pickle
 
 
 @pytest.mark.parametrize(
@@ -225,7 +195,11 @@ def test_numpy_cannot_be_misused(tmp_path, content):
 @pytest.mark.parametrize("protocol", range(5))
 def test_numpy_is_allowed_in_pkl(tmp_path, protocol, numpy):
     rest = {
-        "arrays": [np.arange(3, dtype=np.float16), np.zeros((0, 3)), np.arange(6.0).reshape(2, 3).T],
+        "arrays": [
+            np.arange(3, dtype=np.float16),
+            np.zeros((0, 3)),
+            np.arange(6.0).reshape(2, 3).T,
+        ],
         "scalars": [np.float32(1.5), np.int64(-2), np.bool_(True)],
         "containers": OrderedDict(a=(1, None, "x"), b=[2.5, {"y": ()}]),
     }
@@ -273,7 +247,11 @@ def test_damaged_files(tmp_path, name):
     whole = write(path, zoo(state) if path.suffix == ".pkl" else {"model_state": state, **state})
     data = path.read_bytes()
     step = max(1, len(data) // 9)
-    for damaged in (*(data[:n] for n in range(0, len(data), step)), b"<!DOCTYPE html>\n", b"\x89PNG"):
+    for damaged in (
+        *(data[:n] for n in range(0, len(data), step)),
+        b"<!DOCTYPE html>\n",
+        b"\x89PNG",
+    ):
         path.write_bytes(damaged)
         refused(whole, "cannot be read as a checkpoint: .*It must be a .pkl of the model zoo")
 
@@ -284,8 +262,8 @@ def test_damaged_files(tmp_path, name):
         (lambda x: 5, "cannot be read"),
         (lambda x: {"model": {"head.weight": 1.5}}, "cannot be read.*head.weight: .*float"),
         (lambda x: {"state_dict": {"head.bias": x}, "epoch": 3}, "cannot be.*state_dict: .*dict"),
-        (lambda x: {"model": {}}, "not one tensor that fits the model: it holds nothing"),
-        (lambda x: {"model": {"a.b": x}}, "it holds a.b; the model has head.weight, head.bias"),
+        (lambda x: {"model": {}}, "not one tensor that fits the model. Unknown: nothing"),
+        (lambda x: {"model": {"a.b": x}}, "Unknown: a.b;.* The model has head.weight, head.bias"),
     ],
 )
 @pytest.mark.parametrize("ending", [".pkl", ".pth"])
@@ -332,54 +310,16 @@ def test_urls(tmp_path):
 # ---------------------------------------------------------------- saving
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A checkpointer that has saved good.pth, in which every number is 1."""
-    model = nn.Linear(100, 100)
-    nn.init.ones_(model.weight)
-    checkpointer = OANetCheckpointer(model, str(tmp_path))
-    checkpointer.save("good", iteration=3)
-    nn.init.zeros_(model.weight)
-    return checkpointer
-
-
-def check_good_is_the_last(checkpointer, folder):
-    assert (folder / "last_checkpoint").read_text() == "good.pth"
-    assert checkpointer.resume_or_load("")["iteration"] == 3
-    assert (checkpointer.model.weight == 1).all()
-
-
-@pytest.mark.parametrize("name", ["good", "other"])
-def test_killed_while_it_saves(saved, tmp_path, monkeypatch, name):
-    def half(data, f):
-        f.write(b"PK half of a checkpoint")
-        f.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    pid = os.fork()
-    if pid == 0:
-        monkeypatch.setattr(torch, "save", half)
-        saved.save(name)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    check_good_is_the_last(saved, tmp_path)
-
-
 def test_disk_is_full(small_disk):
     """A disk of 1 MB, with a model of 0.6 MB."""
     model = nn.Linear(400, 400)
     nn.init.ones_(model.weight)
     checkpointer = OANetCheckpointer(model, str(small_disk))
     checkpointer.save("good", iteration=3)
-    with pytest.raises(CheckpointError, match="other.pth cannot .*No space left .*good.pth.*--resume"):
+    with pytest.raises(
+        CheckpointError, match="other.pth cannot .*No space left .*good.pth.*--resume"
+    ):
         checkpointer.save("other", iteration=4)
     assert sorted(os.listdir(small_disk)) == ["good.pth", "last_checkpoint"]
-    check_good_is_the_last(checkpointer, small_disk)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_numbers_that_are_not_finite_are_not_saved(saved, tmp_path, value):
-    with torch.no_grad():
-        saved.model.bias[7] = value
-    with pytest.raises(FloatingPointError, match=r"good.pth is not saved: bias .*good.pth"):
-        saved.save("good")
-    check_good_is_the_last(saved, tmp_path)
+    nn.init.zeros_(model.weight)
+    assert checkpointer.resume_or_load("")["iteration"] == 3 and (model.weight == 1).all()

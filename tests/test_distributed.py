@@ -32,7 +32,9 @@ DETERMINISTIC = [
 
 def demo_model(seed):
     torch.manual_seed(seed)
-    return build_model(load_config("OcclusionScenes/oanet_R_18.yaml", *SMALLEST, *DETERMINISTIC)).train()
+    return build_model(
+        load_config("OcclusionScenes/oanet_R_18.yaml", *SMALLEST, *DETERMINISTIC)
+    ).train()
 
 
 def gradients(model, rank):

@@ -88,8 +88,7 @@ def test_a_model_without_a_ranking_head_is_refused(cfg):
         OANetTrainer(panoptic_fpn_cfg(cfg))
 
 
-@pytest.mark.parametrize("resumed_at", [2, 4])
-@pytest.mark.parametrize("seed", [1, -1])
+@pytest.mark.parametrize("resumed_at, seed", [(2, -1), (4, 1)])
 def test_resumes_to_the_same_weights(cfg, resumed_at, seed):
     """
     In both phases, with a seed of chance and another number of workers too. Only the checkpoint can
@@ -117,7 +116,9 @@ def test_trains_in_bfloat16_on_a_cpu(cfg):
 
     class GradientDtypes(HookBase):
         def after_backward(self):
-            dtypes.append({p.grad.dtype for p in self.trainer.model.parameters() if p.grad is not None})
+            dtypes.append(
+                {p.grad.dtype for p in self.trainer.model.parameters() if p.grad is not None}
+            )
 
     trainer._trainer.register_hooks([GradientDtypes()])
     trainer.train()

@@ -93,7 +93,9 @@ def test_weights_that_are_not_finite(train_cfg):
     trainer = trainer_of(train_cfg)
     trainer.register_hooks([AfterStep(3, spoil)])
     trainer._hooks.insert(0, trainer._hooks.pop())  # before the checkpoint of that step
-    with pytest.raises(FloatingPointError, match="model_0000003.pth is not saved: sem_seg_head.pre"):
+    with pytest.raises(
+        FloatingPointError, match="model_0000003.pth is not saved: sem_seg_head.pre"
+    ):
         trainer.train()
     with open(os.path.join(train_cfg.OUTPUT_DIR, "last_checkpoint")) as f:
         assert f.read() == "model_0000001.pth"

@@ -1,3 +1,7 @@
+"""
+The commands of the README, very small.
+"""
+
 import json
 import os
 import subprocess
@@ -6,15 +10,21 @@ import sys
 import pytest
 import torch
 
-from detectron2.config import get_cfg
-from detectron2.utils.env import seed_all_rng
+from detectron2.modeling import build_model
 
-from oanet_d2 import add_oanet_config
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
-from tests.conftest import CONFIGS, REPOSITORY, load_config, registered, scenes_paths
+from oanet_d2.modeling import SRMFromAnnotations
+from tests.conftest import (
+    CONFIGS,
+    REPOSITORY,
+    SMALLEST,
+    load_config,
+    registered,
+    scenes_paths,
+    trainer_of,
+)
 
-CONFIG = str(CONFIGS / "OcclusionScenes" / "oanet_R_18.yaml")
 ORDERS = ["score", "srm_mean", "srm_overlap", "srm_pairs", "oracle"]
 
 
@@ -30,117 +40,95 @@ SMALL = [
     *["DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES", "6", "DATASETS.OCCLUSION_SCENES.VAL_IMAGES", "4"],
     *["DATASETS.OCCLUSION_SCENES.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TRAIN", "(64,)"],
     *["INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"],
-    *["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"],
-    *["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
-    *["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"],
+    *SMALLEST,
 ]
 
 
-def train_net(env, datasets_root, *args, check=True):
-    """Its output; or, if it is to fail, what it prints as the error."""
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", CONFIG, *args],
-        env={**env, "DETECTRON2_DATASETS": str(datasets_root)},
-        capture_output=True,
-        text=True,
-    )
-    if check:
+@pytest.fixture
+def train_net(subprocess_env, datasets_root, tmp_path):
+    """Runs train_net.py with the demo's config, and gives its output."""
+
+    def run(*args):
+        config = str(CONFIGS / "OcclusionScenes" / "oanet_R_18.yaml")
+        command = [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", config]
+        result = subprocess.run(
+            [*command, *args, *SMALL, "OUTPUT_DIR", str(tmp_path)],
+            env={**subprocess_env, "DETECTRON2_DATASETS": str(datasets_root)},
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         return result.stdout
-    assert result.returncode != 0
-    return result.stderr
+
+    return run
 
 
-def test_trains_evaluates_and_evaluates_again(subprocess_env, datasets_root, tmp_path):
-    """What `make demo` does, very small; then `--eval-only` on the checkpoint it leaves."""
-    out = ["OUTPUT_DIR", str(tmp_path)]
-    text = train_net(subprocess_env, datasets_root, *SMALL, *out, "SOLVER.MAX_ITER", "3")
-    assert "| srm_overlap" in text and f"Written to {tmp_path / 'orderings.json'}" in text
-    assert text.rstrip().endswith(f"Report, for a browser: {tmp_path / 'report.html'}")
-    assert "occlusion_scenes_val" in (tmp_path / "report.html").read_text()
-    after_training = json.loads((tmp_path / "orderings.json").read_text())
-    assert list(after_training["orderings"]) == ORDERS
-    assert after_training["images"] == 4
-    assert after_training["seconds"]["train"] > 0 and after_training["seconds"]["eval"] > 0
-    checkpoint = tmp_path / "model_final.pth"
-    assert (tmp_path / "last_checkpoint").read_text() == checkpoint.name
+def orderings(folder):
+    return json.loads((folder / "orderings.json").read_text())
 
+
+def test_trains_evaluates_and_evaluates_again(train_net, tmp_path):
+    """What `make demo` does; then `--eval-only` on the checkpoint that it leaves."""
+    text = train_net("SOLVER.MAX_ITER", "3")
+    assert "| srm_overlap" in text and str(tmp_path / "report.html") in text
+    first = orderings(tmp_path)
+    assert list(first["orderings"]) == ORDERS and first["images"] == 4
+    assert first["seconds"]["train"] > 0 and first["seconds"]["eval"] > 0
     (tmp_path / "orderings.json").unlink()
     (tmp_path / "report.html").unlink()
-    weights = ["MODEL.WEIGHTS", str(checkpoint)]
-    text = train_net(subprocess_env, datasets_root, "--eval-only", *SMALL, *out, *weights)
-    again = json.loads((tmp_path / "orderings.json").read_text())
-    assert again["orderings"] == after_training["orderings"]
+    train_net("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    assert orderings(tmp_path)["orderings"] == first["orderings"]
     assert (tmp_path / "report.html").exists()
-    # read from the checkpoint
-    assert again["seconds"]["train"] == pytest.approx(after_training["seconds"]["train"])
 
 
-def test_resume_continues(subprocess_env, datasets_root, tmp_path):
-    common = [*SMALL, "OUTPUT_DIR", str(tmp_path), "TEST.ORDERS", "()", "DATASETS.TEST", "()"]
-    train_net(subprocess_env, datasets_root, *common, "SOLVER.MAX_ITER", "2")
-    text = train_net(subprocess_env, datasets_root, "--resume", *common, "SOLVER.MAX_ITER", "4")
-    assert "Starting training from iteration 2" in text
-    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 3
-
-
-def test_two_processes_on_cpu(subprocess_env, datasets_root, tmp_path):
-    """Detectron2's launch, over gloo; images without a thing on one side must not hang it."""
-    args = ["--num-gpus", "2", "--dist-url", "auto", *SMALL, "OUTPUT_DIR", str(tmp_path)]
-    text = train_net(subprocess_env, datasets_root, *args, "SOLVER.MAX_ITER", "2")
+def test_two_processes_on_a_cpu(train_net, tmp_path):
+    text = train_net("--num-gpus", "2", "--dist-url", "auto", "SOLVER.MAX_ITER", "2")
     assert "| srm_overlap" in text
-    assert json.loads((tmp_path / "orderings.json").read_text())["images"] == 4
-    assert "4 images" in (tmp_path / "report.html").read_text()
+    assert orderings(tmp_path)["images"] == 4
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 1
 
 
-def test_a_short_training_lowers_the_loss(datasets_root, tmp_path):
-    paths = scenes_paths(datasets_root / "occlusion_scenes", "train")
-    with registered("test_short_training", *paths) as name:
-        cfg = load_config(
-            "OcclusionScenes/oanet_R_18.yaml",
-            *SMALL,
-            *["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
-            *["SOLVER.MAX_ITER", "60", "SOLVER.WARMUP_ITERS", "5", "OUTPUT_DIR", str(tmp_path)],
-            *["SOLVER.BASE_LR", "0.01", "SOLVER.SRM_ONLY_SHARE", "0.0"],
-            # so early it detects next to nothing
-            *["MODEL.SRM_HEAD.TRAIN_MASKS", "('pred', 'detections')"],
-        )
-        seed_all_rng(0)  # all of them: the seed of the data order is one of numpy's
-        trainer = OANetTrainer(cfg)
+def test_the_ranking_trains_from_annotations_alone(tmp_path):
+    """The images are empty files: nobody reads them. An OANet takes the ranking head."""
+    write_split(tmp_path, "train", 6, image_size=64, seed=0, num_workers=0)
+    for image in (tmp_path / "train").iterdir():
+        image.write_bytes(b"")
+    with registered("test_annotations_alone", *scenes_paths(tmp_path, "train")) as name:
+        opts = [*SMALL, "DATASETS.TRAIN", f"('{name}',)", "SOLVER.MAX_ITER", "3"]
+        opts += ["OUTPUT_DIR", str(tmp_path / "out")]
+        trainer = trainer_of(load_config("OcclusionScenes/srm_from_annotations.yaml", *opts))
+        before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
         trainer.train()
-        losses = trainer.storage.histories()
-        for key in ("total_loss", "loss_srm", "loss_sem_seg"):
-            values = [v for v, _ in losses[key].values()]
-            assert sum(values[-8:]) < 0.8 * sum(values[:8]), key
+    after = trainer.model.state_dict()
+    assert isinstance(trainer.model, SRMFromAnnotations)
+    assert any(not torch.equal(after[k], v) for k, v in before.items())
+    oanet = build_model(load_config("OcclusionScenes/oanet_R_18_masks.yaml", *SMALL))
+    unknown = oanet.load_state_dict(after, strict=False)
+    assert not unknown.unexpected_keys
+    assert not any(name.startswith("srm_head.") for name in unknown.missing_keys)
 
 
-def test_optimizer_follows_the_config(tiny_cfg):
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
-    tiny_cfg.SOLVER.WEIGHT_DECAY, tiny_cfg.SOLVER.WEIGHT_DECAY_NORM = 0.01, 0.0
-    for name, cls in (("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)):
-        tiny_cfg.SOLVER.OPTIMIZER = name
-        optimizer = OANetTrainer.build_optimizer(tiny_cfg, model)
-        assert isinstance(optimizer, cls)
-        decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-        assert [decay[p] for p in model.parameters()] == [0.01, 0.01, 0.0, 0.0]
-    tiny_cfg.SOLVER.OPTIMIZER = "LION"
-    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LION'.*'ADAMW'"):
-        OANetTrainer.build_optimizer(tiny_cfg, model)
+def test_several_test_sets_have_a_folder_each(train_cfg, few_scenes):
+    train_cfg.DATASETS.TEST, train_cfg.TEST.ORDERS = few_scenes, ("score", "srm_pairs", "oracle")
+    train_cfg.SOLVER.MAX_ITER = 1
+    trainer_of(train_cfg).train()
+    for name, images in zip(few_scenes, (6, 3)):
+        folder = os.path.join(train_cfg.OUTPUT_DIR, name)
+        with open(os.path.join(folder, "orderings.json")) as f:
+            assert json.load(f)["images"] == images
+        assert {"report.html", "inference"} <= set(os.listdir(folder))
 
 
-def test_wrong_config_ends_with_the_key_and_the_value(subprocess_env, datasets_root, tmp_path):
-    args = [*SMALL, "OUTPUT_DIR", str(tmp_path), "MODEL.OANET.ORDER", "depth"]
-    text = train_net(subprocess_env, datasets_root, *args, check=False)
-    assert "MODEL.OANET.ORDER is 'depth'; it must be one of ['score', 'srm_mean'" in text
-
-
-def test_every_config_loads():
-    for path in CONFIGS.rglob("*.yaml"):
-        cfg = get_cfg()
-        add_oanet_config(cfg)
-        cfg.merge_from_file(str(path))
-        assert cfg.MODEL.META_ARCHITECTURE in ("OANet", "SRMFromAnnotations")
-        assert os.path.isabs(cfg.OUTPUT_DIR) is False
+def test_a_short_training_lowers_the_loss(train_cfg):
+    solver = train_cfg.SOLVER
+    solver.MAX_ITER, solver.WARMUP_ITERS, solver.BASE_LR = 40, 5, 0.01
+    train_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"  # so early it detects next to nothing
+    trainer = trainer_of(train_cfg)
+    trainer.train()
+    losses = trainer.storage.histories()
+    for key in ("total_loss", "loss_srm", "loss_srm_pairs", "loss_sem_seg"):
+        values = [v for v, _ in losses[key].values()]
+        assert sum(values[-8:]) < 0.8 * sum(values[:8]), key
 
 
 def test_files_that_only_the_evaluation_reads_are_missed_before_training(tiny_cfg, datasets_root):
