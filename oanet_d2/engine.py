@@ -2,7 +2,7 @@ import logging
 import os
 import time
 import weakref
-from typing import Dict, Optional
+from typing import Any, Dict, Optional
 
 import torch
 
@@ -85,12 +85,14 @@ class OANetTrainer(DefaultTrainer):
         on_cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         # Each of two phases leaves the parameters of the other one without a gradient.
         two_phases = hooks.network_iterations(cfg) < cfg.SOLVER.MAX_ITER
-        ddp_args = {} if on_cuda else {"device_ids": None}
-        ddp_args.update(broadcast_buffers=False, find_unused_parameters=two_phases)
+        devices: Dict[str, Any] = {} if on_cuda else {"device_ids": None}
+        ddp_model = create_ddp_model(
+            model, broadcast_buffers=False, find_unused_parameters=two_phases, **devices
+        )
         trainer_class = SimpleTrainer
         if cfg.SOLVER.AMP.ENABLED:
             trainer_class = AMPTrainer if on_cuda else BFloat16Trainer
-        self._trainer = trainer_class(create_ddp_model(model, **ddp_args), data_loader, optimizer)
+        self._trainer = trainer_class(ddp_model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = OANetCheckpointer(
             model,

@@ -6,7 +6,7 @@ diverges.
 import logging
 import math
 import os
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler
@@ -131,19 +131,17 @@ class DataOrder(HookBase):
     """
     Makes everything random in a step depend on the seed, the step and the process alone, and keeps
     the seed and the place in the data in the checkpoints. A resumed training therefore sees the
-    images, augmentations and samples that it would have seen. (With another number of images per
-    step, over all processes, it goes on at about the same image.)
+    images, augmentations and samples that it would have seen. (With another SOLVER.IMS_PER_BATCH it
+    goes on at about the same image.)
     """
 
     def __init__(self, stream: TrainingStream, images_per_step: int):
         self.stream = stream
         self.images_per_step = images_per_step
         self.seed = stream.seed
-        self.images: Optional[int] = None  # seen so far; None where no checkpoint says it
+        self.images = 0  # seen so far, by all processes
 
     def before_train(self):
-        if self.images is None:
-            self.images = self.trainer.start_iter * self.images_per_step
         self.stream.seed = self.seed
         self.stream.first_batch = self.images // self.images_per_step
 
