@@ -74,13 +74,13 @@ def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> t
         # NumPy, because PyTorch's overhead is most of the time of such small operations.
         margins = np.zeros((len(masks), len(masks)), dtype=np.float32)
         boxed, truth = masks.numpy(), ids.cpu().numpy()
-        own = [
+        visible = [
             (truth[region] == i) & mask
             for mask, region, i in zip(boxed, masks.regions, matched.tolist())
         ]
         for a, b, in_a, in_b in overlapping_regions(masks.regions):
-            shows_a = np.count_nonzero(own[a][in_a] & boxed[b][in_b])
-            shows_b = np.count_nonzero(own[b][in_b] & boxed[a][in_a])
+            shows_a = np.count_nonzero(visible[a][in_a] & boxed[b][in_b])
+            shows_b = np.count_nonzero(visible[b][in_b] & boxed[a][in_a])
             margins[a, b], margins[b, a] = shows_a - shows_b, shows_b - shows_a
         return torch.from_numpy(margins).to(ids.device)
     m = masks.flatten(1)

@@ -1,39 +1,126 @@
 import json
+import math
+import pickle
 
 import numpy as np
+import pytest
 import torch
 from panopticapi.utils import id2rgb
 from PIL import Image
 
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import COCOPanopticEvaluator
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
-from oanet_d2.evaluation import PanopticEvaluator
-from tests.conftest import registered
+from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.evaluation import (
+    PanopticEvaluator,
+    PanopticPictures,
+    orderings_of,
+    orderings_table,
+    write_orderings,
+)
+from oanet_d2.report import ReportRecorder
+from oanet_d2.visualization import OrderPictures
+from tests.conftest import registered, scenes_paths
+from tests.evaluation.silhouettes import SilhouetteModel
+
+NUM_IMAGES = 6
+ORDERS = ("score", "srm_pairs", "oracle")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("occlusion_scenes")
+    write_split(root, "val", NUM_IMAGES, image_size=96, seed=3, num_workers=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def scenes(root):
+    with registered("test_panoptic_scenes", *scenes_paths(root, "val")) as name:
+        yield name
+
+
+def evaluate(evaluator, name, model, images=slice(None)):
+    evaluator.reset()
+    for d in DatasetCatalog.get(name)[images]:
+        evaluator.process([d], [model(d)])
+    return evaluator.evaluate()
+
+
+def test_orders_are_scored_on_the_same_predictions(scenes, tmp_path):
+    model = SilhouetteModel()
+    pictures = OrderPictures(scenes, str(tmp_path / "pictures"), 2, ("score", "srm_pairs"))
+    results = evaluate(PanopticEvaluator(model, ORDERS, [pictures]), scenes, model)
+    orderings = orderings_of(results)
+    assert list(orderings) == list(ORDERS)
+    # Whole silhouettes in the true order are the ground truth. The duplicate finds no free pixel, and
+    # what is not painted takes no match.
+    assert all(x == pytest.approx(100) for x in orderings["oracle"].values())
+    assert orderings["srm_pairs"] == orderings["oracle"] == results["panoptic_seg"]
+    assert orderings["score"]["PQ_th"] < 90 and orderings["score"]["PQ_st"] == 100
+    assert results["evaluation"]["images"] == NUM_IMAGES
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+    path = tmp_path / "orderings.json"
+    write_orderings(str(path), results, {"train": None, "eval": 2.5})
+    written = {"orderings": orderings, "images": NUM_IMAGES, "seconds": {"train": None, "eval": 2.5}}
+    assert json.loads(path.read_text()) == written
+
+
+def test_an_order_is_restricted_to_what_is_painted(scenes):
+    """An unpainted instance in the middle of the order."""
+    model = SilhouetteModel()
+    (d, *_) = DatasetCatalog.get(scenes)
+    output = model(d)
+    output["fusion_inputs"].instances.scores[0] = 0.2  # its order goes by the old scores
+    own = model.combine(output["fusion_inputs"], output["fusion_inputs"].order_inputs.order("score"))
+    output["panoptic_seg"] = own
+    evaluator = PanopticEvaluator(model, ("score",))
+    evaluator.process([d], [output])
+    results = evaluator.evaluate()
+    assert results["panoptic_seg"] == results["panoptic_seg/score"]
+    assert results["panoptic_seg"]["RQ_th"] < 100
+
+
+def test_unknown_order_is_refused():
+    with pytest.raises(ValueError, match=r"TEST\.ORDERS.*'depth'.*oracle"):
+        PanopticEvaluator(SilhouetteModel(), ("score", "depth"))
+
+
+def test_another_size_is_refused_with_the_file(scenes):
+    d = DatasetCatalog.get(scenes)[0]
+    output = {"panoptic_seg": (torch.zeros(48, 96, dtype=torch.int32), [])}
+    with pytest.raises(ValueError, match=rf"{d['pan_seg_file_name']}.*48 x 96.*96 x 96"):
+        PanopticEvaluator().process([d], [output])
+
 
 CATEGORIES = [{"id": 5, "name": "dog", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}]
 
 
 def ground_truth(i):
-    """A dog (id 7) at another place in every image, sky (id 300) around it."""
-    ids = np.full((12, 16), 300)
+    """A dog (id 7) at another place in every image, sky (id 300) around it. Sizes differ."""
+    ids = np.full((12, 16 + i), 300)
     ids[2:8, 3 * i : 3 * i + 5] = 7
     return ids
 
 
-def write(folder, names):
-    """A dataset of images of these names and PNGs of the same names; what registers it."""
+def write(folder, names, first=0, area=lambda pixels: pixels, **fields):
+    """A dataset of images and PNGs of these names, with image ids from 0."""
     images, annotations = [], []
     for i, name in enumerate(names):
-        ids = ground_truth(i)
+        ids = ground_truth(first + i)
         path = folder / "pngs" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(id2rgb(ids)).save(path)
         segments = [
-            {"id": k, "category_id": c, "area": int((ids == k).sum()), "iscrowd": 0}
+            {"id": k, "category_id": c, "area": area(int((ids == k).sum())), **fields}
             for k, c in ((7, 5), (300, 9))
         ]
-        images.append({"id": i, "file_name": f"{name}.jpg", "height": 12, "width": 16})
+        height, width = ids.shape
+        images.append({"id": i, "file_name": f"{name}.jpg", "height": height, "width": width})
         annotations.append({"image_id": i, "file_name": f"{name}.png", "segments_info": segments})
     content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "panoptic.json").write_text(json.dumps(content))
@@ -48,26 +135,96 @@ def predict(i):
     return {"panoptic_seg": (torch.from_numpy(ids), segments)}
 
 
-def results_of(cls, name, output_dir):
-    evaluator = cls(name, str(output_dir))
-    evaluator.reset()
-    for i, input in enumerate(DatasetCatalog.get(name)):
-        evaluator.process([input], [predict(i)])
-    return evaluator.evaluate()["panoptic_seg"]
+def perfect(name, first=0):
+    evaluator = PanopticEvaluator()
+    for i, d in enumerate(DatasetCatalog.get(name)):
+        evaluator.process([d], [predict(first + i)])
+    return evaluator
 
 
 def test_images_of_one_name_in_two_folders(tmp_path):
-    """Detectron2's evaluator scores one prediction against both, or fails on its segments."""
-    with registered("test_panoptic_folders", *write(tmp_path, ["a/1", "b/1", "1"])) as name:
-        results = results_of(PanopticEvaluator, name, tmp_path / "ours")
-        assert results["PQ"] == results["PQ_th"] == results["PQ_st"] == 100
-        assert results_of(COCOPanopticEvaluator, name, tmp_path / "theirs")["PQ"] < 90
+    with registered("test_folders", *write(tmp_path, ["a/1", "b/1", "1"], iscrowd=0)) as name:
+        assert set(perfect(name).evaluate()["panoptic_seg"].values()) == {100}
 
 
-def test_in_cocos_layout_it_is_detectron2s(tmp_path):
-    with registered("test_panoptic_flat", *write(tmp_path, ["000001", "000.2"])) as name:
-        results, files = [], []
-        for cls in (PanopticEvaluator, COCOPanopticEvaluator):
-            results.append(results_of(cls, name, tmp_path / cls.__name__))
-            files.append(json.loads((tmp_path / cls.__name__ / "predictions.json").read_text()))
-    assert results[0] == results[1] and files[0] == files[1]
+def test_two_test_sets_share_image_ids(tmp_path):
+    """Both evaluators see their images before either gives its numbers."""
+    (tmp_path / "b").mkdir()
+    with registered("test_ids_a", *write(tmp_path, ["1", "2"], iscrowd=0)) as a:
+        with registered("test_ids_b", *write(tmp_path / "b", ["1", "2"], 2, iscrowd=0)) as b:
+            evaluators = perfect(a), perfect(b, first=2)
+    assert [e.evaluate()["panoptic_seg"]["PQ"] for e in evaluators] == [100, 100]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.5])
+def test_areas_come_from_the_pixels(tmp_path, scale):
+    paths = write(tmp_path, ["1", "2"], area=lambda pixels: int(scale * pixels), iscrowd=0)
+    with registered("test_areas", *paths) as name:
+        assert set(perfect(name).evaluate()["panoptic_seg"].values()) == {100}
+
+
+def test_iscrowd_may_be_missing(tmp_path):
+    write(tmp_path, ["1"])
+    d = {"pan_seg_file_name": str(tmp_path / "pngs" / "1.png")}
+    d["segments_info"] = [
+        {"id": 7, "category_id": 0, "isthing": True},
+        {"id": 300, "category_id": 1, "isthing": False},
+    ]
+    evaluator = PanopticEvaluator()
+    evaluator.process([d], [predict(0)])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+
+
+def test_a_group_without_a_segment(tmp_path):
+    """NaN in Detectron2's results, null in the file, a dash in the table."""
+    quality = {"PQ": 50.0, "SQ": 60.0, "RQ": 70.0}
+    metrics = {f"{m}{g}": x for g in ("", "_th") for m, x in quality.items()}
+    metrics.update({f"{m}_st": math.nan for m in quality})
+    results = {"panoptic_seg/score": metrics, "evaluation": {"images": 2, "seconds": 1.0}}
+    orderings = orderings_of(results)
+    assert orderings["score"]["PQ_th"] == 50 and orderings["score"]["PQ_st"] is None
+    assert orderings_table(orderings).splitlines()[2].split("|")[-2].strip() == "-"
+    write_orderings(str(tmp_path / "orderings.json"), results, {})
+    assert "NaN" not in (tmp_path / "orderings.json").read_text()
+
+
+def test_pictures_for_tensorboard(scenes):
+    model = SilhouetteModel()
+    pictures = PanopticPictures(scenes)
+    with EventStorage() as storage:
+        assert evaluate(pictures, scenes, model) is None
+        names, drawn = zip(*((name, image) for name, image, _ in storage._vis_data))
+    assert names == tuple(f"{scenes}/{i}" for i in range(4))
+    assert all(x.shape[0] == 3 and x.shape[2] > 3 * x.shape[1] * 0.8 for x in drawn)
+
+
+def evaluate_half(root, folder):
+    torch.set_num_threads(1)
+    rank, model = comm.get_rank(), SilhouetteModel(wrong_images=(1000001,))
+    with registered("test_panoptic_scenes", *scenes_paths(root, "val")) as name:
+        report = ReportRecorder(name, str(folder), 2, ("score", "srm_pairs"))
+        results = evaluate(PanopticEvaluator(model, ORDERS, report=report), name, model, slice(rank, None, 2))
+        kept = PanopticPictures(name)
+        kept.process(DatasetCatalog.get(name)[:1], [model(DatasetCatalog.get(name)[0])])
+    with open(folder / f"{rank}.pkl", "wb") as f:
+        pickle.dump((results, len(kept._kept)), f)
+    comm.synchronize()  # neither process ends before the other
+
+
+def test_two_processes_are_as_one(root, scenes, tmp_path):
+    launch(evaluate_half, 2, dist_url="auto", args=(root, tmp_path))
+    (ours, pictures), other = (
+        pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)
+    )
+    assert other == (None, 0) and pictures == 1  # the main process reports, and alone keeps pictures
+    model = SilhouetteModel(wrong_images=(1000001,))
+    report = ReportRecorder(scenes, str(tmp_path / "one"), 2, ("score", "srm_pairs"))
+    alone = evaluate(PanopticEvaluator(model, ORDERS, report=report), scenes, model)
+    for key in ("panoptic_seg", *(f"panoptic_seg/{order}" for order in ORDERS)):
+        assert ours[key] == pytest.approx(alone[key])
+    assert ours["evaluation"]["images"] == NUM_IMAGES
+    two, one = (
+        json.loads((tmp_path / x / "report" / "evaluation.json").read_text()) for x in ("", "one")
+    )
+    assert two["cases"] == one["cases"] and two["overlaps"] == one["overlaps"]
+    assert two["outcomes"] == one["outcomes"] and two["outcomes"]["better"] > 0
