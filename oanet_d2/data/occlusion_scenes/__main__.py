@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--val", type=int, default=200, metavar="N", help="validation images; 0: leave the split alone")
     add("--image-size", type=int, default=192, metavar="PIXELS", help="height and width, at least 64")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same files")
-    add("--workers", type=int, metavar="N", help="processes; 0: only this one; default: one per CPU")
+    add("--workers", type=int, metavar="N", help="processes; 0: only this one; default: up to 8")
     add("--overwrite", action="store_true", help="replace a split that is already there")
     options = parser.parse_args(arguments)
     write = write_split if options.overwrite else ensure_split
