@@ -96,8 +96,7 @@ def check_arguments(args) -> None:
     if args.webcam and args.output is not None:
         raise ValueError("--webcam shows a window; it takes no --output.")
     if args.save_panoptic is None:
-        display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        if args.output is None and sys.platform == "linux" and not display:
+        if args.output is None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
             raise ValueError("There is no display for a window; write drawings with --output.")
         return
     if args.input is None:
@@ -220,9 +219,8 @@ def run_on_pictures(args) -> int:
     check_outputs(outputs, paths, args.overwrite)
     segmenter = Segmenter(args)
     if args.save_panoptic:
-        metadata = segmenter.predictor.metadata
-        submission = PanopticSubmission(args.save_panoptic, metadata)
-        ids = image_ids(paths, stems, metadata)
+        submission = PanopticSubmission(args.save_panoptic, segmenter.predictor.metadata)
+        ids = image_ids(paths, stems, segmenter.predictor.metadata)
 
     skipped = []
     for i, path in enumerate(tqdm(paths, disable=len(paths) == 1)):
@@ -241,7 +239,7 @@ def run_on_pictures(args) -> int:
         if drawings:
             save(drawings[i], drawing)
         elif drawing is not None and not show(drawing, wait=True):
-            break
+            break  # escape was pressed
     if args.save_panoptic:
         submission.save()
     if skipped:
@@ -309,10 +307,9 @@ def write_video(path: str, drawings: Iterator[np.ndarray], rate: float) -> None:
 
 
 def show(rgb: np.ndarray, wait: bool) -> bool:
-    """Whether to go on: escape was not pressed."""
     cv2.namedWindow("oanet_d2", cv2.WINDOW_NORMAL)
     cv2.imshow("oanet_d2", np.ascontiguousarray(rgb[:, :, ::-1]))
-    return cv2.waitKey(0 if wait else 1) != 27
+    return cv2.waitKey(0 if wait else 1) != 27  # escape
 
 
 def main(argv: Optional[List[str]] = None) -> int:
