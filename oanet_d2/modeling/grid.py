@@ -5,7 +5,7 @@ its batch, so that nothing here depends on the other images.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Tuple
 
 import numpy as np
 import torch

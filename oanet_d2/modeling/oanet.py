@@ -181,8 +181,9 @@ class OANet(PanopticFPN):
                 losses.update(self.sem_seg_head.losses(semantic, self._labels(batched_inputs)))
         if self.phase == "network":
             return losses
+        detected = self._detect_in_training(images, features, proposals)
         with torch.autocast(self.device.type, enabled=False):
-            instances = self.training_instances(images, features, proposals, gt_instances)
+            instances = self._training_instances(detected, gt_instances)
             truth = [truth_on_grid(x, self.srm_stride, self.device) for x in batched_inputs]
             maps = self.ranking_maps(images, semantic, features)
             losses.update(self.srm_head.losses(instances, truth, *maps))
@@ -197,28 +198,24 @@ class OANet(PanopticFPN):
         ).tensor
 
     @torch.no_grad()
-    def training_instances(
-        self, images: ImageList, features: Dict, proposals: List[Instances], gt_instances
-    ) -> List[GridInstances]:
-        """
-        The instances that the ranking head learns from, for every image.
-
-        Args:
-            images, features, proposals, gt_instances: as the ROI heads take them in training.
-        """
+    def _detect_in_training(self, images: ImageList, features: Dict, proposals: List[Instances]):
         if self.train_masks == "gt":
-            num_classes = self.roi_heads.num_classes
-            return [
-                with_false_positives(
-                    ground_truth_on_grid(x, self.srm_stride), num_classes, self.gt_false_positives
-                )
-                for x in gt_instances
-            ]
+            return []
         # Proposals come with the best first. Inference would take this many.
         most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
         with _evaluating(self.roi_heads):
-            detected, _ = self.roi_heads(images, features, [x[:most] for x in proposals], None)
-        return [self._on_grid(x) for x in detected]
+            return self.roi_heads(images, features, [x[:most] for x in proposals], None)[0]
+
+    @torch.no_grad()
+    def _training_instances(self, detected: List[Instances], gt_instances: List[Instances]):
+        """
+        The instances that the ranking head learns from, for every image.
+        """
+        if self.train_masks == "detections":
+            return [self._on_grid(x) for x in detected]
+        num_classes, probability = self.roi_heads.num_classes, self.gt_false_positives
+        on_grid = [ground_truth_on_grid(x, self.srm_stride) for x in gt_instances]
+        return [with_false_positives(x, num_classes, probability) for x in on_grid]
 
     def _on_grid(self, detected: Instances) -> GridInstances:
         threshold = self.combine_instances_score_thresh
