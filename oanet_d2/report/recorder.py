@@ -131,7 +131,7 @@ class ReportRecorder:
             **results["evaluation"],
             "orderings": {o: {**m, "closure": closure(orderings, o)} for o, m in orderings.items()},
             "compared": self.compared,
-            "outcomes": outcomes,
+            "outcomes": {x: outcomes[x] for x in ("better", "worse", "same")},
             "clear_share": CLEAR_SHARE,
             "classes": self._classes(counts),
             "overlaps": [

@@ -66,7 +66,11 @@ def test_orders_are_scored_on_the_same_predictions(scenes, tmp_path):
 
     path = tmp_path / "orderings.json"
     write_orderings(str(path), results, {"train": None, "eval": 2.5})
-    written = {"orderings": orderings, "images": NUM_IMAGES, "seconds": {"train": None, "eval": 2.5}}
+    written = {
+        "orderings": orderings,
+        "images": NUM_IMAGES,
+        "seconds": {"train": None, "eval": 2.5},
+    }
     assert json.loads(path.read_text()) == written
 
 
@@ -76,7 +80,9 @@ def test_an_order_is_restricted_to_what_is_painted(scenes):
     (d, *_) = DatasetCatalog.get(scenes)
     output = model(d)
     output["fusion_inputs"].instances.scores[0] = 0.2  # its order goes by the old scores
-    own = model.combine(output["fusion_inputs"], output["fusion_inputs"].order_inputs.order("score"))
+    own = model.combine(
+        output["fusion_inputs"], output["fusion_inputs"].order_inputs.order("score")
+    )
     output["panoptic_seg"] = own
     evaluator = PanopticEvaluator(model, ("score",))
     evaluator.process([d], [output])
@@ -203,7 +209,9 @@ def evaluate_half(root, folder):
     rank, model = comm.get_rank(), SilhouetteModel(wrong_images=(1000001,))
     with registered("test_panoptic_scenes", *scenes_paths(root, "val")) as name:
         report = ReportRecorder(name, str(folder), 2, ("score", "srm_pairs"))
-        results = evaluate(PanopticEvaluator(model, ORDERS, report=report), name, model, slice(rank, None, 2))
+        results = evaluate(
+            PanopticEvaluator(model, ORDERS, report=report), name, model, slice(rank, None, 2)
+        )
         kept = PanopticPictures(name)
         kept.process(DatasetCatalog.get(name)[:1], [model(DatasetCatalog.get(name)[0])])
     with open(folder / f"{rank}.pkl", "wb") as f:
@@ -216,7 +224,9 @@ def test_two_processes_are_as_one(root, scenes, tmp_path):
     (ours, pictures), other = (
         pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)
     )
-    assert other == (None, 0) and pictures == 1  # the main process reports, and alone keeps pictures
+    assert (
+        other == (None, 0) and pictures == 1
+    )  # the main process reports, and alone keeps pictures
     model = SilhouetteModel(wrong_images=(1000001,))
     report = ReportRecorder(scenes, str(tmp_path / "one"), 2, ("score", "srm_pairs"))
     alone = evaluate(PanopticEvaluator(model, ORDERS, report=report), scenes, model)

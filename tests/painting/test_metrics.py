@@ -90,7 +90,8 @@ def write(folder, name, panoptics):
             {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments}
         )
     categories = [
-        {"id": i, "name": str(i), "isthing": int(isthing)} for (isthing, _), i in DATASET_IDS.items()
+        {"id": i, "name": str(i), "isthing": int(isthing)}
+        for (isthing, _), i in DATASET_IDS.items()
     ]
     content = {"annotations": annotations, "categories": categories}
     (folder / f"{name}.json").write_text(json.dumps(content))
@@ -131,7 +132,13 @@ def test_counts_by_hand():
     car, dog = (True, CAR), (True, DOG)
     # 5 matches 1. 7 has one pixel of 2 and one of void, so it is no match (1 of 2 pixels) and wrong.
     # 8 lies in void and is ignored.
-    assert counts == {(car, "iou"): 0.75, (car, "tp"): 1, (car, "fp"): 1, (car, "fn"): 1, (dog, "fp"): 1}
+    assert counts == {
+        (car, "iou"): 0.75,
+        (car, "tp"): 1,
+        (car, "fp"): 1,
+        (car, "fn"): 1,
+        (dog, "fp"): 1,
+    }
     assert class_quality(counts)[car] == pytest.approx((37.5, 75, 50))
     assert class_quality(counts)[dog] == (0, 0, 0)
 
@@ -173,7 +180,8 @@ def test_shared_and_correct_pixels_against_slow_reference(seed):
     pixels = list(zip(truth.ravel().tolist(), prediction.ravel().tolist()))
     assert shared == Counter(pixels)
     true, predicted = (
-        {0: None, **{s["id"]: (s["isthing"], s["category_id"]) for s in x}} for x in (truth_info, info)
+        {0: None, **{s["id"]: (s["isthing"], s["category_id"]) for s in x}}
+        for x in (truth_info, info)
     )
     right = sum(true[i] == predicted[j] for i, j in pixels)
     assert correct_pixels(shared, truth_info, info) == right
