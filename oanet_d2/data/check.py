@@ -22,7 +22,7 @@ from tqdm import tqdm
 from detectron2.data import DatasetCatalog
 
 from ..config import load_config
-from .images import read_image, read_segment_ids
+from .images import count_pixels, read_image, read_segment_ids
 from .load import Report, check_image_size, check_segment_ids, load_panoptic, read_annotations
 from .register import Path, category_metadata, dataset_paths
 
@@ -37,19 +37,17 @@ class Problem(NamedTuple):
         kind: what kind of problem it is.
         where: the file, and the entry in it.
         detail: what was found there.
-        fatal: training refuses it.
     """
 
     kind: str
     where: str
     detail: str
-    fatal: bool = True
 
 
 class Problems(List[Problem]):
     def report(self, kind: str, where: str, detail: str, fatal: bool = True) -> None:
         """A `report` function of :mod:`load`."""
-        self.append(Problem(kind, where, detail, fatal))
+        self.append(Problem(kind, where, detail))
 
 
 def check(
@@ -71,7 +69,7 @@ def check(
         everything that is wrong: first in the JSONs, then in the files, in the JSON's order.
     """
     given = (image_root, panoptic_json, panoptic_root, instances_json)
-    paths = [None if path is None else os.fspath(path) for path in given]
+    paths = [path and os.fspath(path) for path in given]
     return _check(paths, {}, workers, progress)[0]
 
 
@@ -82,7 +80,7 @@ def _check(
     problems = Problems()
     if not options:
         content = read_annotations(paths[1], problems.report)
-        if content is None:
+        if not content:
             return problems, 0
         where = f"{paths[1]}: categories"
         metadata = category_metadata(content["categories"], where, problems.report)
@@ -118,14 +116,16 @@ def check_files(d: Dict) -> Problems:
 
 def _check_png(d: Dict, ids: np.ndarray, report: Report) -> None:
     check_segment_ids(d, ids, report)
-    pixels = dict(zip(*(x.tolist() for x in np.unique(ids, return_counts=True))))
-    for segment in d["segments_info"] if ids.shape == (d["height"], d["width"]) else []:
-        found, area = pixels.get(segment.get("id"), 0), segment.get("area")
-        if "id" in segment and area != found:
-            kind = "area differs from the PNG" if found else "segments_info id not in the PNG"
-            detail = f"the segment {segment['id']} has {found} pixels, its 'area' is {area}"
-            if area is not None or not found:
-                report(kind, d["pan_seg_file_name"], detail, fatal=False)
+    if ids.shape != (d["height"], d["width"]):
+        return
+    pixels = count_pixels(ids)
+    for segment in (s for s in d["segments_info"] if "id" in s):
+        found, area = pixels.get(segment["id"], 0), segment.get("area")
+        detail = f"the segment {segment['id']} has {found} pixels, its 'area' is {area}"
+        if found == 0:
+            report("segments_info id not in the PNG", d["pan_seg_file_name"], detail, fatal=False)
+        elif area not in (found, None):
+            report("area differs from the PNG", d["pan_seg_file_name"], detail, fatal=False)
 
 
 def format_report(problems: List[Problem], num_samples: int, examples: int = 3) -> str:
@@ -191,13 +191,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     if len(args.dataset) not in (1, 3, 4):
         parser.error(f"{len(args.dataset)} arguments given; it must be a NAME or 3 or 4 paths")
-    paths, options = (args.dataset + [None])[:4], {}
-    if len(args.dataset) == 1:
-        try:
+    paths: Sequence = (args.dataset + [None])[:4]
+    options: Dict = {}
+    try:
+        if len(args.dataset) == 1:
             paths, options = find_dataset(args.dataset[0], args.config_file)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     problems, num_samples = _check(paths, options, args.workers, True)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0

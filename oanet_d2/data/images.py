@@ -3,7 +3,7 @@ Image files, read as Detectron2 reads them, and the segment ids in panoptic PNGs
 """
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Dict, Iterator
 
 import cv2
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["check_header", "naming", "read_image", "read_segment_ids"]
+__all__ = ["check_header", "count_pixels", "naming", "read_image", "read_segment_ids"]
 
 
 @contextmanager
@@ -92,3 +92,19 @@ def read_segment_ids(file_name: str) -> np.ndarray:
     with naming(file_name):
         # PIL keeps RGB in four bytes, lowest first. The last one is alpha.
         return utils.read_image(file_name, "RGBA").view("<i4")[:, :, 0] & 0xFFFFFF
+
+
+def count_pixels(ids: np.ndarray) -> Dict[int, int]:
+    """
+    Args:
+        ids: (H, W) segment ids.
+
+    Returns:
+        id -> pixels.
+    """
+    # Ids are constant over long runs, so that there is little to sort.
+    flat = ids.ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
+    found, inverse = np.unique(flat[starts], return_inverse=True)
+    pixels = np.bincount(inverse, np.diff(starts, append=flat.size)).astype(int)
+    return dict(zip(found.tolist(), pixels.tolist()))

@@ -11,6 +11,7 @@ import math
 import os
 import reprlib
 from collections import defaultdict
+from itertools import product
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from pycocotools import mask as mask_util
 
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+
+from .images import count_pixels
 
 __all__ = [
     "CATEGORY",
@@ -71,9 +74,9 @@ IMAGE: Fields = {"id": ID, "file_name": TEXT, "height": LENGTH, "width": LENGTH}
 ANNOTATION: Fields = {"image_id": ID, "file_name": TEXT, "segments_info": LIST}
 SEGMENT: Fields = {"id": SEGMENT_ID, "category_id": INTEGER, "area": AREA, "iscrowd": FLAG}
 INSTANCE: Fields = {"id": ID, "image_id": ID, "category_id": INTEGER, "bbox": BOX}
-INSTANCE.update({"area": AREA, "iscrowd": FLAG})
-# Training does without these fields. panopticapi and pycocotools do not.
-OPTIONAL = ("area", "iscrowd")
+INSTANCE.update({"area": AREA, "iscrowd": FLAG, "segmentation": ("polygons or an RLE", bool)})
+# They may be missing: training does without, but panopticapi and pycocotools do not.
+OPTIONAL = ("area", "iscrowd", "segmentation")
 
 
 def entries(
@@ -115,13 +118,13 @@ def entries(
         yield at, item, usable
 
 
-def read_annotations(path: str, report: Report = stop) -> Optional[Dict]:
+def read_annotations(path: str, report: Report = stop) -> Dict:
     """
     Read a JSON of one of COCO's formats.
 
     Returns:
-        dict with the lists "images", "annotations" and "categories"; None if it was reported that
-        the file is missing or is something else.
+        dict with the lists "images", "annotations" and "categories"; {} if it was reported that the
+        file is missing or is something else.
     """
     try:
         with PathManager.open(path, "rb") as f:
@@ -129,12 +132,12 @@ def read_annotations(path: str, report: Report = stop) -> Optional[Dict]:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"it is not JSON in UTF-8: {error}"
         report("annotation file unusable", path, reason)
-        return None
+        return {}
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             detail = f"it has no list {key!r}; it must have 'images', 'annotations', 'categories'"
             report("annotation file unusable", path, detail)
-            return None
+            return {}
     return content
 
 
@@ -164,7 +167,7 @@ def load_panoptic(
         ValueError: something is wrong. It names the file, the entry and what was found.
     """
     panoptic = read_annotations(panoptic_json, report)
-    if panoptic is None:
+    if not panoptic:
         return []
     where, dicts, annotated = f"{panoptic_json}: annotations", [], set()
     images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
@@ -216,8 +219,6 @@ def _segments(
         elif iscrowd and not isthing:
             detail = f"'iscrowd' is 1, but the category {category} is stuff"
             report("stuff segment is a crowd", where, detail, fatal=False)
-        if x.get("area") == 0:
-            report("empty segment", where, "'area' is 0", fatal=False)
         segments.append({**x, "category_id": contiguous, "isthing": isthing, "iscrowd": iscrowd})
     return segments
 
@@ -227,39 +228,35 @@ def _instances(
 ) -> Optional[Dict[Any, List[Dict]]]:
     """Image id -> annotations; None if it was reported that the file cannot be used."""
     content = read_annotations(path, report)
-    if content is None:
+    if not content:
         return None
     for key, fields in (("categories", CATEGORY_NAME), ("images", IMAGE)):
         own = _by_id(content, key, fields, path, report)
-        other = _by_id(panoptic, key, fields, "", lambda *args, **kwargs: None)
-        for i in own.keys() & other.keys():
-            for field in [f for f in fields if own[i].get(f) != other[i].get(f)]:
-                detail = f"{field!r} of id {i!r} is {own[i].get(field)!r}, not {other[i].get(field)!r}"
-                report(f"{key} differ from the panoptic JSON", f"{path}: {key}", detail, fatal=False)
+        others = _by_id(panoptic, key, fields, "", lambda *args, **kwargs: None)
+        for i, k in product(own.keys() & others.keys(), fields):
+            ours, theirs = own[i].get(k), others[i].get(k)
+            if ours != theirs and None not in (ours, theirs):
+                detail = f"the {k!r} of id {i!r} is {ours!r}, there it is {theirs!r}"
+                report(f"{key} contradict the panoptic JSON", f"{path}: {key}", detail, fatal=False)
     for i in [i for i in images if i not in own]:
         detail = f"the image {i!r} is missing; training takes it to have no instances"
         report("image only in the panoptic JSON", f"{path}: images", detail, fatal=False)
-    for i in [i for i in own if i not in images]:
-        detail = f"the panoptic JSON has no image {i!r}"
-        report("image only in the instances JSON", f"{path}: images", detail, fatal=False)
 
     instances, where = defaultdict(list), f"{path}: annotations"
     for at, x, usable in entries(content["annotations"], INSTANCE, where, "annotations", report):
         image_id, category = x.get("image_id"), x.get("category_id")
         image, mask = images.get(image_id, {}), x.get("segmentation")
         at += f" ({image['file_name']})" if "file_name" in image else ""
-        if "image_id" in x and image_id not in images and image_id not in own:
-            detail = f"there is no image {image_id!r}"
-            report("annotation of an unknown image", at, detail, fatal=False)
+        if "image_id" in x and image_id not in images:
+            detail = f"the panoptic JSON has no image {image_id!r}"
+            report("instance of an unknown image", at, detail, fatal=False)
         if "category_id" in x and category not in thing_ids:
             detail = f"the category {category} is no thing of the panoptic JSON"
             report("instance of no thing", at, detail)
         if min(x.get("bbox", [1])[-2:]) <= 0:
             detail = f"'bbox' is {x['bbox']}; width and height must be more than 0"
             report("box without extent", at, detail, fatal=False)
-        if not mask:
-            report("instance without a mask", at, "it has no segmentation", fatal=False)
-        elif image.keys() >= IMAGE.keys():
+        if mask and image.keys() >= IMAGE.keys():
             mask = _mask(mask, image["height"], image["width"], at, report)
             usable = usable and bool(mask)
         if usable and image_id in images:
@@ -267,7 +264,7 @@ def _instances(
             kept.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
             instances[image_id].append({**kept, "segmentation": mask} if mask else kept)
     if content["annotations"] and not instances:
-        detail = "none has the image_id of an image in the panoptic JSON (1 and '1' are two ids)"
+        detail = "none can be used; is the image_id of one that of an image? (1 and '1' are two ids)"
         report("instances of no image", where, detail)
     return instances
 
@@ -317,11 +314,8 @@ def check_segment_ids(d: Dict, ids: np.ndarray, report: Report = stop) -> None:
         size = f"{d['width']} x {d['height']}"
         detail = f"it has {ids.shape[1]} x {ids.shape[0]} pixels, the image {d['file_name']} {size}"
         report("PNG size differs from the image", d["pan_seg_file_name"], detail)
-    flat = ids.ravel()
-    present = np.unique(flat[np.diff(flat, prepend=-1) != 0])  # sorting only where the id changes
     listed = {0, *(s["id"] for s in d["segments_info"] if "id" in s)}
-    unlisted = [i for i in present.tolist() if i not in listed]
+    unlisted = [i for i in count_pixels(ids) if i not in listed]
     if unlisted:
-        more = f" and {len(unlisted) - 5} more" if len(unlisted) > 5 else ""
-        detail = f"segments_info does not list the ids {unlisted[:5]}{more}; 0 is void"
+        detail = f"segments_info does not list the ids {reprlib.repr(unlisted)}; 0 is void"
         report("PNG id not in segments_info", d["pan_seg_file_name"], detail)

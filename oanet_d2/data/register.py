@@ -54,7 +54,7 @@ def register_panoptic(
             each other.
     """
     given = (image_root, panoptic_json, panoptic_root, instances_json)
-    paths = [None if path is None else os.fspath(path) for path in given]
+    paths: List[Any] = [path and os.fspath(path) for path in given]
     if categories is None:
         categories = read_annotations(str(panoptic_json))["categories"]
     metadata = category_metadata(categories, f"{panoptic_json}: categories")
@@ -93,7 +93,7 @@ def register_from_config(cfg) -> None:
             )
 
 
-def dataset_paths(cfg, name: str) -> List[Optional[str]]:
+def dataset_paths(cfg, name: str) -> List[Any]:
     """
     The paths of a dataset of `cfg.DATASETS.PANOPTIC`, as :func:`register_panoptic` takes them.
 

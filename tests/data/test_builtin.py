@@ -3,7 +3,6 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from oanet_d2 import engine
 from oanet_d2.data import PanopticDatasetMapper, builtin, register_panoptic
 from oanet_d2.data.occlusion_scenes import write_split
 from tests.conftest import load_config
@@ -32,6 +31,8 @@ def scenes(tmp_path, monkeypatch):
 
 
 def test_visible_scenes_have_masks_cut_to_what_is_visible(scenes):
+    assert MetadataCatalog.get(scenes).json_file
+    assert MetadataCatalog.get(scenes + "_visible").json_file is None
     cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
     mapper = PanopticDatasetMapper(cfg, is_train=True, augmentations=[])
     whole, visible = (DatasetCatalog.get(scenes + end) for end in ("", "_visible"))
@@ -52,18 +53,3 @@ def test_visible_scenes_have_masks_cut_to_what_is_visible(scenes):
         assert torch.equal(sample["panoptic_seg"][0], ids) and sample["panoptic_seg"][1] == segments
         overlaps += (sample["instances"].gt_masks.tensor.sum(0) > 1).sum()
     assert overlaps > 0  # or there would be nothing to cut
-
-
-def test_visible_scenes_have_no_instances_json(scenes):
-    assert MetadataCatalog.get(scenes).json_file
-    assert MetadataCatalog.get(scenes + "_visible").json_file is None
-
-
-@pytest.mark.parametrize("end", ["", "_visible"])
-def test_either_name_makes_the_scenes(monkeypatch, end):
-    made = []
-    monkeypatch.setattr(engine, "ensure_split", lambda root, split, *_, **__: made.append(split))
-    cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"occlusion_scenes_train{end}",), ()
-    engine.prepare_datasets(cfg)
-    assert made == ["train"]

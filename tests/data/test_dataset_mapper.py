@@ -1,9 +1,7 @@
-import json
 import re
 import shutil
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -14,344 +12,25 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 import detectron2.data.transforms as T
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_train_loader
 from detectron2.data import detection_utils as utils
-from detectron2.evaluation import COCOPanopticEvaluator
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 
 from oanet_d2.data.dataset_mapper import (
     PanopticDatasetMapper,
     index_segments,
     panoptic_categories,
+    segment_positions,
 )
-from oanet_d2.modeling.candidates import gt_candidates
-from tests.conftest import load_config, registered
-
-# Category ids with gaps, things and stuff mixed, as in COCO.
-CATEGORIES = [
-    {"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60]},
-    {"id": 7, "name": "grass", "isthing": 0, "color": [0, 200, 0]},
-    {"id": 32, "name": "tie", "isthing": 1, "color": [0, 0, 142]},
-    {"id": 92, "name": "sky", "isthing": 0, "color": [70, 130, 180]},
-]
-HEIGHT, WIDTH = 24, 32
-
-
-@pytest.fixture
-def coco_folder(tmp_path):
-    """
-    One picture: a person (id 300) with a tie (id 70000) before grass and sky, a void column on the
-    right, a crowd of persons (id 5) in the lower left corner.
-    """
-    ids = np.zeros((HEIGHT, WIDTH), dtype=np.uint32)
-    ids[:12, :28] = 11
-    ids[12:, :28] = 12
-    ids[4:20, 8:24] = 300
-    ids[6:14, 14:18] = 70000
-    ids[20:, :6] = 5
-    image = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
-    image[ids == 70000] = (10, 20, 200)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "panoptic").mkdir()
-    cv2.imwrite(str(tmp_path / "images" / "a.png"), image)
-    cv2.imwrite(str(tmp_path / "panoptic" / "a.png"), id2rgb(ids)[:, :, ::-1])
-    segments = [(11, 92, 0), (12, 7, 0), (300, 1, 0), (70000, 32, 0), (5, 1, 1)]
-    images = [{"id": 42, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}]
-    panoptic = {
-        "images": images,
-        "categories": CATEGORIES,
-        "annotations": [
-            {
-                "image_id": 42,
-                "file_name": "a.png",
-                "segments_info": [
-                    {
-                        "id": i,
-                        "category_id": c,
-                        "iscrowd": crowd,
-                        "area": int((ids == i).sum()),
-                        "bbox": [0, 0, WIDTH, HEIGHT],
-                    }
-                    for i, c, crowd in segments
-                ],
-            }
-        ],
-    }
-    # the person's whole silhouette, under the tie too
-    person = [8.0, 4.0, 24.0, 4.0, 24.0, 20.0, 8.0, 20.0]
-    tie = [14.0, 6.0, 18.0, 6.0, 18.0, 14.0, 14.0, 14.0]
-    boxes = {1: [8, 4, 16, 16], 32: [14, 6, 4, 8]}
-    instances = {
-        "images": images,
-        "categories": [c for c in CATEGORIES if c["isthing"]],
-        "annotations": [
-            {
-                "id": 1 + n,
-                "image_id": 42,
-                "category_id": c,
-                "segmentation": [polygon],
-                "bbox": boxes[c],
-                "area": boxes[c][2] * boxes[c][3],
-                "iscrowd": 0,
-            }
-            for n, (c, polygon) in enumerate([(1, person), (32, tie)])
-        ],
-    }
-    (tmp_path / "panoptic.json").write_text(json.dumps(panoptic))
-    (tmp_path / "instances.json").write_text(json.dumps(instances))
-    return tmp_path
-
-
-@pytest.fixture
-def dataset(coco_folder, request):
-    files = ("images", "panoptic.json", "panoptic", "instances.json")
-    paths = [coco_folder / file for file in files]
-    with registered(f"test_{request.node.name}", *paths) as name:
-        yield name
-
-
-def make_mapper(is_train=True, augmentations=(), **kwargs):
-    args = {"num_things": 2, "stuff_only": False, "ignore_value": 255, "image_format": "BGR"}
-    args.update(use_instance_mask=True, instance_mask_format="bitmask")
-    return PanopticDatasetMapper(is_train, augmentations=list(augmentations), **{**args, **kwargs})
-
-
-def test_metadata_follows_the_json(dataset):
-    metadata = MetadataCatalog.get(dataset)
-    assert metadata.thing_classes == ["person", "tie"]
-    assert metadata.stuff_classes == ["things", "grass", "sky"]
-    assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 32: 1}
-    assert metadata.stuff_dataset_id_to_contiguous_id == {7: 1, 92: 2}
-    assert metadata.stuff_colors == [[0, 0, 0], [0, 200, 0], [70, 130, 180]]
-
-
-def test_evaluator_accepts_the_dataset(dataset):
-    """The ground truth as a prediction, in the model's format, scores 100."""
-    (d,) = DatasetCatalog.get(dataset)
-    sample = make_mapper(is_train=False)(d)
-    assert set(sample["image"].shape) == {3, HEIGHT, WIDTH} and "annotations" not in sample
-    seg = torch.zeros(HEIGHT, WIDTH, dtype=torch.int32)
-    ids = {"sky": (slice(0, 12), slice(0, 28)), "grass": (slice(12, 24), slice(0, 28))}
-    seg[ids["sky"]], seg[ids["grass"]] = 1, 2
-    seg[4:20, 8:24] = 3
-    seg[6:14, 14:18] = 4
-    seg[20:, :6] = 0  # the crowd
-    info = [
-        {"id": 1, "isthing": False, "category_id": 2},
-        {"id": 2, "isthing": False, "category_id": 1},
-        {"id": 3, "isthing": True, "category_id": 0},
-        {"id": 4, "isthing": True, "category_id": 1},
-    ]
-    evaluator = COCOPanopticEvaluator(dataset)
-    evaluator.reset()
-    evaluator.process([sample], [{"panoptic_seg": (seg, info)}])
-    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
-
-
-def test_training_sample_by_hand(dataset):
-    (d,) = DatasetCatalog.get(dataset)
-    sample = make_mapper()(d)
-    category = sample["panoptic_category"]
-    assert category.dtype == torch.int64 and category.shape == (HEIGHT, WIDTH)
-    at = {(0, 0): 3, (22, 10): 2, (5, 9): 0, (7, 15): 1, (0, 30): 255, (22, 0): 0}
-    assert {yx: category[yx].item() for yx in at} == at
-    assert torch.equal(sample["sem_seg"], category)
-    # ids are counted from 1 in the order of the file: sky, grass, person, tie, crowd
-    index, segments_info = sample["panoptic_seg"]
-    assert index.dtype == torch.int64 and index.shape == (HEIGHT, WIDTH)
-    at = {(0, 0): 1, (22, 10): 2, (5, 9): 3, (7, 15): 4, (0, 30): 0, (22, 0): 5}
-    assert {yx: index[yx].item() for yx in at} == at
-    assert [s["id"] for s in segments_info] == [1, 2, 3, 4, 5]
-    assert [s["category_id"] for s in segments_info] == [2, 1, 0, 1, 0]  # contiguous
-    assert [bool(s["isthing"]) for s in segments_info] == [False, False, True, True, True]
-    assert [s["iscrowd"] for s in segments_info] == [0, 0, 0, 0, 1]
-    assert "segments_info" not in sample and len(d["segments_info"]) == 5
-    assert d["segments_info"][2]["id"] == 300  # the dataset itself is as it was
-    # the masks are whole and overlap: the person's includes the pixels under the tie
-    person, tie = sample["instances"].gt_masks.tensor
-    assert sample["instances"].gt_classes.tolist() == [0, 1]
-    assert person.sum() == 16 * 16 and tie.sum() == 4 * 8 and (person & tie).sum() == 4 * 8
-
-
-def test_stuff_only_labels(dataset):
-    (d,) = DatasetCatalog.get(dataset)
-    labels = make_mapper(stuff_only=True)(d)["sem_seg"]
-    at = {(0, 0): 2, (22, 10): 1, (5, 9): 0, (7, 15): 0, (0, 30): 255}
-    assert {yx: labels[yx].item() for yx in at} == at
-
-
-def test_without_an_instances_json_masks_are_the_visible_parts(coco_folder, request):
-    paths = [coco_folder / x for x in ("images", "panoptic.json", "panoptic")]
-    with registered(f"test_{request.node.name}", *paths) as name:
-        instances = make_mapper()(DatasetCatalog.get(name)[0])["instances"]
-        assert instances.gt_classes.tolist() == [0, 1]  # without the crowd
-        person, tie = instances.gt_masks.tensor
-        assert not (person & tie).any() and person.sum() == 16 * 16 - 4 * 8
-        assert instances.gt_boxes.tensor.tolist() == [[8, 4, 24, 20], [14, 6, 18, 14]]
-
-
-def test_augmentations_keep_everything_aligned(dataset):
-    """After a flip, a crop and a resize, masks, map and picture still show the tie in one place."""
-    (d,) = DatasetCatalog.get(dataset)
-    augmentations = [
-        T.RandomFlip(prob=1.0),
-        T.CropTransform(2, 2, 28, 20),
-        T.ResizeTransform(20, 28, 40, 56),
-    ]
-    sample = make_mapper(augmentations=augmentations)(d)
-    tie_in_map = sample["panoptic_category"] == 1
-    tie_in_mask = sample["instances"].gt_masks.tensor[1]
-    tie_in_image = sample["image"][2] > 150  # red, BGR
-    assert tie_in_map.shape == (40, 56) and tie_in_map.sum() == 2 * 2 * 4 * 8
-    assert torch.equal(tie_in_map, sample["panoptic_seg"][0] == 4)
-    assert torch.equal(tie_in_map, tie_in_mask)
-    # interpolated in the picture: one pixel of rim
-    assert (tie_in_map ^ tie_in_image).sum() <= 2 * (8 + 16) + 4
-    x = WIDTH - 18 - 2  # mirrored, then cropped
-    assert sample["instances"].gt_boxes.tensor[1].tolist() == [2 * x, 8, 2 * (x + 4), 24]
-
-
-@given(st.integers(0, 2**31 - 1), st.integers(1, 300), st.integers(0, 300))
-def test_category_map_against_a_plain_loop(seed, num_things, num_stuff):
-    rng = np.random.default_rng(seed)
-    ids = rng.choice([0, 1, 256, 65536, 999, 77], size=(5, 6))
-    ids = ids.repeat(rng.integers(1, 4), axis=1).astype(rng.choice(["int32", "uint32", "int64"]))
-    segments = []
-    for i in (1, 256, 65536, 999):  # 0 and 77 are not described: void
-        isthing = bool(rng.integers(2)) or num_stuff == 0
-        category = rng.integers(num_things) if isthing else 1 + rng.integers(num_stuff)
-        segments.append({"id": i, "category_id": int(category), "isthing": isthing})
-    index = torch.from_numpy(index_segments(ids, segments)).long()
-    result = panoptic_categories(segments, num_things, 1000)[index]
-    for y, x in np.ndindex(*ids.shape):
-        expected = 1000
-        for s in segments:
-            if s["id"] == ids[y, x]:
-                offset = 0 if s["isthing"] else num_things - 1
-                expected = s["category_id"] + offset
-        assert result[y, x] == expected
-
-
-@pytest.mark.parametrize("num_segments", [1, 255, 256, 300])
-def test_segments_keep_their_numbers_through_augmentations(num_segments):
-    """Ids up to 24 bits, positions beyond a byte: enlarged and flipped, none is mixed up."""
-    rng = np.random.default_rng(0)
-    ids = rng.choice(2**24, size=num_segments + 1, replace=False)
-    layout = rng.permutation(np.arange(num_segments + 1).repeat(2)).reshape(2, -1)
-    segments = [{"id": i} for i in ids[1:].tolist()]  # ids[0] is not described: void
-    index = index_segments(ids[layout], segments)
-    assert np.array_equal(index, layout)
-    transforms = T.TransformList(
-        [
-            T.ResizeTransform(2, num_segments + 1, 6, 3 * (num_segments + 1)),
-            T.HFlipTransform(3 * (num_segments + 1)),
-        ]
-    )
-    enlarged = transforms.apply_segmentation(index)
-    assert np.array_equal(enlarged, layout.repeat(3, axis=0).repeat(3, axis=1)[:, ::-1])
-
-
-def test_without_images_the_labels_are_the_same(dataset, coco_folder):
-    """No image is opened (there is none), and nothing else changes."""
-    (d,) = DatasetCatalog.get(dataset)
-    augmentations = [T.RandomFlip(prob=1.0), T.ResizeTransform(HEIGHT, WIDTH, 36, 48)]
-    expected = make_mapper(augmentations=augmentations)(d)
-    (coco_folder / "images" / "a.png").unlink()
-    sample = make_mapper(augmentations=augmentations, read_image=False)(d)
-    assert set(expected) - set(sample) == {"image"} and set(sample) <= set(expected)
-    for name in ("panoptic_category", "sem_seg"):
-        assert torch.equal(sample[name], expected[name])
-    assert torch.equal(sample["panoptic_seg"][0], expected["panoptic_seg"][0])
-    assert sample["panoptic_seg"][1] == expected["panoptic_seg"][1]
-    ours, theirs = sample["instances"], expected["instances"]
-    assert ours.image_size == theirs.image_size == (36, 48)
-    assert torch.equal(ours.gt_masks.tensor, theirs.gt_masks.tensor)
-    assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
-    assert torch.equal(ours.gt_classes, theirs.gt_classes)
-    # ... and it did flip: the void column is on the left now
-    assert (sample["panoptic_category"][0, :6] == 255).all()
-
-
-def test_an_image_without_things_has_no_instances_but_their_fields(coco_folder, request):
-    panoptic = json.loads((coco_folder / "panoptic.json").read_text())
-    annotation = panoptic["annotations"][0]
-    annotation["segments_info"] = annotation["segments_info"][:2]
-    Image.fromarray(id2rgb(np.full((HEIGHT, WIDTH), 11))).save(coco_folder / "panoptic" / "a.png")
-    (coco_folder / "panoptic.json").write_text(json.dumps(panoptic))
-    paths = [coco_folder / x for x in ("images", "panoptic.json", "panoptic")]
-    with registered(f"test_{request.node.name}", *paths) as name:
-        sample = make_mapper()(DatasetCatalog.get(name)[0])
-    assert len(sample["instances"]) == 0
-    candidates = gt_candidates(sample["instances"], 4, (HEIGHT // 4, WIDTH // 4))
-    assert candidates.masks.shape == (0, HEIGHT // 4, WIDTH // 4)
-    assert candidates.boxes.shape == (0, 4)
-
-
-def test_from_config():
-    cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
-    mapper = PanopticDatasetMapper(cfg, is_train=True)
-    assert (mapper.num_things, mapper.stuff_only, mapper.ignore_value) == (8, False, 255)
-    assert mapper.instance_mask_format == "bitmask" and mapper.read_image
-    cfg.INPUT.READ_IMAGE = False
-    assert not PanopticDatasetMapper(cfg, is_train=True).read_image
-
-
-# ------------------------------------------------------------------------------- random scenes
-
-
-@st.composite
-def scenes(draw):
-    """
-    Rectangles painted over each other, at most 7.
-
-    Returns:
-        size, and for each its id, what it is and its XYXY box; the last lies on top.
-    """
-    height, width = draw(st.integers(6, 30)), draw(st.integers(6, 30))
-    ids = draw(st.lists(st.integers(1, 2**24 - 1), max_size=7, unique=True))
-    rectangles = []
-    for i in ids:
-        kind = draw(st.sampled_from(["thing", "thing", "crowd", "stuff"]))
-        x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
-        x1, y1 = draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))
-        rectangles.append((i, kind, (x0, y0, x1, y1)))
-    return (height, width), rectangles
-
-
-crops = st.sampled_from(
-    [
-        ("relative", (0.5, 0.8)),
-        ("relative_range", (0.3, 0.3)),
-        ("absolute", (5, 9)),
-        ("absolute_range", (4, 12)),
-    ]
-)
-
-
-@st.composite
-def augmentations(draw, resize):
-    """Flips, a crop and, if wanted, a resize that samples the image as it samples the map."""
-    some = [T.RandomFlip(1.0), T.RandomFlip(1.0, horizontal=False, vertical=True)]
-    some.append(T.RandomCrop(*draw(crops)))
-    if resize:
-        shape = draw(st.integers(6, 60)), draw(st.integers(6, 60))
-        some.append(T.Resize(shape, Image.NEAREST))
-    return draw(st.lists(st.sampled_from(some), unique_by=id))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("scene")
+from tests.conftest import load_config
+from tests.data.conftest import make_mapper
 
 
 def write_scene(folder, size, rectangles, masks):
     """
-    Thing k is of class k, counted from 0; stuff k of class 1 + k. In the image, red is k + 1 for
-    the one on top, and bit k of green is set wherever rectangle k is, seen or hidden.
+    Rectangles painted over each other: (id, "thing" or "crowd" or "stuff", XYXY box). Thing k is of
+    class k, counted from 0; stuff k of class 1 + k. In the image, red is k + 1 for the one on top,
+    and bit k of green is set wherever rectangle k is, seen or hidden.
 
     Args:
         masks: what "annotations" hold: "polygon", "rle", or None for no annotations.
@@ -384,6 +63,134 @@ def write_scene(folder, size, rectangles, masks):
     return d if masks is None else {**d, "annotations": annotations}
 
 
+# A person with a tie, before grass; a crowd in the lower left corner, a void column on the right.
+PORTRAIT = (24, 32), [
+    (12, "stuff", (0, 0, 28, 24)),
+    (300, "thing", (8, 4, 24, 20)),
+    (70000, "thing", (14, 6, 18, 14)),
+    (5, "crowd", (0, 20, 6, 24)),
+]
+
+
+@pytest.fixture
+def portrait(tmp_path):
+    return write_scene(tmp_path, *PORTRAIT, "polygon")
+
+
+def test_training_input_by_hand(portrait):
+    sample = make_mapper(num_things=4)(portrait)
+    category = sample["panoptic_category"]
+    index, segments_info = sample["panoptic_seg"]
+    for labels in (category, index, sample["sem_seg"]):
+        assert labels.dtype == torch.int64 and labels.shape == (24, 32)
+    at = [(0, 0), (5, 9), (7, 15), (22, 0), (0, 30)]  # grass, person, tie, crowd, void
+    assert [category[yx].item() for yx in at] == [4, 1, 2, 3, -1]
+    assert [sample["sem_seg"][yx].item() for yx in at] == [4, 1, 2, 3, 255]
+    assert [index[yx].item() for yx in at] == [1, 2, 3, 4, 0]
+    assert [s["id"] for s in segments_info] == [1, 2, 3, 4]
+    assert [s["category_id"] for s in segments_info] == [1, 1, 2, 3]
+    assert [s["iscrowd"] for s in segments_info] == [0, 0, 0, 1]
+    assert portrait["segments_info"][1]["id"] == 300  # the dataset itself is as it was
+    person, tie = sample["instances"].gt_masks.tensor  # whole masks, without the crowd's
+    assert sample["instances"].gt_classes.tolist() == [1, 2]
+    assert person.sum() == 16 * 16 and tie.sum() == 4 * 8 and (person & tie).sum() == 4 * 8
+
+
+def test_inference_input(portrait):
+    sample = make_mapper(is_train=False)(portrait)
+    assert "annotations" not in sample and sample["segments_info"] == portrait["segments_info"]
+    Path(portrait["pan_seg_file_name"]).unlink()  # a test set without ground truth
+    assert make_mapper(is_train=False)(portrait)["image"].shape == (3, 24, 32)
+    Image.new("P", (32, 24)).save(portrait["pan_seg_file_name"])  # evaluators would misread it
+    with pytest.raises(ValueError, match="panoptic.png"):
+        make_mapper(is_train=False)(portrait)
+
+
+@pytest.mark.parametrize("ignore_value", [255, -1, 254, 1000])
+@pytest.mark.parametrize("stuff_only", [False, True])
+def test_void_is_the_ignore_value_for_the_semantic_head_alone(portrait, ignore_value, stuff_only):
+    sample = make_mapper(ignore_value=ignore_value, stuff_only=stuff_only)(portrait)
+    void = sample["panoptic_seg"][0] == 0
+    assert void.sum() == 24 * 4
+    assert torch.equal(sample["sem_seg"] == ignore_value, void)
+    assert torch.equal(sample["panoptic_category"] == -1, void)
+
+
+@pytest.mark.parametrize("stuff_only, expected", [(True, [0, 0, 2]), (False, [255, 299, 301])])
+def test_class_255_is_not_void(tmp_path, stuff_only, expected):
+    """300 things and 2 stuff classes."""
+    kinds = ["thing", "thing", "stuff"]
+    boxes = [(i, kind, (3 * i, 0, 3 * i + 3, 6)) for i, kind in enumerate(kinds, start=1)]
+    d = write_scene(tmp_path, (6, 12), boxes, None)
+    for segment, category in zip(d["segments_info"], (255, 299, 2)):
+        segment["category_id"] = category
+    ignore_value = 255 if stuff_only else -1  # which must be no class of the head
+    sample = make_mapper(num_things=300, stuff_only=stuff_only, ignore_value=ignore_value)(d)
+    assert sample["panoptic_category"][0, 3::3].tolist() == [255, 299, 301]
+    assert sample["sem_seg"][0, ::3].tolist() == [ignore_value, *expected]
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 300), st.integers(0, 300))
+def test_category_map_against_a_plain_loop(seed, num_things, num_stuff):
+    rng = np.random.default_rng(seed)
+    ids = rng.choice([0, 1, 256, 65536, 999, 77], size=(5, 6))
+    ids = ids.repeat(rng.integers(1, 4), axis=1).astype(np.int32)
+    segments = []
+    for i in (1, 256, 65536, 999):  # 0 and 77 are not described: void
+        isthing = bool(rng.integers(2)) or num_stuff == 0
+        category = rng.integers(num_things) if isthing else 1 + rng.integers(num_stuff)
+        segments.append({"id": i, "category_id": int(category), "isthing": isthing})
+    positions = segment_positions(index_segments(ids, segments))
+    result = panoptic_categories(segments, num_things)[positions]
+    for y, x in np.ndindex(*ids.shape):
+        expected = -1
+        for s in segments:
+            if s["id"] == ids[y, x]:
+                expected = s["category_id"] + (0 if s["isthing"] else num_things - 1)
+        assert result[y, x] == expected
+
+
+# --------------------------------------------------------------------------- augmentations
+
+
+@st.composite
+def scenes(draw):
+    """Size, and at most 7 rectangles for :func:`write_scene`."""
+    height, width = draw(st.integers(6, 30)), draw(st.integers(6, 30))
+    ids = draw(st.lists(st.integers(1, 2**24 - 1), max_size=7, unique=True))
+    rectangles = []
+    for i in ids:
+        kind = draw(st.sampled_from(["thing", "thing", "crowd", "stuff"]))
+        x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+        x1, y1 = draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))
+        rectangles.append((i, kind, (x0, y0, x1, y1)))
+    return (height, width), rectangles
+
+
+CROPS = [("relative", (0.5, 0.8)), ("relative_range", (0.3, 0.3)), ("absolute", (5, 9))]
+crops = st.sampled_from([*CROPS, ("absolute_range", (4, 12))])
+
+
+@st.composite
+def augmentations(draw, resize):
+    """
+    Flips, crops, padding and, if wanted, a resize that samples the image as it samples the map.
+    (Where an image is padded it is 0, as where nothing was drawn.)
+    """
+    shape = draw(st.integers(6, 60)), draw(st.integers(6, 60))
+    some = [T.RandomFlip(1.0), T.RandomFlip(1.0, horizontal=False, vertical=True)]
+    some += [T.RandomCrop(*draw(crops)), T.FixedSizeCrop(shape, pad_value=0)]
+    if resize:
+        scale = T.ResizeScale(0.5, 2.0, *shape, Image.NEAREST)
+        some.append(draw(st.sampled_from([T.Resize(shape, Image.NEAREST), scale])))
+    return draw(st.lists(st.sampled_from(some), unique_by=id))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("scene")
+
+
 @given(st.data(), st.sampled_from([None, "polygon", "rle"]), st.booleans(), st.booleans())
 def test_every_scene_stays_aligned(folder, data, masks, stuff_only, recompute_boxes):
     """The image says what is where: its colours are the segments, after every augmentation."""
@@ -392,7 +199,6 @@ def test_every_scene_stays_aligned(folder, data, masks, stuff_only, recompute_bo
     # Polygons are only as exact as the others if they stay on whole pixels.
     mapper = make_mapper(
         augmentations=data.draw(augmentations(resize=masks != "polygon")),
-        num_things=7,
         stuff_only=stuff_only,
         recompute_boxes=recompute_boxes,
     )
@@ -400,9 +206,9 @@ def test_every_scene_stays_aligned(folder, data, masks, stuff_only, recompute_bo
     sample = mapper(d)
 
     index, _ = sample["panoptic_seg"]
-    _, silhouettes, painted = sample["image"]
+    painted, silhouettes, _ = sample["image"]
     assert torch.equal(index, painted.long())
-    category, labels, expected = torch.full_like(index, 255), torch.full_like(index, 255), {}
+    category, labels, expected = torch.full_like(index, -1), torch.full_like(index, 255), {}
     for k, (_, kind, _) in enumerate(rectangles):
         category[painted == k + 1] = k if kind != "stuff" else 7 + k
         labels[painted == k + 1] = 0 if kind != "stuff" else 1 + k
@@ -410,7 +216,8 @@ def test_every_scene_stays_aligned(folder, data, masks, stuff_only, recompute_bo
         if kind == "thing" and mask.any():
             expected[k] = mask
     assert torch.equal(sample["panoptic_category"], category)
-    assert torch.equal(sample["sem_seg"], labels if stuff_only else category)
+    expected_labels = category.where(category >= 0, torch.tensor(255))
+    assert torch.equal(sample["sem_seg"], labels if stuff_only else expected_labels)
 
     instances = sample["instances"]
     assert instances.image_size == index.shape
@@ -428,6 +235,28 @@ def test_every_scene_stays_aligned(folder, data, masks, stuff_only, recompute_bo
         assert (boxes <= torch.tensor(index.shape[::-1] * 2)).all()
 
 
+@pytest.mark.parametrize("n", [1, 253, 254, 255, 256, 300])
+def test_padding_is_void_for_any_number_of_segments(tmp_path, n):
+    """A row of n things, enlarged, cropped and padded as in Detectron2's large-scale jittering."""
+    ids = np.random.default_rng(0).choice(np.arange(1, 2**24), n, replace=False)
+    Image.fromarray(id2rgb(ids[None].repeat(2, axis=0))).save(tmp_path / "panoptic.png")
+    Image.new("RGB", (n, 2)).save(tmp_path / "image.png")
+    d = {"file_name": str(tmp_path / "image.png"), "height": 2, "width": n}
+    d["pan_seg_file_name"] = str(tmp_path / "panoptic.png")
+    d["segments_info"] = [
+        {"id": i, "category_id": k % 7, "isthing": True} for k, i in enumerate(ids.tolist())
+    ]
+    jitter = [T.ResizeScale(3.0, 3.0, 2, n), T.FixedSizeCrop((9, 3 * n + 5)), T.RandomFlip(1.0)]
+    sample = make_mapper(augmentations=jitter)(d)
+    truth = np.zeros((9, 3 * n + 5), dtype=np.int64)
+    truth[:6, 5:] = np.arange(n, 0, -1).repeat(3)
+    assert np.array_equal(sample["panoptic_seg"][0], truth)
+    assert torch.equal(sample["panoptic_category"] < 0, torch.from_numpy(truth == 0))
+    masks = sample["instances"].gt_masks.tensor
+    assert masks.shape[0] == n
+    assert np.array_equal((masks * torch.arange(1, n + 1)[:, None, None]).sum(0), truth)
+
+
 def slow_annotations(d):
     """What the mapper makes of the PNG, in Detectron2's format, by pycocotools."""
     rgb = np.array(Image.open(d["pan_seg_file_name"]), dtype=int)
@@ -443,15 +272,12 @@ def slow_annotations(d):
 
 
 @given(scenes(), st.booleans(), crops, st.integers(0, 2**32 - 1))
-def test_instances_from_the_png_are_those_of_detectron2(folder, scene, recompute, crop, seed):
-    """As if the visible parts had been in an instances JSON, up to the last bit."""
+def test_instances_from_the_png_are_those_of_annotations(folder, scene, recompute, crop, seed):
+    """Bit for bit as if the visible parts had been in an instances JSON."""
     d = write_scene(folder, *scene, None)
     resize = T.ResizeShortestEdge((17, 45), 80, "range")
-    mapper = make_mapper(
-        augmentations=[T.RandomCrop(*crop), resize, T.RandomFlip()],
-        num_things=7,
-        recompute_boxes=recompute,
-    )
+    jitter = [T.RandomCrop(*crop), resize, T.FixedSizeCrop((30, 40)), T.RandomFlip()]
+    mapper = make_mapper(augmentations=jitter, recompute_boxes=recompute)
     np.random.seed(seed)
     ours = mapper(d)["instances"]
     np.random.seed(seed)
@@ -461,36 +287,6 @@ def test_instances_from_the_png_are_those_of_detectron2(folder, scene, recompute
     assert torch.equal(ours.gt_classes, theirs.gt_classes)
     for x, y in ((ours.gt_boxes, theirs.gt_boxes), (ours.gt_masks, theirs.gt_masks)):
         assert torch.equal(x.tensor, y.tensor) and x.tensor.dtype == y.tensor.dtype
-
-
-def test_masks_from_the_png_are_bitmasks_beside_polygons(folder):
-    scene = (12, 12), [(5, "thing", (2, 3, 9, 8)), (6, "crowd", (0, 0, 2, 2))]
-    kwargs = {"num_things": 7, "instance_mask_format": "polygon"}
-    (mask,) = make_mapper(**kwargs)(write_scene(folder, *scene, None))["instances"].gt_masks
-    assert mask.sum() == 7 * 5 and mask[3:8, 2:9].all()
-    masks = make_mapper(**kwargs)(write_scene(folder, *scene, "polygon"))["instances"].gt_masks
-    assert isinstance(masks, PolygonMasks) and masks.area().tolist() == [7 * 5]
-
-
-def test_integer_annotations_are_not_cut_off(folder):
-    """Whole numbers in the JSON, fractions after a resize: 5 to 9 of 10 becomes 7.5 to 13.5 of 15."""
-    d = write_scene(folder, (10, 10), [(5, "thing", (5, 0, 9, 10))], "polygon")
-    resize = T.ResizeTransform(10, 10, 15, 15)
-    mapper = make_mapper(augmentations=[resize], instance_mask_format="polygon", num_things=7)
-    instances = mapper(d)["instances"]
-    assert instances.gt_boxes.tensor.tolist() == [[7.5, 0, 13.5, 15]]
-    assert instances.gt_masks.polygons[0][0].tolist() == [7.5, 0, 13.5, 0, 13.5, 15, 7.5, 15]
-
-
-@pytest.mark.parametrize("masks", [None, "rle"])
-def test_without_masks(folder, masks):
-    """A detector that learns boxes alone."""
-    scene = (12, 12), [(5, "thing", (2, 3, 9, 8)), (6, "thing", (2, 3, 4, 4))]
-    instances = make_mapper(num_things=7, use_instance_mask=False)(
-        write_scene(folder, *scene, masks)
-    )["instances"]
-    assert set(instances.get_fields()) == {"gt_boxes", "gt_classes"}
-    assert instances.gt_boxes.tensor.tolist() == [[2, 3, 9, 8], [2, 3, 4, 4]]
 
 
 @pytest.mark.parametrize("crop", ["relative", "relative_range", "absolute", "absolute_range"])
@@ -508,8 +304,7 @@ def test_crops_of_the_config(folder, crop, masks, kind):
     sample = mapper(write_scene(folder, (18, 30), rectangles, masks))
     height, width = sample["image"].shape[1:]
     assert min(height, width) in (20, 30)
-    assert sample["sem_seg"].shape == sample["panoptic_seg"][0].shape == (height, width)
-    expected = {"thing": 0, "crowd": 0, "stuff": 8, "void": 255}
+    expected = {"thing": 0, "crowd": 0, "stuff": 8, "void": -1}
     assert (sample["panoptic_category"] == expected[kind]).all()
     instances = sample["instances"]
     assert isinstance(instances.gt_masks, BitMasks) and instances.gt_masks.tensor.all()
@@ -518,223 +313,140 @@ def test_crops_of_the_config(folder, crop, masks, kind):
     assert instances.gt_masks.tensor.shape == (len(boxes), height, width)
 
 
-# ------------------------------------------------------------------------------- kinds of files
-
-
-@pytest.mark.parametrize("format", ["BGR", "RGB", "L", "YUV-BT.601"])
-@pytest.mark.parametrize(
-    "mode, suffix",
-    [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("1", "png")],
-)
-def test_any_mode_is_read_as_detectron2_does(dataset, tmp_path, mode, suffix, format):
-    (d,) = DatasetCatalog.get(dataset)
-    colours = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
-    d["file_name"] = str(tmp_path / f"other.{suffix}")
-    Image.fromarray(colours, "RGBA").convert("RGB").convert(mode).save(d["file_name"])
-    assert Image.open(d["file_name"]).mode == mode
-    expected = utils.read_image(d["file_name"], format)
-    assert expected.std() > 0
+def test_an_image_that_vanishes_when_it_is_resized_is_named(tmp_path):
+    d = write_scene(tmp_path, (1, 500), [(5, "stuff", (0, 0, 500, 1))], None)
     for is_train in (True, False):
-        image = make_mapper(is_train, image_format=format)(d)["image"]
-        assert torch.equal(image, torch.tensor(expected.transpose(2, 0, 1).copy()))
+        with pytest.raises(ValueError, match="image.png.* 500 x 1 pixels"):
+            make_mapper(is_train, [T.ResizeShortestEdge(96, 128)])(d)
 
 
-def test_the_camera_was_held_sideways(dataset):
-    """Size and ground truth are those of the upright picture."""
-    (d,) = DatasetCatalog.get(dataset)
-    upright = Image.open(d["file_name"]).convert("RGB")
-    exif = Image.Exif()
-    exif[274] = 6  # to be turned clockwise by 90 degrees
-    upright.transpose(Image.ROTATE_90).save(d["file_name"], exif=exif)
-    assert Image.open(d["file_name"]).size == (HEIGHT, WIDTH)
-    sample = make_mapper(image_format="RGB")(d)
-    assert np.array_equal(sample["image"], np.array(upright).transpose(2, 0, 1))
-    assert torch.equal(sample["image"][0] > 150, sample["panoptic_category"] == 1)  # the tie
+# --------------------------------------------------------------------------- kinds of masks
 
 
-def sixteen_bits(kind):
-    """
-    Returns:
-        name of a file and an image for it, which PIL opens as another mode than "I;16" if that is
-        what `kind` says.
-    """
-    values = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, 3), dtype=np.uint16)
-    grey = values[:, :, 0]
-    return {
-        "I;16": ("grey.png", Image.fromarray(grey)),
-        "I": ("grey.tiff", Image.fromarray(grey.astype(np.int32))),
-        "F": ("grey.tiff", Image.fromarray(grey.astype(np.float32))),
-        "RGB": ("colour.png", values),
-    }[kind]
+def test_masks_from_the_png_are_bitmasks_beside_polygons(folder):
+    scene = (12, 12), [(5, "thing", (2, 3, 9, 8)), (6, "crowd", (0, 0, 2, 2))]
+    mapper = make_mapper(instance_mask_format="polygon")
+    (mask,) = mapper(write_scene(folder, *scene, None))["instances"].gt_masks
+    assert mask.sum() == 7 * 5 and mask[3:8, 2:9].all()
+    masks = mapper(write_scene(folder, *scene, "polygon"))["instances"].gt_masks
+    assert isinstance(masks, PolygonMasks) and masks.area().tolist() == [7 * 5]
 
 
-@pytest.mark.parametrize("kind", ["I;16", "I", "F", "RGB"])
-@pytest.mark.parametrize("key", ["file_name", "pan_seg_file_name"])
-def test_more_than_8_bits_are_refused(dataset, tmp_path, kind, key):
-    (d,) = DatasetCatalog.get(dataset)
-    name, image = sixteen_bits(kind)
-    d[key] = str(tmp_path / name)
-    if kind == "RGB":
-        assert cv2.imwrite(d[key], image)  # PIL cannot write it
-    else:
-        image.save(d[key])
-    assert Image.open(d[key]).mode == kind
-    message = f"{re.escape(d[key])}: more than 8 bits .*mode {kind}.*; convert it to 8 bits"
-    for is_train in (True, False) if key == "file_name" else (True,):
-        with pytest.raises(ValueError, match=message):
-            make_mapper(is_train)(d)
-
-
-def test_other_modes_of_a_panoptic_png(dataset):
-    """A palette or an alpha channel changes no id."""
-    (d,) = DatasetCatalog.get(dataset)
-    expected = make_mapper()(d)["panoptic_seg"][0]
-    rgb = Image.open(d["pan_seg_file_name"])
-    alpha = Image.fromarray(np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8))
-    palette = rgb.quantize(16)
-    assert np.array_equal(palette.convert("RGB"), rgb)
-    for image in (palette, Image.merge("RGBA", (*rgb.split(), alpha))):
-        image.save(d["pan_seg_file_name"])
-        assert Image.open(d["pan_seg_file_name"]).mode == image.mode != "RGB"
-        assert torch.equal(make_mapper()(d)["panoptic_seg"][0], expected)
-
-
-# --------------------------------------------------------------------------- mistakes in a dataset
-
-
-def test_an_image_of_another_size_is_refused(dataset, coco_folder):
-    (d,) = DatasetCatalog.get(dataset)
-    cv2.imwrite(str(coco_folder / "images" / "a.png"), np.zeros((10, 10, 3), np.uint8))
-    for is_train in (True, False):
-        with pytest.raises(utils.SizeMismatchError, match="images/a.png"):
-            make_mapper(is_train)(d)
-
-
-def test_a_panoptic_png_of_another_size_is_refused(dataset):
-    (d,) = DatasetCatalog.get(dataset)
-    Image.new("RGB", (WIDTH, HEIGHT + 1)).save(d["pan_seg_file_name"])
-    message = "panoptic/a.png: 32 x 25 pixels, .*images/a.png has 32 x 24.*oanet_d2.data.check"
-    for read_image in (True, False):
-        with pytest.raises(ValueError, match=message):
-            make_mapper(read_image=read_image)(d)
-
-
-@pytest.mark.parametrize("num_unlisted", [1, 5, 8])
-def test_ids_that_segments_info_does_not_list_are_refused(dataset, num_unlisted):
-    (d,) = DatasetCatalog.get(dataset)
-    ids = np.zeros((HEIGHT, WIDTH), dtype=np.uint32)
-    ids[0, :num_unlisted] = 70001 + np.arange(num_unlisted)  # 70000 is the tie
-    ids[1, :4] = 70000
-    Image.fromarray(id2rgb(ids)).save(d["pan_seg_file_name"])
-    first = ", ".join(str(70001 + k) for k in range(min(num_unlisted, 5)))
-    more = " and 3 more" if num_unlisted == 8 else ""
-    message = re.escape(f"[{first}]{more};") + ".*oanet_d2.data.check"
-    with pytest.raises(ValueError, match=f"panoptic/a.png: .*{message}"):
-        make_mapper()(d)
-
-
-def test_listed_ids_may_be_absent(dataset):
-    (d,) = DatasetCatalog.get(dataset)
-    expected = make_mapper()(d)["panoptic_seg"][0]
-    d["segments_info"].append({"id": 999, "category_id": 0, "isthing": True, "iscrowd": 0})
-    del d["annotations"]
-    sample = make_mapper()(d)
-    assert torch.equal(sample["panoptic_seg"][0], expected)
-    assert len(sample["panoptic_seg"][1]) == 6
-    assert sample["instances"].gt_classes.tolist() == [0, 1]  # not a third, empty one
-
-
-def break_file(path, how):
-    content = Path(path).read_bytes()
-    if how == "missing":
-        Path(path).unlink()
-    else:
-        kept = len(content) * 2 // 3
-        Path(path).write_bytes({"empty": b"", "text": b"moved", "cut": content[:kept]}[how])
-
-
-@pytest.mark.parametrize(
-    "how, reason",
-    [
-        ("missing", "No such file"),
-        ("empty", "cannot identify"),
-        ("text", "cannot identify"),
-        ("cut", "truncated"),
-    ],
-)
-@pytest.mark.parametrize("key", ["jpg", "png", "pan_seg_file_name"])
-def test_a_broken_file_is_named(dataset, tmp_path, key, how, reason):
-    (d,) = DatasetCatalog.get(dataset)
-    if key != "pan_seg_file_name":
-        noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        d["file_name"] = str(tmp_path / f"photo.{key}")
-        Image.fromarray(noise).save(d["file_name"])
-        key = "file_name"
-    make_mapper()(d)
-    break_file(d[key], how)
-    for is_train in (True, False) if key == "file_name" else (True,):
-        with pytest.raises(ValueError, match=f"^{re.escape(d[key])}: .*{reason}") as error:
-            make_mapper(is_train)(d)
-        assert isinstance(error.value.__cause__, OSError)
-
-
-@pytest.mark.parametrize(
-    "changed, reason",
-    [
-        ({"bbox": None}, "bbox"),
-        ({"bbox": [1, 2, 3]}, "4"),
-        ({"category_id": None}, "category_id"),
-        ({"segmentation": None}, "no segmentation"),
-        ({"segmentation": 5}, "segmentation"),
-        ({"segmentation": [[1.0, 2.0, 3.0]]}, "reshape"),
-        ({"segmentation": {"size": [5, 5], "counts": b"05"}}, "an RLE has 5 pixels; 5 x 5 are 25"),
-        ({"segmentation": {"size": [5, 5], "counts": b"i0"}}, "Assertion"),
-    ],
-)
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_malformed_annotation_is_refused_with_its_image(dataset, changed, reason, which):
-    (d,) = DatasetCatalog.get(dataset)
-    make_mapper()(d)
-    for key, value in changed.items():
-        if value is None:
-            del d["annotations"][which][key]
-        else:
-            d["annotations"][which][key] = value
-    with pytest.raises(ValueError, match=f"annotations of .*images/a.png: .*{reason}"):
-        make_mapper()(d)
-
-
-@pytest.mark.parametrize("key", ["id", "category_id", "isthing"])
-def test_a_malformed_segment_is_refused_with_its_file(dataset, key):
-    (d,) = DatasetCatalog.get(dataset)
-    del d["segments_info"][1][key]
-    with pytest.raises(ValueError, match=f"(images|panoptic)/a.png: .*KeyError: '{key}'"):
-        make_mapper()(d)
-
-
-def test_a_data_loader_stops_at_a_broken_file(dataset, tmp_path):
-    """The error of the worker arrives with the file's name; nothing hangs, nothing is skipped."""
-    (d,) = DatasetCatalog.get(dataset)
-    dicts = [{**d, "image_id": i} for i in range(3)]
-    dicts[1]["file_name"] = shutil.copy(d["file_name"], tmp_path / "broken.png")
-    break_file(dicts[1]["file_name"], "cut")
-    loader = build_detection_train_loader(
-        dicts, mapper=make_mapper(), total_batch_size=1, num_workers=1, timeout=60
-    )
-    with pytest.raises(ValueError, match=r"broken\.png: image file is truncated"):
-        for _, batch in zip(range(len(dicts)), loader):  # every image once
-            assert batch[0]["image_id"] != 1
+def test_polygons_that_leave_the_padded_image_stay_polygons(folder):
+    d = write_scene(folder, (10, 10), [(5, "thing", (2, 3, 9, 8))], "polygon")
+    crop = [T.FixedSizeCrop((6, 14))]
+    sample = make_mapper(True, crop, instance_mask_format="polygon", recompute_boxes=True)(d)
+    instances = sample["instances"]
+    masks = BitMasks.from_polygon_masks(instances.gt_masks, 6, 14)
+    assert torch.equal(masks.tensor[0], sample["panoptic_seg"][0] == 1)
+    assert torch.equal(instances.gt_boxes.tensor, masks.get_bounding_boxes().tensor)
 
 
 @pytest.mark.parametrize("rle", [(0,), (1,), (0, 1)])
-def test_one_rle_makes_bitmasks_of_all(dataset, rle):
+def test_one_rle_makes_bitmasks_of_all(portrait, rle):
     """With the format that COCO's configs ask for, Detectron2 would refuse the image."""
-    (d,) = DatasetCatalog.get(dataset)
-    polygons = make_mapper(instance_mask_format="polygon")(d)["instances"].gt_masks
+    mapper = make_mapper(instance_mask_format="polygon")
+    polygons = mapper(portrait)["instances"].gt_masks
     assert isinstance(polygons, PolygonMasks)
     for i in rle:
-        rles = mask_util.frPyObjects(d["annotations"][i]["segmentation"], HEIGHT, WIDTH)
-        d["annotations"][i]["segmentation"] = mask_util.merge(rles)
-    masks = make_mapper(instance_mask_format="polygon")(d)["instances"].gt_masks
-    expected = BitMasks.from_polygon_masks(polygons, HEIGHT, WIDTH)
-    assert torch.equal(masks.tensor, expected.tensor)
+        rles = mask_util.frPyObjects(portrait["annotations"][i]["segmentation"], 24, 32)
+        portrait["annotations"][i]["segmentation"] = mask_util.merge(rles)
+    masks = mapper(portrait)["instances"].gt_masks
+    assert torch.equal(masks.tensor, BitMasks.from_polygon_masks(polygons, 24, 32).tensor)
+
+
+def test_integer_annotations_are_not_cut_off(folder):
+    """Whole numbers in the JSON, fractions after a resize: 5 to 9 of 10 becomes 7.5 to 13.5 of 15."""
+    d = write_scene(folder, (10, 10), [(5, "thing", (5, 0, 9, 10))], "polygon")
+    resize = T.ResizeTransform(10, 10, 15, 15)
+    instances = make_mapper(augmentations=[resize], instance_mask_format="polygon")(d)["instances"]
+    assert instances.gt_boxes.tensor.tolist() == [[7.5, 0, 13.5, 15]]
+    assert instances.gt_masks.polygons[0][0].tolist() == [7.5, 0, 13.5, 0, 13.5, 15, 7.5, 15]
+
+
+@pytest.mark.parametrize("masks", [None, "rle"])
+def test_without_masks(folder, masks):
+    """A detector that learns boxes alone."""
+    scene = (12, 12), [(5, "thing", (2, 3, 9, 8)), (6, "thing", (2, 3, 4, 4))]
+    mapper = make_mapper(use_instance_mask=False)
+    instances = mapper(write_scene(folder, *scene, masks))["instances"]
+    assert set(instances.get_fields()) == {"gt_boxes", "gt_classes"}
+    assert instances.gt_boxes.tensor.tolist() == [[2, 3, 9, 8], [2, 3, 4, 4]]
+
+
+# --------------------------------------------------------------------------- images
+
+
+def test_annotations_alone_need_no_image(portrait):
+    """SRMFromAnnotations opens no image, and nothing else changes."""
+    augmentations = [T.RandomFlip(prob=1.0), T.ResizeTransform(24, 32, 36, 48)]
+    expected = make_mapper(augmentations=augmentations)(portrait)
+    Path(portrait["file_name"]).unlink()
+    cfg = load_config(
+        "OcclusionScenes/oanet_R_18.yaml", "MODEL.META_ARCHITECTURE", "SRMFromAnnotations"
+    )
+    mapper = PanopticDatasetMapper(cfg, True, augmentations=augmentations, num_things=7)
+    sample = mapper(portrait)
+    assert set(expected) - set(sample) == {"image"} and set(sample) <= set(expected)
+    for name in ("panoptic_category", "sem_seg"):
+        assert torch.equal(sample[name], expected[name])
+    assert torch.equal(sample["panoptic_seg"][0], expected["panoptic_seg"][0])
+    ours, theirs = sample["instances"], expected["instances"]
+    assert ours.image_size == theirs.image_size == (36, 48)
+    assert torch.equal(ours.gt_masks.tensor, theirs.gt_masks.tensor)
+    assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
+    assert (sample["panoptic_category"][0, :6] == -1).all()  # it did flip
+
+
+@pytest.mark.parametrize("format", ["BGR", "L", "YUV-BT.601"])
+@pytest.mark.parametrize("mode, suffix", [("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")])
+def test_any_mode_is_read_as_detectron2_does(portrait, tmp_path, mode, suffix, format):
+    colours = np.random.default_rng(0).integers(0, 256, (24, 32, 4), dtype=np.uint8)
+    portrait["file_name"] = str(tmp_path / f"other.{suffix}")
+    Image.fromarray(colours, "RGBA").convert("RGB").convert(mode).save(portrait["file_name"])
+    expected = utils.read_image(portrait["file_name"], format)
+    assert expected.std() > 0
+    image = make_mapper(image_format=format)(portrait)["image"]
+    assert torch.equal(image, torch.tensor(expected.transpose(2, 0, 1).copy()))
+
+
+def test_the_camera_was_held_sideways(portrait):
+    """Size and ground truth are those of the upright picture."""
+    upright = Image.open(portrait["file_name"]).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise by 90 degrees
+    upright.transpose(Image.ROTATE_90).save(portrait["file_name"], exif=exif)
+    assert Image.open(portrait["file_name"]).size == (24, 32)
+    sample = make_mapper()(portrait)
+    assert np.array_equal(sample["image"], np.array(upright).transpose(2, 0, 1))
+    assert torch.equal(sample["image"][0].long(), sample["panoptic_seg"][0])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"bbox": None}, {"bbox": [1, 2, 3]}, {"category_id": None}, {"segmentation": None},
+     {"segmentation": 5}, {"segmentation": [[1.0, 2.0, 3.0]]},
+     {"segmentation": {"size": [5, 5], "counts": b"0zzzz9"}}],
+)
+def test_a_malformed_annotation_is_refused_with_its_image(portrait, changed):
+    """Also one that did not come through our loader."""
+    ((key, value),) = changed.items()
+    portrait["annotations"][1].pop(key)
+    if value is not None:
+        portrait["annotations"][1][key] = value
+    with pytest.raises(ValueError, match=re.escape(portrait["file_name"])):
+        make_mapper()(portrait)
+
+
+def test_a_data_loader_stops_at_a_broken_file(portrait, tmp_path):
+    """The error of the worker arrives with the file's name; nothing hangs, nothing is skipped."""
+    dicts = [{**portrait, "image_id": i} for i in range(3)]
+    dicts[1]["file_name"] = shutil.copy(portrait["file_name"], tmp_path / "broken.png")
+    content = Path(dicts[1]["file_name"]).read_bytes()
+    Path(dicts[1]["file_name"]).write_bytes(content[: len(content) * 2 // 3])
+    loader = build_detection_train_loader(
+        dicts, mapper=make_mapper(), total_batch_size=1, num_workers=1, timeout=60
+    )
+    with pytest.raises(ValueError, match=r"broken\.png: "):
+        for _, batch in zip(range(len(dicts)), loader):  # every image once
+            assert batch[0]["image_id"] != 1

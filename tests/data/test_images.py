@@ -1,85 +1,49 @@
-import os
-import re
-import struct
-import zlib
-
 import numpy as np
 import pytest
+from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 
-from oanet_d2.data import images
-from oanet_d2.data.images import MAX_PIXELS, read_header, read_image
+from detectron2.data import detection_utils as utils
+
+from oanet_d2.data.images import check_header, count_pixels, read_image, read_segment_ids
 
 
-def png_header(width, height):
-    """The beginning of a PNG of any size; no pixel follows."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    crc = struct.pack(">I", zlib.crc32(header))
-    chunks = struct.pack(">I", 13) + header + crc + struct.pack(">I", 9) + b"IDAT"
-    return b"\x89PNG\r\n\x1a\n" + chunks
-
-
-@pytest.fixture
-def never_decoded(monkeypatch):
-    """Whoever decodes fails; not PIL's limit, ours is tested."""
-
-    def fail(*args):
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(images.utils, "read_image", fail)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-
-
-@pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 1), (1, MAX_PIXELS + 1)])
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, never_decoded, size):
-    path = str(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes(png_header(*size))
-    words = f"{path}: more than 178,956,970 pixels, which are not decoded: {size[0]} x {size[1]}"
-    with pytest.raises(ValueError, match=re.escape(words)):
-        read_image(path, "RGB")
-
-
-def test_an_image_of_the_limit_is_decoded(tmp_path, never_decoded):
-    (tmp_path / "a.png").write_bytes(png_header(1, MAX_PIXELS))
-    with pytest.raises(ValueError, match="AssertionError: decoded"):
-        read_image(str(tmp_path / "a.png"), "RGB")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(hi) print\n",
-        b"<html>404</html>",
-        b"",
-        b"\x89PNG\r\n\x1a\n",
-    ],
-)
-def test_programs_and_other_formats_are_refused(tmp_path, never_decoded, content):
-    """PIL takes the first for an image, which it would give to Ghostscript to run."""
-    path = tmp_path / "a.png"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="a.png: cannot identify an image of the formats BMP"):
-        read_image(str(path), "RGB")
-
-
-def test_pil_would_take_the_program():
-    """Otherwise the test above would prove nothing."""
-    Image.init()
-    assert Image.OPEN["EPS"][1](b"%!PS-Adobe-3.0 EP")
-
-
-def test_only_files_are_opened(tmp_path):
-    with pytest.raises(ValueError, match="a.png: No such file"):
-        read_image(str(tmp_path / "a.png"), "RGB")
-    os.mkfifo(tmp_path / "a.png")  # to open it would wait forever
-    with pytest.raises(ValueError, match="a.png: this is not a file"):
-        read_image(str(tmp_path / "a.png"), "RGB")
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])
-def test_header_of_every_format(tmp_path, format):
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("wanted", ["BGR", "RGB", "L"])
+def test_any_format_is_read_as_detectron2_reads_it(tmp_path, format, wanted):
     path = str(tmp_path / "a")
-    Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(path, format)
-    header = read_header(path)
-    assert (header.format, header.size, header.is_16_bit) == (format, (7, 5), False)
-    assert read_image(path, "RGB").shape == (5, 7, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format)
+    check_header(path)
+    image = read_image(path, wanted)
+    assert np.array_equal(image, utils.read_image(path, wanted)) and image.std() > 0
+
+
+def test_segment_ids_are_panopticapis(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 2**24, (5, 7))
+    ids[0, :2] = [0, 2**24 - 1]
+    rgb = id2rgb(ids)
+    alpha = np.random.default_rng(1).integers(0, 256, (5, 7, 1), dtype=np.uint8)
+    for pixels in (rgb, np.concatenate([rgb, alpha], axis=2)):  # a PNG may be RGBA
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        found = read_segment_ids(str(tmp_path / "a.png"))
+        assert found.dtype == np.int32
+        assert np.array_equal(found, rgb2id(rgb)) and np.array_equal(found, ids)
+
+
+@pytest.mark.parametrize("mode, format", [("P", "PNG"), ("L", "PNG"), ("RGB", "TIFF"), ("RGB", "BMP")])
+def test_segment_ids_are_in_rgb_pngs(tmp_path, mode, format):
+    path = tmp_path / "a.png"
+    Image.new(mode, (7, 5)).save(path, format)
+    with pytest.raises(ValueError, match=f"a.png: it is a {format} of PIL's mode {mode}"):
+        read_segment_ids(str(path))
+
+
+def test_a_folder_is_no_image(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        read_image(str(tmp_path), "BGR")
+
+
+def test_pixels_of_every_id():
+    ids = np.random.default_rng(0).choice([0, 7, 2**24 - 1], (9, 11)).repeat(2, axis=1).astype(np.int32)
+    assert count_pixels(ids) == {i: int((ids == i).sum()) for i in (0, 7, 2**24 - 1)}
