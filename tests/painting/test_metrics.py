@@ -217,27 +217,6 @@ def test_all_kinds_of_pairs_by_hand():
     ]
 
 
-@pytest.mark.parametrize(
-    "tie_shows, person_shows, front, pixels",
-    [
-        (10, 0, 1, 10),
-        (7, 3, 1, 4),
-        (3, 7, 0, 4),
-        (4, 0, 1, 4),  # the rest is void
-        (6, 4, None, 2),
-        (5, 5, None, 0),
-        (0, 0, None, 0),
-    ],
-)
-def test_only_clear_pairs_count(tie_shows, person_shows, front, pixels):
-    """10 pixels are shared; 3 are not enough to tell."""
-    person, tie = box_mask(0, 0, 10, 6), box_mask(0, 5, 10, 9)
-    ids = torch.where(person, 1, torch.where(tie, 2, 0))
-    ids[5, :10] = torch.tensor([2] * tie_shows + [1] * person_shows + [0] * 10)[:10]
-    pairs = pairs_of([person, tie], [PERSON, TIE], ids, [thing(1, PERSON), thing(2, TIE)])
-    assert pairs == ([] if front is None else [OccludedPair(front, 1 - front, DIFFERENT, pixels)])
-
-
 def test_two_in_a_crowd_are_no_pair_and_a_chair_before_the_crowd_is_one():
     one, other, chair = box_mask(0, 0, 8, 4), box_mask(0, 2, 8, 6), box_mask(2, 4, 5, 10)
     ids = torch.where(chair, 2, torch.where(one | other, 1, 0))
