@@ -8,7 +8,7 @@ SCRIPT = """
 import json, sys
 sys.modules.update(dict.fromkeys(["detectron2", "panopticapi", "pycocotools"]))
 import oanet_d2, torch
-from oanet_d2.painting import OrderInputs, combine
+from oanet_d2.painting import OrderInputs, combine, metrics
 
 masks = torch.tensor([[[1, 1, 0]], [[0, 1, 0]]]).bool()
 inputs = OrderInputs(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), masks)
