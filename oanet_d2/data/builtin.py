@@ -12,18 +12,15 @@ from .occlusion_scenes import CATEGORIES as OCCLUSION_SCENES_CATEGORIES
 from .register import register_panoptic
 
 
-def datasets_root() -> str:
-    """
-    Detectron2's folder of datasets.
-    """
-    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
 def occlusion_scenes_root() -> str:
     """
     The folder of OcclusionScenes.
     """
-    return os.path.join(datasets_root(), "occlusion_scenes")
+    return os.path.join(_root(), "occlusion_scenes")
+
+
+def _root() -> str:
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
 def register_builtin() -> None:
@@ -32,8 +29,8 @@ def register_builtin() -> None:
     `occlusion_scenes_{train,val}`, and `occlusion_scenes_{train,val}_visible`: the same scenes with
     instance masks that are cut to what is visible, as in many real datasets.
     """
-    register_cityscapes(os.path.join(datasets_root(), "cityscapes"))
-    coco, scenes = os.path.join(datasets_root(), "coco"), occlusion_scenes_root()
+    register_cityscapes(os.path.join(_root(), "cityscapes"))
+    coco, scenes = os.path.join(_root(), "coco"), occlusion_scenes_root()
     for split in ("train", "val"):
         register_panoptic(
             f"coco_2017_{split}_oanet",

@@ -30,14 +30,7 @@ __all__ = ["Problem", "check", "format_report", "main"]
 
 
 class Problem(NamedTuple):
-    """
-    Something that is wrong.
-
-    Attributes:
-        kind: what kind of problem it is.
-        where: the file, and the entry in it.
-        detail: what was found there.
-    """
+    """What kind of problem it is, in which file and entry, and what was found there."""
 
     kind: str
     where: str
@@ -55,27 +48,18 @@ def check(
     panoptic_json: Path,
     panoptic_root: Path,
     instances_json: Optional[Path] = None,
-    workers: Optional[int] = None,
-    progress: bool = True,
 ) -> List[Problem]:
     """
-    Check a whole dataset. The first four arguments are :func:`register_panoptic`'s.
-
-    Args:
-        workers: threads that read the images. The default is one per CPU.
-        progress: show a progress bar on stderr, if that is a terminal.
+    Check a whole dataset; see :func:`register_panoptic` for the arguments.
 
     Returns:
         everything that is wrong: first in the JSONs, then in the files, in the JSON's order.
     """
     given = (image_root, panoptic_json, panoptic_root, instances_json)
-    paths = [path and os.fspath(path) for path in given]
-    return _check(paths, {}, workers, progress)[0]
+    return _check([path and os.fspath(path) for path in given], {})[0]
 
 
-def _check(
-    paths: Sequence, options: Dict, workers: Optional[int], progress: bool
-) -> Tuple[Problems, int]:
+def _check(paths: Sequence, options: Dict) -> Tuple[Problems, int]:
     """The problems, and the number of samples whose files were looked at."""
     problems = Problems()
     if not options:
@@ -87,11 +71,10 @@ def _check(
         for kind in ("thing", "stuff"):
             options[f"{kind}_ids"] = metadata[f"{kind}_dataset_id_to_contiguous_id"]
     dicts = load_panoptic(*paths, **options, report=problems.report)
-    workers = os.cpu_count() if workers is None else max(workers, 1)
-    with ThreadPoolExecutor(workers) as pool:  # decoding and sorting do without the GIL
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and sorting do without the GIL
         results = pool.map(check_files, dicts)
-        disable = None if progress else True  # None: unless stderr is a terminal
-        for found in tqdm(results, "Checking", len(dicts), unit="sample", disable=disable):
+        # disable=None: a progress bar if stderr is a terminal
+        for found in tqdm(results, "Checking", len(dicts), unit="sample", disable=None):
             problems += found
     return problems, len(dicts)
 
@@ -152,7 +135,8 @@ def format_report(problems: List[Problem], num_samples: int, examples: int = 3) 
 def find_dataset(name: str, config_file: Optional[str]) -> Tuple[Sequence, Dict]:
     """
     Returns:
-        the arguments of :func:`load_panoptic` for a dataset that is described by a yaml or registered.
+        the arguments of :func:`load_panoptic` for a dataset that a yaml describes or that is
+        registered.
 
     Raises:
         ValueError: it is neither, or the yaml is wrong.
@@ -186,7 +170,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     add = parser.add_argument
     add("dataset", nargs="+", metavar="DATASET", help="a registered name, or three or four paths")
     add("--config-file", metavar="YAML", help="a config that describes it (DATASETS.PANOPTIC)")
-    add("--workers", type=int, metavar="N", help="threads; default: one per CPU")
     add("--examples", type=int, default=3, metavar="N", help="shown of each kind of problem")
     args = parser.parse_args(argv)
     if len(args.dataset) not in (1, 3, 4):
@@ -199,7 +182,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    problems, num_samples = _check(paths, options, args.workers, True)
+    problems, num_samples = _check(paths, options)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0
 

@@ -1,5 +1,5 @@
 """
-The order of the training data: an infinite stream that can be entered anywhere.
+The order of the training data: an endless stream that can be entered anywhere.
 """
 
 import random
@@ -27,17 +27,17 @@ _OF_SAMPLES = 1
 
 def derived_seed(*key: int) -> int:
     """
-    A seed in [0, 2**32) for a key of non-negative integers; keys that are close have nothing in
-    common. (But trailing zeros do not count.)
+    A seed in [0, 2**32) for a key of non-negative integers. Seeds of keys that are close have
+    nothing in common. (Trailing zeros of a key do not count.)
     """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 @contextmanager
-def random_numbers_of(*key: int):
+def random_numbers_of(*key: int) -> Iterator[None]:
     """
-    Within this context the random numbers of Python, numpy and torch (on the CPU) depend on `key`
-    alone, see :func:`derived_seed`; afterwards they go on as if nothing had happened.
+    Within this context the random numbers of Python, NumPy and torch (on the CPU) depend on
+    `derived_seed(*key)` alone. Afterwards they go on as if nothing had happened.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derived_seed(*key)
@@ -54,10 +54,9 @@ def random_numbers_of(*key: int):
 
 class TrainingStream(IterableDataset):
     """
-    The training samples of this process, batch after batch without an end, in the order of one of
-    Detectron2's samplers. What comes at which place depends on the sampler's seed alone, however
-    many workers load it, and so do the augmentations: a training that is resumed at the right
-    place sees what it would have seen.
+    The training samples of this process, in the order of one of Detectron2's samplers. A sample and
+    its augmentations depend on its place and on the sampler's seed, not on the number of workers. So
+    a training that is resumed at the right place sees what it would have seen.
 
     Attributes:
         first_batch (int): the batch to begin with. Read when an iteration starts.
@@ -73,11 +72,10 @@ class TrainingStream(IterableDataset):
         """
         Args:
             samples: training inputs by index.
-            sampler: an infinite stream of this process's indices.
+            sampler: endless indices of this process.
             batch_size: images of a batch in this process.
-            groups: for every index its group; a batch is of one group. (Detectron2 groups images
-                by orientation when they are loaded. Here it is done before, when none that waits
-                for others of its group can be lost.) None: all are of one group.
+            groups: the group of every index. A batch is of one group. (Detectron2 groups loaded
+                images, and would lose those that wait for others when a training stops.)
         """
         self.samples = samples
         self.sampler: Any = sampler  # all of Detectron2's have a _seed, none under a public name
@@ -97,7 +95,7 @@ class TrainingStream(IterableDataset):
 
     def batches(self) -> Iterator[List[int]]:
         """
-        The indices of every batch, from the first one of all on.
+        The indices of every batch, from the very first on.
         """
         waiting: Dict[int, List[int]] = defaultdict(list)
         for index in self.sampler:
@@ -121,11 +119,7 @@ class TrainingStream(IterableDataset):
 
 def build_train_loader(cfg, mapper):
     """
-    As :func:`build_detection_train_loader`, of a :class:`TrainingStream`.
-
-    Args:
-        cfg: its DATASETS.TRAIN, DATALOADER and SOLVER.IMS_PER_BATCH count.
-        mapper: makes a training input of a dataset dict.
+    Detectron2's `build_detection_train_loader`, of a :class:`TrainingStream`.
 
     Returns:
         DataLoader whose `dataset` is the stream.
@@ -133,7 +127,7 @@ def build_train_loader(cfg, mapper):
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    # Detectron2 makes of the config what the stream is made of.
+    # Detectron2 makes the samples and the sampler of the config.
     indexed = build_detection_train_loader(
         cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
     ).dataset
@@ -142,7 +136,7 @@ def build_train_loader(cfg, mapper):
         groups = [int(x["width"] > x["height"]) for x in dicts]
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     stream = TrainingStream(indexed.dataset, indexed.sampler, batch_size, groups)
-    if stream.seed < 0:  # SEED -1, which newer versions of Detectron2 hand on: a seed of chance
+    if stream.seed < 0:  # newer versions of Detectron2 hand SEED -1 on: a random seed
         stream.seed = comm.shared_random_seed()
     return build_batch_data_loader(
         stream,

@@ -16,7 +16,7 @@ from tests.conftest import registered, scenes_paths
 
 def test_occlusion_scenes_are_clean(tmp_path):
     write_split(tmp_path, "train", 3, image_size=64, seed=0, num_workers=0)
-    assert check(*scenes_paths(tmp_path, "train"), progress=False) == []
+    assert check(*scenes_paths(tmp_path, "train")) == []
 
 
 def test_report():
@@ -45,7 +45,7 @@ def test_exit_status(dataset, capsys):
     assert main([*paths, "--examples", "0"]) == 1
     assert capsys.readouterr().out.split("\n")[2:] == ["image missing: 1", "", "PNG missing: 1", ""]
     assert main([paths[0], str(dataset.root / "none.json"), paths[2]]) == 1
-    for arguments in ([], paths[:2], [*paths, "x"], [*paths, "--workers", "many"]):
+    for arguments in ([], paths[:2], [*paths, "x"], [*paths, "--examples", "many"]):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
@@ -87,13 +87,13 @@ def test_datasets_of_a_yaml(dataset, tmp_path, capsys):
     assert "test_check_yaml" not in DatasetCatalog
 
 
-def test_as_a_command_with_several_threads(dataset, subprocess_env):
+def test_as_a_command(dataset, subprocess_env):
     dataset.images[1].unlink()
     dataset.panoptic["annotations"].append(dataset.panoptic["annotations"][2])
     paths = dataset.paths()
-    command = [sys.executable, "-m", "oanet_d2.data.check", *paths, "--workers", "3"]
+    command = [sys.executable, "-m", "oanet_d2.data.check", *paths]
     done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=120)
-    problems = check(*paths, workers=1, progress=False)
+    problems = check(*paths)
     assert len(problems) == 2
     assert done.stdout == format_report(problems, 3) + "\n", done.stderr
     assert done.returncode == 1 and "RuntimeWarning" not in done.stderr

@@ -3,7 +3,6 @@ import pytest
 from detectron2.config import get_cfg
 
 from oanet_d2 import add_oanet_config, complete_config
-from oanet_d2.data import check_classes
 from tests.conftest import load_config, registered
 from tests.data.conftest import Dataset
 
@@ -39,37 +38,34 @@ def test_counts_follow_the_dataset(dataset, supervision, expected):
         assert counts(cfg) == expected
 
 
-def test_what_the_user_sets_stays_and_is_checked():
-    scenes = ["DATASETS.TRAIN", ("occlusion_scenes_train",), "MODEL.ROI_HEADS.NUM_CLASSES"]
-    cfg = config(*scenes, 8)
+def test_what_the_user_sets_stays():
+    cfg = config("DATASETS.TRAIN", ("occlusion_scenes_train",), "MODEL.ROI_HEADS.NUM_CLASSES", 8)
     complete_config(cfg)
+    cfg.freeze()
+    complete_config(cfg)  # nothing is left to do
     assert counts(cfg) == (8, 14)
-    with pytest.raises(ValueError, match="ROI_HEADS.NUM_CLASSES is 80.*8 thing.*must be 8"):
-        complete_config(config(*scenes, 80))
 
 
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("MODEL.ROI_HEADS.NUM_CLASSES", 80, ["is 80", "8 thing", "must be 8"]),
-        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7, ["is 7", "6 stuff", "must be 14"]),
-        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", ["is 14", "6 stuff", "must be 7"]),
-        ("DATASETS.TEST", ("coco_2017_val_oanet",), ["is 8", "80 thing", "must be 80"]),
-        ("DATASETS.TEST", ("my_typo",), ["no dataset 'my_typo'", "DATASETS.PANOPTIC"]),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 80, "ROI_HEADS.NUM_CLASSES is 80.*8 thing.*must be 8"),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7, "NUM_CLASSES is 7.*6 stuff.*must be 14"),
+        ("MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "NUM_CLASSES is 14.*6 stuff.*must be 7"),
+        ("DATASETS.TEST", ("coco_2017_val_oanet",), "thing class 1 of dataset 'coco.*'bicycle'"),
+        ("DATASETS.TEST", ("my_typo",), "no dataset 'my_typo'.*DATASETS.PANOPTIC"),
         # Detectron2's own: of instances, panoptic in its two conventions, of Cityscapes
-        ("DATASETS.TEST", ("coco_2017_val",), ["coco_2017_val", "register_panoptic"]),
-        ("DATASETS.TEST", ("coco_2017_val_panoptic",), ["_panoptic'", "register_panoptic"]),
-        ("DATASETS.TEST", ("coco_2017_val_panoptic_separated",), ["_separated'", "register_panop"]),
-        ("DATASETS.TEST", ("cityscapes_fine_panoptic_val",), ["cityscapes", "register_panoptic"]),
+        ("DATASETS.TEST", ("coco_2017_val",), "'coco_2017_val'.*register_panoptic"),
+        ("DATASETS.TEST", ("coco_2017_val_panoptic",), "_panoptic'.*register_panoptic"),
+        ("DATASETS.TEST", ("coco_2017_val_panoptic_separated",), "_separated'.*register_panoptic"),
+        ("DATASETS.TEST", ("cityscapes_fine_panoptic_val",), "cityscapes.*register_panoptic"),
     ],
 )
 def test_contradictions_name_both_sides(key, value, words):
     cfg = load_config("OcclusionScenes/oanet_R_18.yaml")
-    check_classes(cfg)
     cfg.merge_from_list([key, value])
-    with pytest.raises(ValueError) as error:
-        check_classes(cfg)
-    assert all(word in str(error.value) for word in words), str(error.value)
+    with pytest.raises(ValueError, match=words):
+        complete_config(cfg)
 
 
 def test_detectron2s_separated_datasets_alone_are_refused():
@@ -87,15 +83,15 @@ def test_without_a_dataset_there_is_nothing_to_follow():
 
 def test_two_datasets_have_to_agree(tmp_path):
     """In number and order: the model would take one class for the other."""
-    a, b = Dataset(tmp_path / "a"), Dataset(tmp_path / "b")
+    a, b, c = (Dataset(tmp_path / x) for x in "abc")
     b.panoptic["categories"].reverse()
-    with registered("order_a", *a.paths()), registered("order_b", *b.paths()):
-        cfg = config("DATASETS.TRAIN", ("order_a",), "DATASETS.TEST", ("coco_2017_val_oanet",))
-        with pytest.raises(ValueError, match="is 2, as dataset 'order_a' needs it, but dataset 'coco"):
+    c.panoptic["categories"].append({"id": 5, "name": "sea", "isthing": 0})
+    cfg = config("DATASETS.TRAIN", ("set_a",), "DATASETS.TEST", ("set_b",))
+    with registered("set_a", *a.paths()), registered("set_b", *b.paths()):
+        with pytest.raises(ValueError, match="thing class 0 of dataset 'set_b' is 'tie', .*'person'"):
             complete_config(cfg)
-        cfg = config("DATASETS.TRAIN", ("order_a",), "DATASETS.TEST", ("order_b",))
-        words = r"thing_classes\[0\] of dataset 'order_b' is 'tie', of 'order_a' it is 'person'"
-        with pytest.raises(ValueError, match=words):
+    with registered("set_a", *a.paths()), registered("set_b", *c.paths()):
+        with pytest.raises(ValueError, match="stuff class 1 of dataset 'set_b' is 'sea', .*None"):
             complete_config(cfg)
 
 
@@ -115,9 +111,8 @@ def test_wrong_values_are_named_before_anything_is_read(key, wrong, right):
         complete_config(config(key, value))
     for value in wrong:
         cfg = config()
-        node, name = key.rsplit(".", 1)
-        section = cfg[node]
-        section[name] = value
+        section, name = key.split(".")
+        cfg[section][name] = value
         with pytest.raises(ValueError, match=key):
             complete_config(cfg)
 

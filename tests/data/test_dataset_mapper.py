@@ -13,15 +13,9 @@ from PIL import Image
 
 import detectron2.data.transforms as T
 from detectron2.data import build_detection_train_loader
-from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 
-from oanet_d2.data.dataset_mapper import (
-    PanopticDatasetMapper,
-    index_segments,
-    panoptic_categories,
-    segment_positions,
-)
+from oanet_d2.data import PanopticDatasetMapper
 from tests.conftest import load_config
 from tests.data.conftest import make_mapper
 
@@ -128,26 +122,6 @@ def test_class_255_is_not_void(tmp_path, stuff_only, expected):
     sample = make_mapper(num_things=300, stuff_only=stuff_only, ignore_value=ignore_value)(d)
     assert sample["panoptic_category"][0, 3::3].tolist() == [255, 299, 301]
     assert sample["sem_seg"][0, ::3].tolist() == [ignore_value, *expected]
-
-
-@given(st.integers(0, 2**31 - 1), st.integers(1, 300), st.integers(0, 300))
-def test_category_map_against_a_plain_loop(seed, num_things, num_stuff):
-    rng = np.random.default_rng(seed)
-    ids = rng.choice([0, 1, 256, 65536, 999, 77], size=(5, 6))
-    ids = ids.repeat(rng.integers(1, 4), axis=1).astype(np.int32)
-    segments = []
-    for i in (1, 256, 65536, 999):  # 0 and 77 are not described: void
-        isthing = bool(rng.integers(2)) or num_stuff == 0
-        category = rng.integers(num_things) if isthing else 1 + rng.integers(num_stuff)
-        segments.append({"id": i, "category_id": int(category), "isthing": isthing})
-    positions = segment_positions(index_segments(ids, segments))
-    result = panoptic_categories(segments, num_things)[positions]
-    for y, x in np.ndindex(*ids.shape):
-        expected = -1
-        for s in segments:
-            if s["id"] == ids[y, x]:
-                expected = s["category_id"] + (0 if s["isthing"] else num_things - 1)
-        assert result[y, x] == expected
 
 
 # --------------------------------------------------------------------------- augmentations
@@ -289,30 +263,6 @@ def test_instances_from_the_png_are_those_of_annotations(folder, scene, recomput
         assert torch.equal(x.tensor, y.tensor) and x.tensor.dtype == y.tensor.dtype
 
 
-@pytest.mark.parametrize("crop", ["relative", "relative_range", "absolute", "absolute_range"])
-@pytest.mark.parametrize("masks", [None, "polygon"])
-@pytest.mark.parametrize("kind", ["thing", "crowd", "stuff", "void"])
-def test_crops_of_the_config(folder, crop, masks, kind):
-    """With and without anything to learn from. Detectron2 alone fails where all is a crowd."""
-    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", "INPUT.CROP.ENABLED", "True")
-    size = "(8, 12)" if crop.startswith("absolute") else "(0.5, 0.5)"
-    cfg.merge_from_list(["INPUT.CROP.TYPE", crop, "INPUT.CROP.SIZE", size])
-    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", "(20, 30)"])
-    rectangles = [] if kind == "void" else [(70000, kind, (0, 0, 30, 18))]
-    mapper = PanopticDatasetMapper(cfg, is_train=True)
-    assert mapper.recompute_boxes
-    sample = mapper(write_scene(folder, (18, 30), rectangles, masks))
-    height, width = sample["image"].shape[1:]
-    assert min(height, width) in (20, 30)
-    expected = {"thing": 0, "crowd": 0, "stuff": 8, "void": -1}
-    assert (sample["panoptic_category"] == expected[kind]).all()
-    instances = sample["instances"]
-    assert isinstance(instances.gt_masks, BitMasks) and instances.gt_masks.tensor.all()
-    boxes = [[0, 0, width, height]] if kind == "thing" else []
-    assert instances.gt_boxes.tensor.tolist() == boxes
-    assert instances.gt_masks.tensor.shape == (len(boxes), height, width)
-
-
 def test_an_image_that_vanishes_when_it_is_resized_is_named(tmp_path):
     d = write_scene(tmp_path, (1, 500), [(5, "stuff", (0, 0, 500, 1))], None)
     for is_train in (True, False):
@@ -396,18 +346,6 @@ def test_annotations_alone_need_no_image(portrait):
     assert torch.equal(ours.gt_masks.tensor, theirs.gt_masks.tensor)
     assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
     assert (sample["panoptic_category"][0, :6] == -1).all()  # it did flip
-
-
-@pytest.mark.parametrize("format", ["BGR", "L", "YUV-BT.601"])
-@pytest.mark.parametrize("mode, suffix", [("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")])
-def test_any_mode_is_read_as_detectron2_does(portrait, tmp_path, mode, suffix, format):
-    colours = np.random.default_rng(0).integers(0, 256, (24, 32, 4), dtype=np.uint8)
-    portrait["file_name"] = str(tmp_path / f"other.{suffix}")
-    Image.fromarray(colours, "RGBA").convert("RGB").convert(mode).save(portrait["file_name"])
-    expected = utils.read_image(portrait["file_name"], format)
-    assert expected.std() > 0
-    image = make_mapper(image_format=format)(portrait)["image"]
-    assert torch.equal(image, torch.tensor(expected.transpose(2, 0, 1).copy()))
 
 
 def test_the_camera_was_held_sideways(portrait):

@@ -31,7 +31,7 @@ def train_on(paths):
 
 
 def kinds_of(paths):
-    return [p.kind for p in check(*paths, workers=1, progress=False)]
+    return [p.kind for p in check(*paths)]
 
 
 # Each changes the dataset d and returns what a message must name.
@@ -196,7 +196,7 @@ FAULTS = [
 def test_one_fault(dataset, fault, kind, training):
     named = fault(dataset)
     paths = dataset.paths()
-    problems = check(*paths, workers=1, progress=False)
+    problems = check(*paths)
     assert [p.kind for p in problems] == [kind], problems
     assert named in problems[0].where or "pngs/1.png" in problems[0].where
     if training == TAKEN:
@@ -215,7 +215,7 @@ def test_no_fault(dataset):
 def test_what_a_problem_says(dataset):
     dataset.segment(1, 0)["id"] = -3
     unlisted_ids(dataset)
-    first, second = check(*dataset.paths(), workers=1, progress=False)
+    first, second = check(*dataset.paths())
     assert first.where.endswith("panoptic.json: annotations[1] (1.png) segments_info[0]")
     assert first.detail == "'id' is -3; it must be 1 to 16777215 (0 is void)"
     assert "[5, 6, 1001]" in second.detail
@@ -243,7 +243,7 @@ def test_annotation_files_that_cannot_be_used(dataset, which, content):
     Path(paths[which]).unlink()
     if content is not None:
         Path(paths[which]).write_bytes(content)
-    problems = check(*paths, workers=1, progress=False)
+    problems = check(*paths)
     assert [(p.kind, p.where) for p in problems] == [("annotation file unusable", paths[which])]
     with pytest.raises(ValueError, match=paths[which]):
         train_on(paths)
@@ -309,7 +309,7 @@ def test_junk(shared_dataset, data):
             parent = parent[step]
         parent[key] = data.draw(JUNK)
     Path(paths[1 if which == "panoptic" else 3]).write_text(json.dumps(content))
-    problems = check(*paths, workers=1, progress=False)
+    problems = check(*paths)
     lines = format_report(problems, 3, examples=1000).split("\n")
     assert all(line.isprintable() for line in lines)
     try:

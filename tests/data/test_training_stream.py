@@ -1,7 +1,5 @@
 import random
-from functools import partial
 from itertools import islice
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -132,24 +130,23 @@ def test_random_numbers_of_a_key():
     assert len({derived_seed(a, b) for a in range(30) for b in range(30)}) == 900
 
 
-def test_seed_of_detectron2s_samplers_is_set():
+@pytest.mark.parametrize(
+    "kind, of", [(TrainingSampler, 20), (RepeatFactorTrainingSampler, torch.ones(20))]
+)
+def test_seed_of_detectron2s_samplers_is_set(kind, of):
     """The attribute has no public name; this fails if Detectron2 gives it another."""
-    for sampler in (
-        TrainingSampler(20, seed=1),
-        RepeatFactorTrainingSampler(torch.ones(20), seed=1),
-    ):
-        stream = TrainingStream(range(20), sampler, 2)
-        before = list(islice(stream.batches(), 8))
-        stream.seed = 2
-        assert stream.sampler._seed == 2
-        assert list(islice(stream.batches(), 8)) != before
+    stream = TrainingStream(range(20), kind(of, seed=1), 2)
+    before = list(islice(stream.batches(), 8))
+    stream.seed = 2
+    assert stream.sampler._seed == 2
+    assert list(islice(stream.batches(), 8)) != before
 
 
-def test_without_a_seed_it_is_one_of_chance(cfg):
+def test_without_a_seed_it_is_one_of_chance(cfg, monkeypatch):
     """Newer versions of Detectron2 give their samplers the config's SEED, also if it is -1."""
-    given = partial(TrainingSampler, seed=-1)
-    with mock.patch("detectron2.data.build.TrainingSampler", lambda size, **kwargs: given(size)):
-        streams = [build_train_loader(cfg, dict).dataset for _ in range(2)]
+    given = "detectron2.data.build.TrainingSampler"
+    monkeypatch.setattr(given, lambda size, **kwargs: TrainingSampler(size, seed=-1))
+    streams = [build_train_loader(cfg, dict).dataset for _ in range(2)]
     assert all(stream.seed >= 0 for stream in streams)
     first, second = (list(islice(stream.batches(), 8)) for stream in streams)
     assert first != second
