@@ -5,7 +5,7 @@ its batch, so that nothing here depends on the other images.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Dict, List, Tuple, Union
 
 import numpy as np
 import torch
@@ -114,17 +114,21 @@ def ground_truth_on_grid(instances: Instances, stride: int) -> GridInstances:
     Args:
         instances: ground truth with "gt_boxes", "gt_classes", "gt_masks".
         stride: pixels per cell.
+
+    Returns:
+        the instances. One that holds the centre of no cell owns the cell in its middle, so that it
+        can be compared.
     """
     masks, device = instances.gt_masks, instances.gt_classes.device
-    size = grid_size(instances.image_size, stride)
     if isinstance(masks, BitMasks):
         on_grid = _sample(masks.tensor, stride)
-        pixels = [mask.nonzero()[:, :2] for mask in masks.tensor]
     else:
-        on_grid, pixels = _polygons_on_grid(masks, stride, size)
-    for mask, of_mask in zip(on_grid, pixels):
-        if len(of_mask) > 0 and not mask.any():
-            mask[_middle_cell(of_mask, stride, size)] = True
+        on_grid = _polygons_on_grid(masks, stride, grid_size(instances.image_size, stride))
+    size = tuple(on_grid.shape[1:])
+    for i in (~on_grid.flatten(1).any(1)).nonzero()[:, 0].tolist():
+        pixels = _full_mask(masks, i, instances.image_size).nonzero()
+        if len(pixels) > 0:
+            on_grid[i][_middle_cell(pixels, stride, size)] = True
     return GridInstances(
         on_grid.to(device),
         instances.gt_classes,
@@ -133,13 +137,16 @@ def ground_truth_on_grid(instances: Instances, stride: int) -> GridInstances:
     )
 
 
-def _polygons_on_grid(masks: PolygonMasks, stride: int, size: Tuple[int, int]):
+def _polygons_on_grid(masks: PolygonMasks, stride: int, size: Tuple[int, int]) -> torch.Tensor:
     scaled = [[polygon / stride for polygon in instance] for instance in masks.polygons]
     drawn = [polygons_to_bitmask(instance, *size) for instance in scaled]
-    stacked = np.stack(drawn) if drawn else np.zeros((0, *size))
-    # Corners stand for the pixels of a polygon; (x, y) becomes (row, column).
-    corners = [np.concatenate(instance).reshape(-1, 2)[:, ::-1] for instance in masks.polygons]
-    return torch.from_numpy(stacked.astype(bool)), [torch.from_numpy(x.copy()) for x in corners]
+    return torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, *size), dtype=bool))
+
+
+def _full_mask(masks: Union[BitMasks, PolygonMasks], index: int, size: Tuple[int, int]):
+    if isinstance(masks, BitMasks):
+        return masks.tensor[index]
+    return torch.from_numpy(polygons_to_bitmask(masks.polygons[index], *size))
 
 
 def truth_on_grid(training_input: Dict, stride: int, device: torch.device) -> GridTruth:
@@ -163,23 +170,27 @@ def truth_on_grid(training_input: Dict, stride: int, device: torch.device) -> Gr
 
 
 def map_on_grid(
-    feature_map: torch.Tensor, map_stride: int, stride: int, size: Tuple[int, int]
+    feature_map: torch.Tensor, map_stride: int, stride: int, image_size: Tuple[int, int]
 ) -> torch.Tensor:
     """
     Args:
         feature_map: (D, h', w') float of a padded image.
         map_stride: its pixels per cell.
         stride: pixels per cell of the grid. One stride must be a multiple of the other.
-        size: (h, w) of the grid.
+        image_size: (H, W) of the image without its padding.
 
     Returns:
         (D, h, w) float.
     """
+    # First the padding goes, or it would enter the means of the last cells.
+    rows, columns = grid_size(image_size, map_stride)
+    feature_map = feature_map[:, :rows, :columns]
     if stride > map_stride:
         feature_map = F.avg_pool2d(feature_map, stride // map_stride, ceil_mode=True)
     elif stride < map_stride:
         feature_map = F.interpolate(feature_map[None], scale_factor=map_stride // stride)[0]
-    return feature_map[:, : size[0], : size[1]]
+    rows, columns = grid_size(image_size, stride)
+    return feature_map[:, :rows, :columns]
 
 
 def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Tensor:

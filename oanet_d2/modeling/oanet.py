@@ -17,7 +17,6 @@ from .false_positives import with_false_positives
 from .grid import (
     GridInstances,
     detections_on_grid,
-    grid_size,
     ground_truth_on_grid,
     map_on_grid,
     truth_on_grid,
@@ -236,13 +235,12 @@ class OANet(PanopticFPN):
             (semantic[:, :num_things] if num_things > 0 else None, self.sem_seg_head.common_stride),
             (features.get(self.srm_in_feature), self.srm_map_stride),
         )
-        sizes = [grid_size(x, self.srm_stride) for x in images.image_sizes]
         return [
             x
             if x is None
             else [
                 map_on_grid(y, stride, self.srm_stride, size)
-                for y, size in zip(x.detach().float(), sizes)
+                for y, size in zip(x.detach().float(), images.image_sizes)
             ]
             for x, stride in maps
         ]

@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detectron2.layers import paste_masks_in_image
+from detectron2.structures import Boxes, Instances, PolygonMasks
+
+from oanet_d2.modeling.grid import (
+    detections_on_grid,
+    grid_size,
+    ground_truth_on_grid,
+    map_on_grid,
+    relative_boxes,
+    truth_on_grid,
+)
+from tests.conftest import make_input, make_instances
+
+seeds, lengths = st.integers(0, 2**31 - 1), st.integers(1, 30)
+
+
+def detections(size, boxes, roi_masks, scores=None):
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.pred_masks = roi_masks[:, None]
+    instances.scores = torch.ones(len(boxes)) if scores is None else torch.tensor(scores)
+    instances.pred_classes = torch.arange(len(boxes))
+    return instances
+
+
+def showing(on_grid, stride, noise):
+    """The image `noise` (..., H, W), with `on_grid` at the centres of its cells."""
+    for row, column in np.ndindex(*on_grid.shape[-2:]):
+        # where the centre lies outside, the image's last pixel counts
+        y = min(row * stride + stride // 2, noise.shape[-2] - 1)
+        x = min(column * stride + stride // 2, noise.shape[-1] - 1)
+        noise[..., y, x] = on_grid[..., row, column]
+    return noise
+
+
+@pytest.mark.parametrize("size, stride, expected", [((64, 96), 4, (16, 24)), ((65, 3), 4, (17, 1))])
+def test_grid_covers_the_image(size, stride, expected):
+    assert grid_size(size, stride) == expected
+
+
+def test_boxes_are_shares_of_the_image():
+    boxes = torch.tensor([[48.0, 16.0, 96.0, 64.0]])
+    assert relative_boxes(boxes, (64, 96)).tolist() == [[0.5, 0.25, 1.0, 1.0]]
+    assert relative_boxes(torch.zeros(0, 4), (64, 96)).shape == (0, 4)
+
+
+@given(seeds, st.integers(1, 8), lengths, lengths)
+def test_ground_truth_is_sampled_at_the_centres_of_cells(seed, stride, height, width):
+    generator = torch.Generator().manual_seed(seed)
+    size = (height, width)
+    on_grid = torch.rand(2, *grid_size(size, stride), generator=generator) < 0.5
+    on_grid[:, 0, 0] = True  # an empty one has a test of its own
+    masks = showing(on_grid, stride, torch.rand(2, *size, generator=generator) < 0.5)
+    instances = make_instances(size, [[0, 0, width, height]] * 2, [0, 1], masks)
+    assert torch.equal(ground_truth_on_grid(instances, stride).masks, on_grid)
+
+
+@given(seeds, st.integers(1, 8), lengths, lengths)
+def test_labels_are_sampled_at_the_centres_of_cells(seed, stride, height, width):
+    generator = torch.Generator().manual_seed(seed)
+    on_grid = torch.randint(0, 9, grid_size((height, width), stride), generator=generator)
+    present = on_grid.unique()
+    noise = torch.randint(len(present), (height, width), generator=generator)
+    ids = showing(on_grid, stride, present[noise])
+    training_input = {"panoptic_seg": (ids, []), "panoptic_category": ids - 1}
+    truth = truth_on_grid(training_input, stride, torch.device("cpu"))
+    assert torch.equal(truth.ids, on_grid)
+    assert torch.equal(truth.categories, on_grid - 1)
+
+
+def test_ground_truth_by_hand():
+    instances = make_instances((32, 40), [[8, 0, 40, 16], [0, 8, 20, 32]], [3, 1])
+    found = ground_truth_on_grid(instances, stride=8)
+    expected = torch.zeros(2, 4, 5, dtype=torch.bool)
+    expected[0, 0:2, 1:5] = True
+    expected[1, 1:4, 0:2] = True  # the centre of column 2 is pixel 20, the first one outside
+    assert torch.equal(found.masks, expected)
+    assert found.classes.tolist() == [3, 1] and found.scores.tolist() == [1.0, 1.0]
+    boxes = torch.tensor([[0.2, 0.0, 1.0, 0.5], [0.0, 0.25, 0.5, 1.0]])
+    torch.testing.assert_close(found.boxes, boxes)
+
+
+def test_labels_by_hand():
+    training_input = make_input((16, 24), [[0, 0, 24, 8], [8, 0, 16, 16]], [5, 2], stuff=3)
+    truth = truth_on_grid(training_input, 8, torch.device("cpu"))
+    assert truth.categories.tolist() == [[5, 2, 5], [10, 2, 10]]  # stuff class 3: 8 + 3 - 1
+    assert truth.ids.tolist() == [[1, 2, 1], [3, 2, 3]]
+    assert truth.segments_info == training_input["panoptic_seg"][1]
+
+
+def test_void_is_minus_1():
+    training_input = make_input((16, 24), [[0, 0, 8, 16]], [5])
+    truth = truth_on_grid(training_input, 8, torch.device("cpu"))
+    assert truth.categories.tolist() == [[5, -1, -1]] * 2
+    assert truth.ids.tolist() == [[1, 0, 0]] * 2
+
+
+def as_polygons(instances):
+    corners = [[0, 1, 2, 1, 2, 3, 0, 3]] * len(instances)
+    boxes = instances.gt_boxes.tensor.double().numpy()
+    instances.gt_masks = PolygonMasks([[box[c]] for box, c in zip(boxes, corners)])
+    return instances
+
+
+def test_polygons_agree_with_their_bitmask():
+    boxes = [[8, 8, 88, 56], [0, 0, 96, 64], [80, 40, 96, 64]]
+    from_bitmask = ground_truth_on_grid(make_instances((64, 96), boxes, [0] * 3), 8)
+    from_polygon = ground_truth_on_grid(as_polygons(make_instances((64, 96), boxes, [0] * 3)), 8)
+    assert torch.equal(from_polygon.masks, from_bitmask.masks)
+    none = ground_truth_on_grid(as_polygons(make_instances((64, 96), [], [])), 8)
+    assert none.masks.shape == (0, 8, 12) and none.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "box, cell",
+    [
+        ([9, 17, 11, 19], (2, 1)),
+        ([0, 0, 1, 1], (0, 0)),
+        ([43, 25, 44, 27], (3, 5)),
+        ([44, 29, 45, 30], (3, 5)),  # the last pixel; row 3 ends outside the image
+        ([5, 5, 7, 12], (1, 0)),  # in two rows of cells
+    ],
+)
+@pytest.mark.parametrize("background", [None, 2])
+def test_ground_truth_smaller_than_a_cell_keeps_one(box, cell, background):
+    size, stride = (30, 45), 8
+    boxes, classes = [[0, 0, 20, 30], box], [4, 6]
+    training_input = make_input(size, boxes, classes, background)
+    polygons = as_polygons(make_instances(size, boxes, classes))
+    for instances in (training_input["instances"], polygons):
+        masks = ground_truth_on_grid(instances, stride).masks
+        assert masks.shape == (2, 4, 6)
+        assert masks[1].nonzero().tolist() == [list(cell)]
+        assert masks[0].sum() >= 8  # the large one does not change
+    truth = truth_on_grid(training_input, stride, torch.device("cpu"))
+    for labels, value in ((truth.ids, 2), (truth.categories, 6)):
+        assert (labels == value).nonzero().tolist() == [list(cell)]
+
+
+def test_a_mask_without_a_pixel_stays_empty():
+    masks = torch.zeros(1, 30, 45, dtype=torch.bool)
+    instances = make_instances((30, 45), [[0, 0, 9, 9]], [0], masks)
+    assert not ground_truth_on_grid(instances, 8).masks.any()
+
+
+@given(seeds, st.sampled_from([1, 4, 8]))
+def test_detections_are_what_detectron2_pastes(seed, stride):
+    generator = torch.Generator().manual_seed(seed)
+    size = (50, 67)
+    corners = torch.rand(4, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
+    boxes = corners * torch.tensor([67.0, 50.0] * 2)
+    roi_masks = torch.rand(4, 14, 14, generator=generator).round()
+    found = detections_on_grid(detections(size, boxes.tolist(), roi_masks), stride, 0.0)
+    expected = paste_masks_in_image(roi_masks, Boxes(boxes / stride), grid_size(size, stride))
+    lost = ~expected.flatten(1).any(1)
+    assert torch.equal(found.masks[~lost], expected[~lost])
+    assert (found.masks[lost].flatten(1).sum(1) == 1).all()
+    torch.testing.assert_close(found.boxes, corners)
+
+
+def test_detections_by_hand():
+    # the left half of the mask at 0.9, the right half just below the threshold
+    roi_mask = torch.full((2, 28, 28), 0.49)
+    roi_mask[:, :, :14] = 0.9
+    boxes = [[8.0, 4.0, 40.0, 20.0]] * 2  # cells 2..9 x 1..4 at stride 4
+    found = detections_on_grid(detections((32, 48), boxes, roi_mask, [0.7, 0.2]), 4, 0.5)
+    expected = torch.zeros(2, 8, 12, dtype=torch.bool)
+    expected[0, 1:5, 2:6] = True  # the second has too low a score
+    assert torch.equal(found.masks, expected)
+    torch.testing.assert_close(found.scores, torch.tensor([0.7, 0.2]))
+    torch.testing.assert_close(found.boxes, torch.tensor([[1 / 6, 1 / 8, 5 / 6, 5 / 8]] * 2))
+
+
+def test_a_detection_between_centres_keeps_one_cell():
+    roi_masks = torch.zeros(3, 28, 28)
+    roi_masks[0, 14, 14] = 0.8  # over the threshold, but smaller than a cell
+    roi_masks[1] = 0.1  # nowhere over it: stays empty
+    roi_masks[2, 27, 27] = 0.8
+    boxes = [[20.0, 12.0, 24.0, 16.0], [0.0, 0.0, 32.0, 32.0], [30.0, 20.0, 33.0, 25.0]]
+    masks = detections_on_grid(detections((25, 33), boxes, roi_masks), 8, 0.0).masks
+    assert masks.shape == (3, 4, 5)
+    assert masks[0].nonzero().tolist() == [[1, 2]]  # pixel (22, 14)
+    assert not masks[1].any()
+    assert masks[2].nonzero().tolist() == [[3, 4]]  # the image's last pixel
+
+
+def test_no_detection():
+    found = detections_on_grid(detections((10, 19), [], torch.zeros(0, 28, 28)), 4, 0.5)
+    assert found.masks.shape == (0, 3, 5) and found.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize("image_size", [(32, 48), (26, 42), (5, 3)])
+@pytest.mark.parametrize("stride", [2, 4, 16])
+def test_a_map_on_the_grid_knows_nothing_of_the_padding(image_size, stride):
+    """A map of stride 4, padded in two ways; every cell against a plain mean."""
+    rows, columns = -(-image_size[0] // 4), -(-image_size[1] // 4)
+    inside = torch.randn(2, rows, columns)
+    for padded in ((8, 16), (24, 16)):
+        feature_map = torch.full((2, *padded), 1e6)
+        feature_map[:, :rows, :columns] = inside
+        found = map_on_grid(feature_map, 4, stride, image_size)
+        assert found.shape == (2, *grid_size(image_size, stride))
+        for row, column in np.ndindex(*found.shape[1:]):
+            y, x, side = row * stride // 4, column * stride // 4, max(stride // 4, 1)
+            expected = inside[:, y : y + side, x : x + side].mean((1, 2))
+            torch.testing.assert_close(found[:, row, column], expected)
