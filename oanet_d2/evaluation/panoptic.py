@@ -115,7 +115,9 @@ class PanopticEvaluator(DatasetEvaluator):
         parts = comm.gather((self._images, self._counts))
         for pictures in self.pictures:
             pictures.save()
-        counts = {key: sum((x[key] for _, x in parts), Counter()) for key in self._counts}
+        counts: Dict[str, Counter] = {
+            key: sum((x[key] for _, x in parts), Counter()) for key in self._counts
+        }
         results = {key: pq_averages(x) for key, x in counts.items()}
         if self.orders:
             images, seconds = sum(n for n, _ in parts), time.perf_counter() - self._start
