@@ -2,8 +2,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oanet_d2.modeling.candidates import Candidates
+from oanet_d2.modeling import false_positives
 from oanet_d2.modeling.false_positives import _moved, with_false_positives
+from oanet_d2.modeling.grid import ground_truth_on_grid
+from tests.conftest import box_mask, make_grid_instances, make_instances
 
 SIZE = (24, 32)
 CLASSES = 5
@@ -11,67 +13,76 @@ CLASSES = 5
 
 def rectangles(boxes):
     """Ground truth whose masks fill their boxes, in cells."""
-    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    masks = torch.zeros(len(boxes), *SIZE, dtype=torch.bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
-        mask[y0:y1, x0:x1] = True
-    shares = boxes / torch.tensor([SIZE[1], SIZE[0]] * 2)
-    return Candidates(masks, torch.arange(len(boxes)) % CLASSES, torch.ones(len(boxes)), shares)
+    masks = [box_mask(*box, SIZE) for box in boxes] or [torch.zeros(SIZE, dtype=torch.bool)]
+    classes = [i % CLASSES for i in range(len(boxes))]
+    return make_grid_instances(torch.stack(masks)[: len(boxes)], classes, [1.0] * len(boxes))
 
 
 @given(st.integers(0, 6), st.floats(0.1, 1.0), st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_real_ones_stay_and_the_others_are_like_detections(num, probability, seed):
     torch.manual_seed(seed)
     real = rectangles([[i, 2 * i, i + 8, 2 * i + 10] for i in range(num)])
-    made = with_false_positives(real, CLASSES, probability)
-    assert torch.equal(made.masks[:num], real.masks)
-    assert torch.equal(made.classes[:num], real.classes)
-    assert torch.equal(made.boxes[:num], real.boxes)
-    assert num <= len(made.classes) <= 2 * num
-    assert len(made.masks) == len(made.scores) == len(made.boxes) == len(made.classes)
-    assert ((made.scores > 0) & (made.scores <= 1)).all()
-    assert ((made.classes >= 0) & (made.classes < CLASSES)).all()
-    assert made.masks[num:].flatten(1).any(1).all()
-    assert made.masks.dtype == torch.bool and made.classes.dtype == torch.int64
-    # the mean over instances, so that a property of each pair does not depend on who is whose
-    if num == 1 and len(made.scores) == 2:
-        assert made.scores[1] <= made.scores[0]
+    found = with_false_positives(real, CLASSES, probability)
+    for name in ("masks", "classes", "boxes"):
+        assert torch.equal(getattr(found, name)[:num], getattr(real, name))
+    assert num <= len(found.classes) <= 2 * num
+    assert len(found.masks) == len(found.scores) == len(found.boxes) == len(found.classes)
+    assert ((found.scores > 0) & (found.scores <= 1)).all()
+    assert ((found.classes >= 0) & (found.classes < CLASSES)).all()
+    assert found.masks[num:].flatten(1).any(1).all()
+    assert found.masks.dtype == torch.bool and found.classes.dtype == torch.int64
+    boxes_of_masks = make_grid_instances(found.masks, found.classes).boxes
+    torch.testing.assert_close(found.boxes, boxes_of_masks)
+    if num == 1 and len(found.scores) == 2:
+        assert found.scores[1] <= found.scores[0]
 
 
-def test_how_many():
+def test_as_many_as_asked_for():
     torch.manual_seed(0)
-    real = rectangles([[4, 4, 16, 16]] * 400)
-    made = len(with_false_positives(real, CLASSES, 0.25).classes) - 400
-    assert 70 < made < 130
+    real = rectangles([[8, 8, 20, 16]] * 400)
+    assert 70 < len(with_false_positives(real, CLASSES, 0.25).classes) - 400 < 130
     assert len(with_false_positives(real, CLASSES, 1.0).classes) == 800
-
-
-def test_none_leaves_everything_as_it_is():
-    real = rectangles([[4, 4, 16, 16]])
     assert with_false_positives(real, CLASSES, 0.0) is real
 
 
-def test_they_lie_near_what_they_are_made_from():
+def test_they_lie_around_what_they_are_made_from():
     torch.manual_seed(0)
-    real = rectangles([[10, 8, 22, 18]] * 300)
-    made = with_false_positives(real, CLASSES, 1.0).masks[300:]
-    inside = (made & real.masks[0]).flatten(1).sum(1)
-    iou = inside / (made | real.masks[0]).flatten(1).sum(1)
+    real = rectangles([[10, 8, 22, 18]] * 400)
+    copies = with_false_positives(real, CLASSES, 1.0).masks[400:]
+    inside = (copies & real.masks[0]).flatten(1).sum(1)
+    iou = inside / (copies | real.masks[0]).flatten(1).sum(1)
     assert 0.4 < iou.mean() < 0.9
     assert (iou < 0.999).float().mean() > 0.9
+    # neither the move nor the stretch has a preferred direction
+    middles = torch.stack([mask.nonzero().float().mean(0) for mask in copies])
+    expected = torch.tensor([12.5, 15.5])
+    assert ((middles.mean(0) - expected).abs() < 0.3).all()
 
 
-def test_moved_by_nothing_is_the_same(monkeypatch):
+def test_an_unmoved_copy_has_the_box_of_its_original(monkeypatch):
+    """Whatever the batch is padded to: both are shares of the image."""
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    real = rectangles([[3, 4, 11, 15], [0, 0, 32, 24]])
-    assert torch.equal(_moved(real.masks, real.boxes), real.masks)
+    for size, box in (((64, 96), [0, 0, 96, 64]), ((50, 70), [0, 0, 70, 50])):
+        real = ground_truth_on_grid(make_instances(size, [box, [16, 16, 48, 48]], [0, 1]), 4)
+        found = with_false_positives(real, CLASSES, 1.0)
+        assert torch.equal(found.masks[2:], real.masks)
+        assert real.boxes[0].tolist() == found.boxes[2].tolist() == [0, 0, 1, 1]
+        height, width = size
+        pixels = found.boxes[3] * torch.tensor([width, height] * 2)
+        assert (pixels - torch.tensor([16, 16, 48, 48])).abs().max() < 4  # in cells
 
 
 def test_moved_by_hand(monkeypatch):
-    """With every random number 1 and no stretch, a box of 10 x 5 moves by 2 and by 1 cells."""
+    """With every random number 1 and no stretch, a box of 10 x 5 cells moves by 2 and by 1."""
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    monkeypatch.setattr("oanet_d2.modeling.false_positives._MOVE", 0.2)
-    monkeypatch.setattr("oanet_d2.modeling.false_positives._STRETCH", 0.0)
-    real = rectangles([[4, 6, 14, 11]])
-    assert torch.equal(_moved(real.masks, real.boxes), rectangles([[6, 7, 16, 12]]).masks)
+    monkeypatch.setattr(false_positives, "_MOVE", 0.2)
+    monkeypatch.setattr(false_positives, "_STRETCH", 0.0)
+    assert torch.equal(_moved(rectangles([[4, 6, 14, 11]]).masks), rectangles([[6, 7, 16, 12]]).masks)
+
+
+def test_a_copy_outside_the_image_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(false_positives, "_MOVE", 5.0)
+    found = with_false_positives(rectangles([[0, 0, 3, 3], [20, 20, 31, 23]]), CLASSES, 1.0)
+    assert len(found.classes) == 3  # the first moves by 15 cells and stays inside

@@ -4,74 +4,93 @@ import pytest
 import torch
 
 from oanet_d2.modeling import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
-from oanet_d2.modeling.candidates import RankingTarget, build_instance_tensor
-from tests.conftest import box_mask, load_config, make_candidates
+from oanet_d2.modeling.grid import GridTruth
+from oanet_d2.modeling.srm_head import build_instance_tensor
+from tests.conftest import box_mask, load_config, make_grid_instances
 
 
 def make_head(**kwargs):
-    args = {"num_classes": 3, "conv_dim": 4, "num_blocks": 2, "kernel_size": 5, "stride": 2}
+    args = {"num_classes": 3, "conv_dim": 4, "num_blocks": 2, "kernel_size": 5}
     return SpatialRankingHead(**{**args, **kwargs})
 
 
-def target(categories):
-    """What this head looks at: the categories alone."""
-    return RankingTarget(categories, torch.zeros_like(categories), [])
+def truth(categories):
+    """The part that this head looks at: the categories alone."""
+    return GridTruth(categories, torch.zeros_like(categories), [])
+
+
+def nothing(size=(4, 4)):
+    return make_grid_instances(torch.zeros(0, *size, dtype=torch.bool), [])
+
+
+def unequal_images():
+    """Instances and truth of three images, each of another size, the last without an instance."""
+    images = []
+    for (h, w), classes in (((6, 9), [2, 0]), ((13, 5), [1]), ((8, 8), [])):
+        masks = [box_mask(i, 1, i + 4, 5, (h, w)) for i in range(len(classes))]
+        instances = make_grid_instances(torch.stack(masks), classes) if masks else nothing((h, w))
+        images.append((instances, truth(torch.randint(-1, 5, (h, w)))))
+    return images
+
+
+def test_instance_tensor_by_hand():
+    masks = torch.tensor(
+        [
+            [[1, 1, 0], [1, 1, 0]],  # class 2
+            [[0, 1, 1], [0, 0, 0]],  # class 0, competes with the first in one cell
+            [[0, 0, 0], [0, 1, 1]],  # class 2 again: the channel is the union
+        ],
+        dtype=torch.bool,
+    )
+    tensor = build_instance_tensor(masks, torch.tensor([2, 0, 2]), num_classes=3)
+    expected = [[[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 1]]]
+    assert torch.equal(tensor, torch.tensor(expected, dtype=torch.float32))
+    none = build_instance_tensor(masks[:0], torch.zeros(0, dtype=torch.int64), num_classes=4)
+    assert none.shape == (4, 2, 3) and not none.any()
 
 
 def test_is_registered_and_reads_its_keys():
     cfg = load_config(
         "OcclusionScenes/oanet_R_18.yaml",
-        *["MODEL.SRM_HEAD.KERNEL_SIZE", "7", "MODEL.SRM_HEAD.NUM_BLOCKS", "3"],
-        *[
-            "MODEL.SRM_HEAD.CONV_DIM",
-            "24",
-            "MODEL.SRM_HEAD.NORM",
-            "GN",
-            "MODEL.SRM_HEAD.STRIDE",
-            "8",
-        ],
-        *["MODEL.SRM_HEAD.MASK_THRESH", "0.4", "MODEL.SRM_HEAD.LOSS_WEIGHT", "0.3"],
-        *["MODEL.SRM_HEAD.NAME", "SpatialRankingHead"],
-        *["MODEL.SRM_HEAD.TRAIN_MASKS", "('pred', 'gt')", "MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "99"],
+        *["MODEL.SRM_HEAD.NAME", "SpatialRankingHead", "MODEL.SRM_HEAD.KERNEL_SIZE", "7"],
+        *["MODEL.SRM_HEAD.NUM_BLOCKS", "3", "MODEL.SRM_HEAD.CONV_DIM", "24"],
+        *["MODEL.SRM_HEAD.LOSS_WEIGHT", "0.3"],
     )
-    cfg.MODEL.SRM_HEAD.NORM = "BN"
     head = build_srm_head(cfg, {})
     assert type(head) is SRM_HEAD_REGISTRY.get("SpatialRankingHead")
     convolutions = [m for m in head.blocks if isinstance(m, torch.nn.Conv2d)]
     # k x 1, then 1 x k
     assert [c.kernel_size for c in convolutions] == [(7, 1), (1, 7)] * 3
     assert {c.out_channels for c in convolutions} == {24}
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in head.modules()) == 3
-    assert (head.stride, head.mask_threshold, head.loss_weight) == (8, 0.4, 0.3)
-    assert (head.train_masks, head.ignore_value) == (("pred", "gt"), 99)
-    assert head(torch.zeros(2, 8, 6, 9)).shape == (2, 8, 6, 9)
+    assert head.loss_weight == 0.3
+    assert head(nothing((6, 9))).shape == (cfg.MODEL.ROI_HEADS.NUM_CLASSES, 6, 9)
 
 
 def test_one_block_sees_a_k_by_k_neighbourhood():
     head = make_head(num_blocks=1, kernel_size=5)
     for parameter in head.parameters():
         torch.nn.init.constant_(parameter, 0.1)  # no ReLU is off
-    tensor = torch.ones(1, 3, 15, 15, requires_grad=True)
-    head(tensor)[0, :, 7, 7].sum().backward()
-    seen = tensor.grad[0].abs().sum(0) > 0
-    expected = torch.zeros(15, 15, dtype=torch.bool)
-    expected[5:10, 5:10] = True
-    assert torch.equal(seen, expected)
-
-
-def test_score_map_is_a_distribution_over_classes():
-    score_map = SpatialRankingHead.score_map(torch.randn(2, 3, 4, 5))
-    torch.testing.assert_close(score_map.sum(1), torch.ones(2, 4, 5))
+    with torch.no_grad():
+        one_cell = head(make_grid_instances(box_mask(7, 7, 8, 8, (15, 15))[None], [1]))
+        seen = (one_cell != head(nothing((15, 15)))).any(0)
+    assert torch.equal(seen, box_mask(5, 5, 10, 10, (15, 15)))
 
 
 def test_loss_by_hand():
     """Stuff (3 is the first stuff class) and void do not count."""
-    categories = torch.tensor([[[2, 0], [3, 255]]])
-    logits = torch.zeros(1, 3, 2, 2)
-    logits[0, :, 0, 0] = torch.tensor([0.0, 0.0, math.log(2.0)])  # p(2) = 1/2
-    loss = make_head().map_loss(logits, categories)
+    logits = torch.zeros(3, 2, 2)
+    logits[:, 0, 0] = torch.tensor([0.0, 0.0, math.log(2.0)])  # p(2) = 1/2
+    loss = make_head().map_loss([logits], [truth(torch.tensor([[2, 0], [3, -1]]))])
     # p(0) = 1/3 in cell (0, 1)
     assert loss.item() == pytest.approx((math.log(2) + math.log(3)) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 8)])
+def test_void_cells_do_not_change_the_loss(size):
+    categories = torch.full(size, -1)
+    categories[0, 0] = 1
+    loss = make_head().map_loss([torch.zeros(3, *size)], [truth(categories)])
+    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)
 
 
 def test_losses_are_over_all_images_and_weighted():
@@ -79,32 +98,46 @@ def test_losses_are_over_all_images_and_weighted():
     for parameter in head.parameters():
         torch.nn.init.zeros_(parameter)
     head.predictor.bias.data[2] = math.log(2.0)  # p = (1/4, 1/4, 1/2) everywhere
-    candidates = [make_candidates(box_mask(0, 0, 2, 1, (2, 2))[None], [c]) for c in (2, 0)]
-    targets = [target(torch.tensor(c)) for c in ([[2, 2], [3, 255]], [[0, 255], [255, 4]])]
-    losses = head.losses(candidates, targets)
+    instances = [make_grid_instances(box_mask(0, 0, 2, 1, (2, 2))[None], [c]) for c in (2, 0)]
+    targets = [truth(torch.tensor(c)) for c in ([[2, 2], [3, -1]], [[0, -1], [-1, 4]])]
+    losses = head.losses(instances, targets)
     assert set(losses) == {"loss_srm"}
     expected = 0.5 * (2 * math.log(2) + math.log(4)) / 3
     assert losses["loss_srm"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_evidence_is_the_score_map_of_the_instance_tensor():
+def test_an_image_gives_the_same_in_any_batch():
+    torch.manual_seed(0)
+    head, images = make_head(), unequal_images()
+    together = head.order_inputs([x for x, _ in images])
+    for (instances, _), found in zip(images, together):
+        (alone,) = head.order_inputs([instances])
+        assert torch.equal(found.score_map, alone.score_map)
+        assert found.score_map.shape == (3, *instances.masks.shape[1:])
+    # The loss is a mean over the cells of all images that show a thing.
+    counts = [((t.categories >= 0) & (t.categories < 3)).sum() for _, t in images]
+    alone = [head.losses([x], [t])["loss_srm"] for x, t in images]
+    expected = sum(c * loss for c, loss in zip(counts, alone)) / sum(counts)
+    torch.testing.assert_close(head.losses(*map(list, zip(*images)))["loss_srm"], expected)
+
+
+def test_order_inputs_hold_the_score_map_of_the_instance_tensor():
     torch.manual_seed(0)
     head = make_head()
-    images = [
-        make_candidates(torch.stack([box_mask(0, 0, 5, 6), box_mask(3, 2, 9, 9)]), [2, 0]),
-        make_candidates(torch.zeros(0, 10, 12, dtype=torch.bool), []),
-    ]
-    for candidates, evidence in zip(images, head.evidence(images)):
-        assert evidence.masks is candidates.masks and evidence.pair_margins is None
-        assert evidence.classes is candidates.classes and evidence.scores is candidates.scores
-        tensor = build_instance_tensor(candidates.masks, candidates.classes, 3)
-        torch.testing.assert_close(evidence.score_map, head(tensor[None])[0].softmax(0))
+    images = [x for x, _ in unequal_images()]
+    for instances, found in zip(images, head.order_inputs(images)):
+        assert found.masks is instances.masks and found.pair_margins is None
+        assert found.classes is instances.classes and found.scores is instances.scores
+        tensor = build_instance_tensor(instances.masks, instances.classes, 3)
+        logits = head.predictor(head.blocks(tensor[None]))[0]
+        torch.testing.assert_close(found.score_map, logits.exp() / logits.exp().sum(0))
+    assert head.order_inputs(images[:1], with_score_map=False)[0].score_map is None
 
 
-def test_loss_without_a_thing_is_zero_and_still_has_gradients():
+@pytest.mark.parametrize("category", [-1, 3])
+def test_loss_without_a_thing_is_zero_and_still_has_gradients(category):
     head = make_head()
-    nothing = make_candidates(torch.zeros(0, 4, 4, dtype=torch.bool), [])
-    loss = head.losses([nothing], [target(torch.full((4, 4), 255))])["loss_srm"]
+    loss = head.losses([nothing()], [truth(torch.full((4, 4), category))])["loss_srm"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
@@ -113,38 +146,29 @@ def test_loss_without_a_thing_is_zero_and_still_has_gradients():
 def test_learns_who_lies_on_top_from_masks_alone():
     """Where class 0 and class 1 compete, 1 is visible; no picture is needed to learn that."""
     torch.manual_seed(0)
-    head = make_head(num_classes=2, stride=1, kernel_size=3)
+    head = make_head(num_classes=2, kernel_size=3)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
 
     def scene():
+        size = tuple(torch.randint(12, 16, (2,)).tolist())
         x, y = torch.randint(0, 6, (2,)).tolist()
-        below = box_mask(x, y, x + 6, y + 6, (12, 12))
-        top = box_mask(x + 2, y + 2, x + 4, y + 4, (12, 12))
-        categories = torch.where(top, 1, torch.where(below, 0, 255))
-        return make_candidates(torch.stack([below, top]), [0, 1]), categories
+        below = box_mask(x, y, x + 6, y + 6, size)
+        top = box_mask(x + 2, y + 2, x + 4, y + 4, size)
+        categories = torch.where(top, 1, torch.where(below, 0, -1))
+        return make_grid_instances(torch.stack([below, top]), [0, 1]), categories
 
     for _ in range(60):
-        candidates, categories = scene()
+        instances, categories = scene()
         optimizer.zero_grad()
-        head.losses([candidates], [target(categories)])["loss_srm"].backward()
+        head.losses([instances], [truth(categories)])["loss_srm"].backward()
         optimizer.step()
-    candidates, categories = scene()
-    predicted = head.evidence([candidates])[0].score_map.argmax(0)
-    thing = categories < 2
+    instances, categories = scene()
+    predicted = head.order_inputs([instances])[0].score_map.argmax(0)
+    thing = categories >= 0
     assert torch.equal(predicted[thing], categories[thing])
 
 
-@pytest.mark.parametrize(
-    "kwargs, words",
-    [
-        ({"kernel_size": 4}, ["KERNEL_SIZE", "4", "odd"]),
-        ({"stride": 0}, ["STRIDE", "0", "at least 1"]),
-        ({"mask_threshold": 1.0}, ["MASK_THRESH", "1.0", "between 0 and 1"]),
-        ({"train_masks": ("gt", "all")}, ["TRAIN_MASKS", "'all'", "'pred'"]),
-        ({"train_masks": ()}, ["TRAIN_MASKS", "()", "'detections'"]),
-    ],
-)
-def test_refuses_what_has_no_meaning(kwargs, words):
-    with pytest.raises(ValueError) as error:
-        make_head(**kwargs)
-    assert all(word in str(error.value) for word in words)
+@pytest.mark.parametrize("kernel_size", [4, -1])
+def test_refuses_a_kernel_without_a_middle(kernel_size):
+    with pytest.raises(ValueError, match=f"KERNEL_SIZE is {kernel_size}.*odd"):
+        make_head(kernel_size=kernel_size)
