@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from oanet_d2 import OANet
+from oanet_d2.modeling import SRMFromAnnotations
+from tests.conftest import load_config, make_input
+
+PERSON, TIE = 0, 1
+SIZE = (64, 96)
+LOSSES = {"PairwiseRankingHead": {"loss_srm", "loss_srm_pairs"}, "SpatialRankingHead": {"loss_srm"}}
+
+
+@pytest.fixture
+def srm_cfg(tiny_cfg):
+    tiny_cfg.MODEL.META_ARCHITECTURE = "SRMFromAnnotations"
+    head = tiny_cfg.MODEL.SRM_HEAD
+    head.TRAIN_MASKS, head.PAIRS.EVIDENCE = "gt", ("geometry", "score_map")
+    head.GT_FALSE_POSITIVES = 0.0  # those are random
+    return tiny_cfg
+
+
+def without_image(*args, **kwargs):
+    training_input = make_input(*args, **kwargs)
+    del training_input["image"]
+    return training_input
+
+
+def worn_tie(size=SIZE):
+    return without_image(size, [[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE], 2)
+
+
+@pytest.mark.parametrize("head", LOSSES)
+def test_trains_without_images(srm_cfg, head):
+    srm_cfg.MODEL.SRM_HEAD.NAME = head
+    torch.manual_seed(0)
+    model = build_model(srm_cfg).train()
+    assert isinstance(model, SRMFromAnnotations)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batch = [worn_tie(), worn_tie((97, 70)), without_image(SIZE, [], [], 1)]
+    before = model(batch)
+    assert set(before) == LOSSES[head]
+    sum(before.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    after = model(batch)
+    assert all(0 < after[name] < before[name] for name in before)
+
+
+@pytest.mark.parametrize("false_positives", [0.0, 1.0])
+@pytest.mark.parametrize("head", LOSSES)
+def test_edge_batches(srm_cfg, head, false_positives):
+    srm_cfg.MODEL.SRM_HEAD.NAME = head
+    srm_cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = false_positives
+    model = build_model(srm_cfg).train()
+    for args in ([[], []], [[[9, 9, 10, 10]], [TIE]], [[[0, 0, 96, 64]] * 2, [PERSON] * 2, 2]):
+        losses = model([without_image(SIZE, *args)])
+        assert all(torch.isfinite(x) for x in losses.values())
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_same_losses_as_the_oanet(srm_cfg):
+    """From ground truth, without evidence from the image; in a batch of two sizes."""
+    torch.manual_seed(0)
+    model = build_model(srm_cfg).train()
+    srm_cfg.MODEL.META_ARCHITECTURE = "OANet"
+    oanet = build_model(srm_cfg).train()
+    loaded = oanet.load_state_dict(model.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    assert not any(key.startswith("srm_head.") for key in loaded.missing_keys)
+    boxes, classes = [[8, 8, 40, 60], [20, 20, 28, 44]], [PERSON, TIE]
+    batch = [make_input(SIZE, boxes, classes, 2), make_input((97, 70), boxes, classes, 2)]
+    with EventStorage():
+        expected = oanet(batch)
+    for name, loss in model(batch).items():
+        torch.testing.assert_close(loss, expected[name])
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("TRAIN_MASKS", "detections", "TRAIN_MASKS is 'detections'.*'gt'"),
+        ("PAIRS.EVIDENCE", ("geometry", "semantic"), "PAIRS.EVIDENCE.*'semantic'.*'geometry'"),
+        ("PAIRS.EVIDENCE", ("features",), "PAIRS.EVIDENCE.*'features'.*'geometry'"),
+    ],
+)
+def test_refuses_what_needs_an_image(srm_cfg, key, value, words):
+    srm_cfg.merge_from_list([f"MODEL.SRM_HEAD.{key}", value])
+    with pytest.raises(ValueError, match=words):
+        build_model(srm_cfg)
+
+
+def test_evidence_is_for_pairs_only(srm_cfg):
+    srm_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("semantic", "features")
+    srm_cfg.MODEL.SRM_HEAD.NAME = "SpatialRankingHead"
+    build_model(srm_cfg)
+
+
+def test_predicts_nothing(srm_cfg):
+    with pytest.raises(RuntimeError, match="only trains.*attach_srm"):
+        build_model(srm_cfg).eval()([worn_tie()])
+
+
+def test_the_coco_configs_belong_together():
+    oanet, alone = (
+        build_model(load_config(f"COCO-PanopticSegmentation/{name}.yaml"))
+        for name in ("oanet_R_50_masks", "srm_from_annotations")
+    )
+    assert isinstance(oanet, OANet)
+    assert oanet.sem_seg_head.predictor.out_channels == 54  # the model zoo's
+    shapes = {k: v.shape for k, v in oanet.srm_head.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in alone.srm_head.state_dict().items()}
