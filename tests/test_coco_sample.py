@@ -1,26 +1,28 @@
 """
-One real COCO image with its real panoptic annotation, from the folder beside the project, if there
-is one: registered, checked, learned by heart and evaluated.
+Real data from the folder beside the project, if there is one. One COCO image with its panoptic
+annotation is learned by heart and evaluated.
 """
 
 import pytest
 import torch
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import inference_on_dataset
 
+from oanet_d2 import complete_config
 from oanet_d2.data.check import check
-from oanet_d2.data.classes import complete_config
 from oanet_d2.engine import OANetTrainer
 from tests.conftest import REPOSITORY, load_config, registered
 
-SAMPLE = REPOSITORY.parent / "shared" / "data" / "coco_panoptic_sample"
+DATA = REPOSITORY.parent / "shared" / "data"
+SAMPLE = DATA / "coco_panoptic_sample"
 PATHS = (
     SAMPLE / "val2017",
     SAMPLE / "annotations" / "panoptic_val2017.json",
     SAMPLE / "panoptic_val2017",
 )
-pytestmark = pytest.mark.skipif(not SAMPLE.exists(), reason=f"{SAMPLE.name} is not there")
+pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there")
 
 SMALL = [
     *["MODEL.FPN.OUT_CHANNELS", "64", "MODEL.RESNETS.DEPTH", "18"],
@@ -40,7 +42,24 @@ SMALL = [
 
 
 def test_it_is_clean():
-    assert check(*map(str, PATHS), workers=1, progress=False) == []
+    assert check(*PATHS) == []
+
+
+@pytest.mark.parametrize("name", ["facades", "street_fashion"])
+def test_real_sets_with_an_instances_json(name):
+    """Clean, and the instances are those that Detectron2 loads."""
+    panoptic, instances = (DATA / name / f"{x}_val.json" for x in ("panoptic", "instances"))
+    paths = (DATA / name / "images" / "val", panoptic, DATA / name / "panoptic_val", instances)
+    assert check(*paths) == []
+    with registered("test_real", *paths) as dataset:
+        ours = {d["image_id"]: d["annotations"] for d in DatasetCatalog.get(dataset)}
+        things = MetadataCatalog.get(dataset).thing_dataset_id_to_contiguous_id
+    theirs = load_coco_json(str(instances), str(paths[0]))
+    assert len(ours) == len(theirs)
+    for d in theirs:
+        for annotation in d["annotations"]:
+            annotation["category_id"] = things[annotation["category_id"]]
+        assert ours[d["image_id"]] == d["annotations"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from .images import check_header, naming, read_image, read_segment_ids
 from .load import check_image_size, check_segment_ids
 
-__all__ = ["PanopticDatasetMapper", "index_segments", "panoptic_categories"]
+__all__ = ["PanopticDatasetMapper"]
 
 # Detectron2's augmentations that pad (FixedSizeCrop) fill a label map with this value.
 PADDING = 255
@@ -24,9 +24,8 @@ PADDING = 255
 
 def index_segments(ids: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
     """
-    Number the segments for augmentations: the segment at position p of `segments_info`, counted from
-    1, gets the number p. From 255 on it gets p + 1, because 255 is padding. Ids that are not listed
-    get 0.
+    Number the segments for augmentations: by their position in `segments_info`, counted from 1, but
+    without 255, which is padding. Ids that are not listed get 0.
 
     Args:
         ids: (H, W) int32 segment ids.
@@ -51,11 +50,8 @@ def _number(position: int) -> int:
 
 def segment_positions(numbers: np.ndarray) -> np.ndarray:
     """
-    Args:
-        numbers: (H, W) of :func:`index_segments`, augmented.
-
-    Returns:
-        (H, W) int64, positions counted from 1. 0 is void, and padding is void, too.
+    From :func:`index_segments`, augmented, back to positions: (H, W) int64, counted from 1. Padding
+    is 0, as void is.
     """
     positions = numbers.astype(np.int64)
     positions[positions == PADDING] = 0
@@ -65,14 +61,11 @@ def segment_positions(numbers: np.ndarray) -> np.ndarray:
 
 def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarray:
     """
-    The panoptic category by position: thing class c is c, stuff class s (counted from 1) is
-    num_things + s - 1, void is -1. A crowd counts as its class.
+    The panoptic category at every position, (1 + N,) int64. Thing class c is c, stuff class s (counted
+    from 1) is num_things + s - 1, void is -1. A crowd counts as its class.
 
     Args:
-        segments_info: list[dict] with contiguous "category_id" and "isthing".
-
-    Returns:
-        (1 + len(segments_info),) int64. Position 0 is void.
+        segments_info: N dicts with contiguous "category_id" and "isthing".
     """
     offsets = [0 if s["isthing"] else num_things - 1 for s in segments_info]
     return np.array([-1, *(s["category_id"] + x for s, x in zip(segments_info, offsets))])

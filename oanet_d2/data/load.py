@@ -40,6 +40,8 @@ Report = Callable[..., None]
 
 def stop(kind: str, where: str, detail: str, fatal: bool = True) -> None:
     """
+    The `report` of training.
+
     Raises:
         ValueError: the problem is fatal.
     """
@@ -80,20 +82,18 @@ OPTIONAL = ("area", "iscrowd", "segmentation")
 
 
 def entries(
-    items: List, fields: Fields, where: str, name: str, report: Report
+    items: List, fields: Fields, where: str, report: Report
 ) -> Iterator[Tuple[str, Dict, bool]]:
     """
     Report fields that are not what they must be, and ids that an earlier entry has.
 
     Args:
-        items: a list of a JSON.
+        items: the list of a JSON that `where` names.
         fields: what every entry must have.
-        where: the file and the list.
-        name: name of the list.
 
     Yields:
-        where an entry is, the entry, and whether training can use it. If it cannot, only those
-        fields are left that are what they must be.
+        where an entry is, the entry, and whether training can use it. If not, the entry holds only
+        those fields that are what they must be.
     """
     seen = set()
     for i, item in enumerate(items):
@@ -113,7 +113,7 @@ def entries(
             item = {k: item[k] for k in fields if k in item and k not in wrong}
         if "id" in item:
             if item["id"] in seen:
-                report(f"duplicate id in {name}", at, f"an earlier entry has the id {item['id']!r}")
+                report("duplicate id", at, f"an earlier entry has the id {item['id']!r}")
             seen.add(item["id"])
         yield at, item, usable
 
@@ -174,7 +174,7 @@ def load_panoptic(
     instances = None
     if instances_json is not None:
         instances = _instances(instances_json, panoptic, images, thing_ids, report)
-    for at, x, usable in entries(panoptic["annotations"], ANNOTATION, where, "annotations", report):
+    for at, x, usable in entries(panoptic["annotations"], ANNOTATION, where, report):
         image_id, image = x.get("image_id"), images.get(x.get("image_id"), {})
         segments = _segments(x.get("segments_info", []), at, thing_ids, stuff_ids, report)
         if "image_id" in x and image_id not in images:
@@ -201,7 +201,7 @@ def load_panoptic(
 
 
 def _by_id(content: Dict, key: str, fields: Fields, path: str, report: Report) -> Dict[Any, Dict]:
-    found = entries(content[key], fields, f"{path}: {key}", key, report)
+    found = entries(content[key], fields, f"{path}: {key}", report)
     return {x["id"]: x for _, x, _ in found if "id" in x}
 
 
@@ -209,7 +209,7 @@ def _segments(
     items: List, at: str, thing_ids: Dict, stuff_ids: Dict, report: Report
 ) -> List[Dict]:
     segments = []
-    for where, x, _ in entries(items, SEGMENT, f"{at} segments_info", "segments_info", report):
+    for where, x, _ in entries(items, SEGMENT, f"{at} segments_info", report):
         category, iscrowd = x.get("category_id"), int(x.get("iscrowd", 0))
         isthing = category in thing_ids
         contiguous = (thing_ids if isthing else stuff_ids).get(category)
@@ -243,7 +243,7 @@ def _instances(
         report("image only in the panoptic JSON", f"{path}: images", detail, fatal=False)
 
     instances, where = defaultdict(list), f"{path}: annotations"
-    for at, x, usable in entries(content["annotations"], INSTANCE, where, "annotations", report):
+    for at, x, usable in entries(content["annotations"], INSTANCE, where, report):
         image_id, category = x.get("image_id"), x.get("category_id")
         image, mask = images.get(image_id, {}), x.get("segmentation")
         at += f" ({image['file_name']})" if "file_name" in image else ""
@@ -251,7 +251,7 @@ def _instances(
             detail = f"the panoptic JSON has no image {image_id!r}"
             report("instance of an unknown image", at, detail, fatal=False)
         if "category_id" in x and category not in thing_ids:
-            detail = f"the category {category} is no thing of the panoptic JSON"
+            detail = f"the category {category} is not a thing in the panoptic JSON"
             report("instance of no thing", at, detail)
         if min(x.get("bbox", [1])[-2:]) <= 0:
             detail = f"'bbox' is {x['bbox']}; width and height must be more than 0"
@@ -264,7 +264,7 @@ def _instances(
             kept.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
             instances[image_id].append({**kept, "segmentation": mask} if mask else kept)
     if content["annotations"] and not instances:
-        detail = "none can be used; is the image_id of one that of an image? (1 and '1' are two ids)"
+        detail = "none is of an image in the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
     return instances
 
@@ -292,7 +292,7 @@ def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
     if len(polygons) < len(mask):
         report(kind, at, "a polygon is not of 6, 8, 10, ... numbers", fatal=False)
     if not all(map(_finite, polygons)):
-        report(kind, at, "a polygon holds what is no finite number")
+        report(kind, at, "a polygon holds something else than finite numbers")
     return polygons
 
 

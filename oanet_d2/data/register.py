@@ -144,7 +144,7 @@ def category_metadata(categories: List, where: str, report: Report = stop) -> Di
         "thing_classes", "stuff_classes", "{thing,stuff}_dataset_id_to_contiguous_id" and, where every
         category has a color, "{thing,stuff}_colors".
     """
-    found = [c for _, c, usable in entries(categories, CATEGORY, where, "categories", report) if usable]
+    found = [c for _, c, usable in entries(categories, CATEGORY, where, report) if usable]
     things = [c for c in found if c["isthing"]]
     stuff = [c for c in found if not c["isthing"]]
     metadata = {

@@ -83,7 +83,7 @@ def test_datasets_of_a_yaml(dataset, tmp_path, capsys):
     dataset.panoptic["categories"].append(dataset.panoptic["categories"][0])
     dataset.paths()
     assert status(files) == 1
-    assert "duplicate id in categories: 1" in capsys.readouterr().out
+    assert "duplicate id: 1" in capsys.readouterr().out
     assert "test_check_yaml" not in DatasetCatalog
 
 
