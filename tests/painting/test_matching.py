@@ -135,14 +135,14 @@ def test_against_slow_reference(seed, n, crowds):
 
 
 def random_predictions(seed, n, size):
-    """n pasted masks, and a ground truth of patches of 5 x 5 pixels, a third of them crowds."""
+    """n pasted masks, and a ground truth of patches of 5 x 5 pixels: void, things, stuff, crowds."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(n, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
     boxes = corners * torch.tensor([size[1], size[0]] * 2)
     masks = BoxedMasks.paste(torch.rand(n, 4, 4, generator=generator), boxes, size)
     patches = torch.randint(7, [-(-length // 5) for length in size], generator=generator)
     ids = patches.repeat_interleave(5, 0).repeat_interleave(5, 1)[: size[0], : size[1]]
-    segments = [thing(i, i % 2, iscrowd=int(i % 3 == 0)) for i in range(1, 7)]
+    segments = [thing(i, i % 2, iscrowd=int(i % 3 == 0), isthing=i != 4) for i in range(1, 7)]
     classes, scores = torch.randint(2, (n,), generator=generator), torch.arange(n) / 100
     return masks, scores, classes, ids, segments
 
