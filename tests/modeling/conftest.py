@@ -8,9 +8,3 @@ def threads_as_before():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def two_threads(threads_as_before):
-    """With one, PyTorch convolves in another way, and maps do not stay in oneDNN's layout."""
-    torch.set_num_threads(2)

