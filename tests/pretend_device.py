@@ -62,7 +62,8 @@ class PretendDevice(TorchDispatchMode):
 
 
 def run(op, args, kwargs):
-    checked = args[:1] + args[2:] if op in INDEXING else args  # indices may be on the CPU, really
+    # As on a real device, indices may be on the CPU.
+    checked = args[:1] + args[2:] if op in INDEXING and isinstance(args[0], PretendTensor) else args
     tensors = [x for x in tree_leaves((checked, kwargs)) if isinstance(x, torch.Tensor)]
     devices = {x.device.type for x in tensors if x.dim() > 0 or isinstance(x, PretendTensor)}
     if len(devices) > 1 and op is not COPY:
