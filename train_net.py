@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
-from oanet_d2.engine import OANetTrainer, prepare_datasets, report_orderings
+from oanet_d2.engine import OANetTrainer, prepare_datasets
 from oanet_d2.output_folder import prepare_output_folder
 
 
@@ -40,8 +40,6 @@ def main(args):
         results = OANetTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
-            if cfg.TEST.ORDERS:
-                report_orderings(cfg, results)
         return results
 
     trainer = OANetTrainer(cfg)

@@ -2,17 +2,17 @@ import logging
 import os
 import time
 import weakref
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 import torch
 
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.events import has_event_storage
+from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import setup_logger
 
 from . import hooks
@@ -100,7 +100,7 @@ class OANetTrainer(DefaultTrainer):
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             trainer=weakref.proxy(self),
         )
-        self.start_iter, self.train_seconds = 0, 0.0
+        self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -113,16 +113,13 @@ class OANetTrainer(DefaultTrainer):
         first_phase = hooks.network_iterations(self.cfg)
         if first_phase < self.max_iter:
             ours.append(hooks.TwoPhases(first_phase))
-        reports = comm.is_main_process() and self.cfg.TEST.ORDERS
-        return [*ours, *super().build_hooks(), OrderReport() if reports else None]
+        return [*ours, *super().build_hooks()]
 
     def run_step(self):
-        start = time.perf_counter()
         try:
             super().run_step()
         except FloatingPointError as error:
             raise self.guard.explained(error) from error
-        self.train_seconds += time.perf_counter() - start
 
     def resume_or_load(self, resume=True):
         """
@@ -213,10 +210,17 @@ class OANetTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        if evaluators is None:
-            bare_model = getattr(model, "module", model)
-            evaluators = [cls.build_evaluator(cfg, x, model=bare_model) for x in cfg.DATASETS.TEST]
-        return super().test(cfg, model, evaluators)
+        """
+        As :meth:`DefaultTrainer.test`; with `cfg.TEST.ORDERS` it also reports the comparison of orders.
+        """
+        if evaluators is not None:
+            return super().test(cfg, model, evaluators)
+        bare_model = getattr(model, "module", model)
+        evaluators = [cls.build_evaluator(cfg, x, model=bare_model) for x in cfg.DATASETS.TEST]
+        results = super().test(cfg, model, evaluators)
+        if cfg.TEST.ORDERS and comm.is_main_process():
+            report_orderings(cfg, results)
+        return results
 
 
 def evaluation_folder(cfg, dataset_name: str) -> str:
@@ -244,15 +248,17 @@ def prepare_datasets(cfg) -> None:
             ensure_split(occlusion_scenes_root(), split, images, **options)
 
 
-def report_orderings(cfg, results: Dict, train_seconds: Optional[float] = None) -> None:
+def report_orderings(cfg, results: Dict) -> None:
     """
     Log the table of orders, and write `orderings.json` and the report.
 
     Args:
         cfg: the config of the evaluation.
-        results: from :meth:`OANetTrainer.test`.
-        train_seconds: how long the training took, if that is known.
+        results: from the evaluators, by dataset where there are several.
     """
+    # Detectron2 takes the time of each iteration, less the first three of a run.
+    steps = get_event_storage().histories().get("time") if has_event_storage() else None
+    train_seconds = sum(x for x, _ in steps.values()) if steps else None
     names = cfg.DATASETS.TEST
     for name, result in ({names[0]: results} if len(names) == 1 else results).items():
         folder = evaluation_folder(cfg, name)
@@ -263,26 +269,3 @@ def report_orderings(cfg, results: Dict, train_seconds: Optional[float] = None) 
         logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
         if _has_report(cfg):
             logger.info(f"Report, for a browser: {write_report(folder)}")
-
-
-class OrderReport(HookBase):
-    """
-    Reports the comparison of orders after every evaluation, with the time of the training so far.
-    """
-
-    _reported = None
-
-    def after_step(self):
-        results = getattr(self.trainer, "_last_eval_results", None)
-        if results is not None and results is not self._reported:
-            self._reported = results
-            report_orderings(self.trainer.cfg, results, self.trainer.train_seconds)
-
-    def after_train(self):  # the last evaluation is there
-        self.after_step()
-
-    def state_dict(self):
-        return {"train_seconds": self.trainer.train_seconds}
-
-    def load_state_dict(self, state_dict):
-        self.trainer.train_seconds = state_dict["train_seconds"]

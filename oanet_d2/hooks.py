@@ -203,7 +203,7 @@ class DivergenceGuard(HookBase):
         name = f"iteration_{trainer.iter:07d}_rank_{comm.get_rank()}"
         folder = os.path.join(trainer.cfg.OUTPUT_DIR, "non_finite_loss", name)
         try:
-            save_images(folder, self._batch, trainer.cfg.INPUT.FORMAT)
+            _save_images(folder, self._batch, trainer.cfg.INPUT.FORMAT)
             kept = f"is in {folder}"
         except OSError as failed:
             kept = f"could not be saved: {failed}"
@@ -219,18 +219,7 @@ class DivergenceGuard(HookBase):
         )
 
 
-def save_images(folder: str, batch: Sequence[Dict], image_format: str) -> None:
-    """
-    Write the images of a training batch, as PNGs that are numbered and named like their files.
-
-    Args:
-        folder: made if it does not exist.
-        batch: training inputs, with "image" (3, H, W) in [0, 255] where images are read.
-        image_format: "BGR" or "RGB".
-
-    Raises:
-        OSError: an image cannot be written.
-    """
+def _save_images(folder: str, batch: Sequence[Dict], image_format: str) -> None:
     os.makedirs(folder, exist_ok=True)
     for i, x in enumerate(batch):
         if "image" in x:

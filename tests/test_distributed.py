@@ -166,7 +166,7 @@ def diverge_in_process(scenes, folder, iteration):
         trainer.train()
 
 
-@pytest.mark.parametrize("iteration", [2, 4])
+@pytest.mark.parametrize("iteration", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_diverged_process_ends_all(scenes, tmp_path, iteration):
     """In both phases, with its own image, and without a checkpoint after that."""
     with pytest.raises(Exception, match=f"Iteration {iteration}: loss_[a-z_]+ is nan.*BASE_LR"):

@@ -69,7 +69,7 @@ def orderings(folder):
 
 def test_trains_evaluates_and_evaluates_again(train_net, tmp_path):
     """What `make demo` does; then `--eval-only` on the checkpoint that it leaves."""
-    text = train_net("SOLVER.MAX_ITER", "3")
+    text = train_net("SOLVER.MAX_ITER", "5")
     assert "| srm_overlap" in text and str(tmp_path / "report.html") in text
     first = orderings(tmp_path)
     assert list(first["orderings"]) == ORDERS and first["images"] == 4
@@ -121,7 +121,7 @@ def test_several_test_sets_have_a_folder_each(train_cfg, few_scenes):
 
 def test_a_short_training_lowers_the_loss(train_cfg):
     solver = train_cfg.SOLVER
-    solver.MAX_ITER, solver.WARMUP_ITERS, solver.BASE_LR = 40, 5, 0.01
+    solver.MAX_ITER, solver.WARMUP_ITERS, solver.BASE_LR = 30, 5, 0.01
     train_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"  # so early it detects next to nothing
     trainer = trainer_of(train_cfg)
     trainer.train()
