@@ -1,7 +1,7 @@
 """
-A device for machines without one. Its tensors say that they are on "mps" and live on the CPU. As on a
-real device they do not meet CPU tensors, and as on Apple's GPUs there is no float64. So a forgotten
-`.to(device)` fails everywhere.
+A device for machines without one. Its tensors say that they are on "mps" and live on the CPU. As on
+a real device they do not meet CPU tensors, and as on Apple's GPUs there is no float64. So a
+forgotten `.to(device)` fails everywhere.
 """
 
 import torch
@@ -77,5 +77,8 @@ def run(op, args, kwargs):
     result = op(*args, **kwargs)
     if not on_device:
         return result
-    # An operation in place gives back the tensor itself.
-    return tree_map_only(torch.Tensor, lambda x: same[id(x)] if id(x) in same else PretendTensor(x), result)
+
+    def wrap(x):  # an operation in place gives back the tensor itself
+        return same[id(x)] if id(x) in same else PretendTensor(x)
+
+    return tree_map_only(torch.Tensor, wrap, result)

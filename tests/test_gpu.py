@@ -170,7 +170,7 @@ def run(stage, device, mode=None):
 
 def assert_same(found, expected, tolerance=1e-4):
     """
-    Numbers that were added in another order differ by rounding; in a whole network, a few labels too.
+    Numbers added in another order differ by rounding; in a whole network, a few labels do too.
     """
     for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if not isinstance(y, torch.Tensor):
