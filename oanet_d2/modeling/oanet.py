@@ -137,6 +137,7 @@ class OANet(PanopticFPN):
             phase: what learns from now on. "all"; "network", everything but the ranking head, which
                 is not run in training; or "ranking", the ranking head alone: everything else gets no
                 gradient and stays in evaluation mode, so that no running statistic moves either.
+                There is no way back from "ranking": what it froze stays frozen.
         """
         if phase == "ranking":
             self.requires_grad_(False)

@@ -154,6 +154,18 @@ def test_the_ranking_loss_changes_nothing_but_the_ranking(tiny_cfg):
     assert touched == {n for n, _ in model.named_parameters() if n.startswith("srm_head.")}
 
 
+@pytest.mark.parametrize("name", ["two sizes", "no stuff"])
+def test_void_and_padding_are_no_labels_whatever_the_ignore_value(tiny_cfg, name):
+    losses = []
+    for value in (255, -1, 99):
+        tiny_cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
+        batch = make_batch(name)
+        for x in batch:
+            x["sem_seg"][x["sem_seg"] == 255] = value
+        losses.append(train_step(seeded_model(tiny_cfg), batch)["loss_sem_seg"])
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
 @pytest.mark.parametrize("stride", [2, 8])
 def test_the_maps_follow_the_stride(tiny_cfg, stride):
     """p2 has 4 pixels per cell; the ranking grid may be finer or coarser."""
