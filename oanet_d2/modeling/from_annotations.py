@@ -1,4 +1,4 @@
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class SRMFromAnnotations(nn.Module):
                 :func:`with_false_positives`.
         """
         super().__init__()
-        self.srm_head = srm_head
+        self.srm_head: Any = srm_head
         self.num_classes = num_classes
         self.stride = stride
         self.false_positives = false_positives

@@ -1,5 +1,5 @@
 from contextlib import contextmanager
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import nn
@@ -94,7 +94,7 @@ class OANet(PanopticFPN):
         Other arguments are the same as :class:`PanopticFPN`.
         """
         super().__init__(**kwargs)
-        self.srm_head = srm_head
+        self.srm_head: Any = srm_head
         self.srm_stride = srm_stride
         self.srm_in_feature = srm_in_feature
         self.srm_map_stride = srm_map_stride

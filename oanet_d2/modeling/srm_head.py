@@ -159,12 +159,13 @@ class SpatialRankingHead(nn.Module):
             the mean over the cells of all images that show a thing; 0, with gradients of 0, without
             such a cell.
         """
-        total, count = logits[0].sum() * 0, 0
+        total = logits[0].sum() * 0
+        count = torch.zeros((), dtype=torch.int64, device=total.device)
         for x, target in zip(logits, truth):
             labels = target.categories.masked_fill(target.categories >= self.num_classes, -1)
             total = total + F.cross_entropy(x[None], labels[None], ignore_index=-1, reduction="sum")
             count = count + (labels >= 0).sum()
-        return total / torch.as_tensor(count).clamp(min=1)
+        return total / count.clamp(min=1)
 
     def order_inputs(
         self,

@@ -91,8 +91,8 @@ def _paint_on_cpu(
     # NumPy, because PyTorch's overhead is most of the time of such small operations.
     panoptic, kept = panoptic_seg.numpy(), []
     for index in indices:
-        mask, region = masks[index]
-        mask, free = mask.cpu().numpy(), panoptic[region]
+        boxed, region = masks[index]
+        mask, free = boxed.cpu().numpy(), panoptic[region]
         visible = mask & (free == 0)
         area, visible_area = np.count_nonzero(mask), np.count_nonzero(visible)
         if visible_area > 0 and (area - visible_area) / area <= overlap_threshold:
