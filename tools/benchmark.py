@@ -134,7 +134,7 @@ class BlobROIHeads(StandardROIHeads):
 
     def _forward_mask(self, features, instances):
         (x,) = super()._forward_mask(features, instances)
-        x.pred_masks = self.blobs.pred_masks
+        x.pred_masks = self.blobs.pred_masks[: len(x)]  # the painted ones come first
         return [x]
 
 

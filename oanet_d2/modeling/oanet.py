@@ -7,6 +7,7 @@ from torch import nn
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import ImageList, Instances
 
 from ..painting.fusion import combine
@@ -204,7 +205,7 @@ class OANet(PanopticFPN):
         # Proposals come with the best first. Inference would take this many.
         most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
         with _evaluating(self.roi_heads):
-            return self.roi_heads(images, features, [x[:most] for x in proposals], None)[0]
+            return self._detect(images, features, [x[:most] for x in proposals], all_masks=False)
 
     @torch.no_grad()
     def _training_instances(self, detected: List[Instances], gt_instances: List[Instances]):
@@ -269,7 +270,8 @@ class OANet(PanopticFPN):
         features = self.backbone(images.tensor)
         semantic = self.sem_seg_head.layers(features)
         proposals, _ = self.proposal_generator(images, features, None)
-        detected, _ = self.roi_heads(images, features, proposals, None)
+        all_masks = "pred_masks" in self.outputs or not do_postprocess
+        detected = self._detect(images, features, proposals, all_masks)
         if not do_postprocess:
             return detected, self.sem_seg_head.predict(semantic)
 
@@ -290,6 +292,27 @@ class OANet(PanopticFPN):
                     result["fusion_inputs"] = fusion_inputs
                 results.append(result)
         return results
+
+    def _detect(
+        self, images, features: Dict, proposals: List[Instances], all_masks: bool
+    ) -> List[Instances]:
+        """
+        What the ROI heads give in evaluation mode. Without `all_masks` only instances that will be
+        painted get a mask, if the heads work in Detectron2's two steps; the masks of others are 0.
+        """
+        heads = self.roi_heads
+        in_two_steps = getattr(heads.forward, "__func__", None) is StandardROIHeads.forward
+        if all_masks or not in_two_steps:
+            return heads(images, features, proposals, None)[0]
+        detected = heads._forward_box(features, proposals)
+        painted = [x.scores >= self.combine_instances_score_thresh for x in detected]
+        chosen = [x[indices] for x, indices in zip(detected, painted)]
+        for x, indices, y in zip(
+            detected, painted, heads.forward_with_given_boxes(features, chosen)
+        ):
+            x.pred_masks = y.pred_masks.new_zeros(len(x), *y.pred_masks.shape[1:])
+            x.pred_masks[indices] = y.pred_masks
+        return detected
 
     def _rank(
         self, images, semantic, features, detected: List[Instances], for_all_orders: bool
