@@ -201,7 +201,7 @@ class PanopticDatasetMapper(DatasetMapper):
         self, segments_info: List[Dict], numbers: np.ndarray, augmented: np.ndarray, transforms
     ) -> Instances:
         """
-        The things that are no crowds and of which something is left, as Detectron2 makes instances
+        The things that are no crowds and still have a pixel, as Detectron2 makes instances
         from annotations.
 
         Args:

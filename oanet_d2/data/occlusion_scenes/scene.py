@@ -3,7 +3,7 @@ One scene of OcclusionScenes: what is in it, what lies on what, and what is visi
 
 A tie or a backpack lies on a person, a cup or a bottle on a table: inside the silhouette of its carrier,
 so it is lost if the carrier is painted last. Things on the ground overlap too. The one that stands lower
-in the image is nearer, and chance decides of which class it is. What is worn moves with its carrier: a
+in the image is nearer, and chance decides its class. What is worn moves with its carrier: a
 car in front of a person covers the tie.
 
 Lengths are shares of the image's side until `rasterise`, so a seed gives the same scene in every image
