@@ -69,13 +69,12 @@ def orders_table(runs: List[Dict], metrics: Sequence[str], orders: Sequence[str]
 def runs_table(runs: List[Dict], best: str) -> str:
     rows = []
     for run in runs:
-        orderings, seconds = run["orderings"], run["seconds"]
+        orderings = run["orderings"]
         score, this, oracle = (orderings[x]["PQ_th"] for x in ("score", best, "oracle"))
         numbers = [orderings[best]["PQ"], this - score, oracle - this]
-        numbers += [seconds[x] / 60 if seconds[x] else math.nan for x in ("train", "eval")]
         rows.append([str(run["config"]["SEED"]), *(f"{x:.1f}" for x in numbers)])
     headers = ["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle"]
-    return markdown_table([*headers, "training, min", "evaluation, min"], rows)
+    return markdown_table(headers, rows)
 
 
 def copy_pictures(folder: Path, target: Path, prefix: str) -> None:
