@@ -184,7 +184,7 @@ class OANetTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None, model=None):
         """
-        Panoptic quality, with `model` also that of the orders in `cfg.TEST.ORDERS`, and COCO's
+        Panoptic quality, with `model` in each order of `cfg.TEST.ORDERS` too, and COCO's
         instance AP where there are an instances JSON and masks (`cfg.MODEL.OANET.OUTPUTS`). Within a
         training a few pictures for TensorBoard.
         """
