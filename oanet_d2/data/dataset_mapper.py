@@ -13,7 +13,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.file_io import PathManager
 
-from .images import check_header, naming, read_image, read_segment_ids
+from .images import check_header, naming, read_image, read_segment_ids, runs
 from .load import check_image_size, check_segment_ids
 
 __all__ = ["PanopticDatasetMapper"]
@@ -34,14 +34,11 @@ def index_segments(ids: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
     Returns:
         (H, W) array, uint8 up to 254 segments (Detectron2 augments them faster), float32 beyond.
     """
-    # The map is constant over long runs. Only where they start is there anything to look up.
-    flat = ids.ravel()
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    known, inverse = np.unique(flat[starts], return_inverse=True)
+    starts, known, inverse = runs(ids)
     position = {s["id"]: i for i, s in enumerate(segments_info, start=1)}
     dtype = np.uint8 if len(segments_info) < PADDING else np.float32
     numbers = np.array([_number(position.get(i, 0)) for i in known.tolist()], dtype=dtype)
-    return numbers[inverse].repeat(np.diff(starts, append=flat.size)).reshape(ids.shape)
+    return numbers[inverse].repeat(np.diff(starts, append=ids.size)).reshape(ids.shape)
 
 
 def _number(position: int) -> int:

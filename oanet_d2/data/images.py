@@ -3,7 +3,7 @@ Image files, read as Detectron2 reads them, and the segment ids in panoptic PNGs
 """
 
 from contextlib import contextmanager
-from typing import Dict, Iterator
+from typing import Dict, Iterator, Tuple
 
 import cv2
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["check_header", "count_pixels", "naming", "read_image", "read_segment_ids"]
+__all__ = ["check_header", "count_pixels", "naming", "read_image", "read_segment_ids", "runs"]
 
 
 @contextmanager
@@ -102,9 +102,23 @@ def count_pixels(ids: np.ndarray) -> Dict[int, int]:
     Returns:
         id -> pixels.
     """
-    # Ids are constant over long runs, so that there is little to sort.
+    starts, found, inverse = runs(ids)
+    pixels = np.bincount(inverse, np.diff(starts, append=ids.size)).astype(int)
+    return dict(zip(found.tolist(), pixels.tolist()))
+
+
+def runs(ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Segment ids are constant over long runs, so there are far fewer runs to sort than pixels.
+
+    Args:
+        ids: (H, W) segment ids.
+
+    Returns:
+        the index at which each run of the flattened ids starts; the different ids, sorted; and for
+        each run the index of its id among them.
+    """
     flat = ids.ravel()
     starts = np.flatnonzero(np.diff(flat, prepend=-1))
     found, inverse = np.unique(flat[starts], return_inverse=True)
-    pixels = np.bincount(inverse, np.diff(starts, append=flat.size)).astype(int)
-    return dict(zip(found.tolist(), pixels.tolist()))
+    return starts, found, inverse
