@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
+from oanet_d2.data.check import check_datasets
 from oanet_d2.engine import OANetTrainer, prepare_datasets
 from oanet_d2.output_folder import prepare_output_folder
 
@@ -34,6 +35,7 @@ def main(args):
     cfg = setup(args)
 
     if args.eval_only:
+        check_datasets(cfg, cfg.DATASETS.TEST)
         model = OANetTrainer.build_model(cfg)
         checkpointer = OANetCheckpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -8,7 +8,7 @@ import torch
 
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -19,12 +19,14 @@ from . import hooks
 from .checkpoint import CheckpointError, OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import occlusion_scenes_root
+from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
-from .data.register import require_files
 from .data.training_stream import TrainingStream, build_train_loader
 from .evaluation import (
     PanopticEvaluator,
+    PanopticFiles,
     PanopticPictures,
+    build_instance_evaluator,
     orderings_of,
     orderings_table,
     write_orderings,
@@ -64,7 +66,7 @@ class OANetTrainer(DefaultTrainer):
     def __init__(self, cfg):
         """
         Raises:
-            ValueError: the config is wrong, or a file of its datasets is missing.
+            ValueError: the config or a file of its datasets is wrong.
         """
         # Not DefaultTrainer.__init__, which asks for CUDA in several processes and mixed precision.
         super(DefaultTrainer, self).__init__()
@@ -74,9 +76,7 @@ class OANetTrainer(DefaultTrainer):
         cfg.defrost()
         complete_config(cfg)
         cfg.freeze()
-        reads_images = cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations"
-        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # the latter are read at the end
-            require_files(name, images=reads_images)
+        check_datasets(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -204,8 +204,11 @@ class OANetTrainer(DefaultTrainer):
             evaluators.append(PanopticEvaluator(model, orders, pictures, report))
         has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
         if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
-            path = os.path.join(folder, "inference")
-            evaluators.append(COCOEvaluator(dataset_name, output_dir=path))
+            path, most = os.path.join(folder, "inference"), cfg.TEST.DETECTIONS_PER_IMAGE
+            evaluators.append(build_instance_evaluator(dataset_name, path, most))
+        if cfg.TEST.SAVE_PANOPTIC:
+            path = os.path.join(folder, "inference", "panoptic.json")
+            evaluators.append(PanopticFiles(dataset_name, path))
         return DatasetEvaluators(evaluators)
 
     @classmethod

@@ -9,24 +9,29 @@ Exit status: 0 if nothing is wrong, 1 if something is, 2 if the command itself i
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
 
 from ..config import load_config
-from .images import count_pixels, read_image, read_segment_ids
-from .load import Report, check_image_size, check_segment_ids, load_panoptic, read_annotations
+from .images import read_image
+from .load import check_headers, load_panoptic, read_annotations, read_truth
 from .register import Path, category_metadata, dataset_paths
 
-__all__ = ["Problem", "check", "format_report", "main"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["Problem", "check", "check_datasets", "format_report", "main"]
 
 
 class Problem(NamedTuple):
@@ -41,6 +46,14 @@ class Problems(List[Problem]):
     def report(self, kind: str, where: str, detail: str, fatal: bool = True) -> None:
         """A `report` function of :mod:`load`."""
         self.append(Problem(kind, where, detail))
+
+    @contextmanager
+    def of(self, kind: str, path: str) -> Iterator[None]:
+        """Report a ValueError of the block, which names the file."""
+        try:
+            yield
+        except ValueError as error:
+            self.report(kind, path, str(error).removeprefix(f"{path}: "))
 
 
 def check(
@@ -84,31 +97,78 @@ def check_files(d: Dict) -> Problems:
     What is wrong with the image and the panoptic PNG of a dataset dict.
     """
     problems = Problems()
-    for what, key in (("image", "file_name"), ("PNG", "pan_seg_file_name")):
-        try:
-            if what == "image":
-                check_image_size(d, read_image(d[key], "RGB").shape[:2], problems.report)
-            else:
-                _check_png(d, read_segment_ids(d[key]), problems.report)
-        except ValueError as error:
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            detail = str(error).removeprefix(f"{d[key]}: ")
-            problems.report(f"{what} {'missing' if missing else 'unusable'}", d[key], detail)
+    check_headers(d, problems.report)
+    known = {p.where for p in problems}
+    if d["file_name"] not in known:
+        with problems.of("image unusable", d["file_name"]):
+            read_image(d["file_name"], "RGB")
+    if d["pan_seg_file_name"] not in known:
+        with problems.of("PNG unusable", d["pan_seg_file_name"]):
+            read_truth(d, problems.report)
     return problems
 
 
-def _check_png(d: Dict, ids: np.ndarray, report: Report) -> None:
-    check_segment_ids(d, ids, report)
-    if ids.shape != (d["height"], d["width"]):
-        return
-    pixels = count_pixels(ids)
-    for segment in (s for s in d["segments_info"] if "id" in s):
-        found, area = pixels.get(segment["id"], 0), segment.get("area")
-        detail = f"the segment {segment['id']} has {found} pixels, its 'area' is {area}"
-        if found == 0:
-            report("segments_info id not in the PNG", d["pan_seg_file_name"], detail, fatal=False)
-        elif area not in (found, None):
-            report("area differs from the PNG", d["pan_seg_file_name"], detail, fatal=False)
+def check_datasets(cfg, names: Sequence[str]) -> None:
+    """
+    See before a training or an evaluation that it will not stop at a file: the annotations of the
+    datasets are loaded, and every file's header is looked at, a share of them in each process. What
+    lies behind a URL is not looked at.
+
+    Args:
+        cfg: the completed config.
+        names: datasets of `cfg.DATASETS.TRAIN` and `cfg.DATASETS.TEST`.
+
+    Raises:
+        ValueError: something is wrong. The message names it.
+    """
+    problems: List[Optional[str]] = []
+    look_at_images = cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations"
+    for name in names:
+        dicts = DatasetCatalog.get(name)
+        problems.append(_problem_of_all(cfg, name, dicts))
+        dicts = [d for d in dicts if "://" not in d["file_name"] + d["pan_seg_file_name"]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            own = dicts[comm.get_rank() :: comm.get_world_size()]
+            problems += pool.map(partial(_header_problem, image=look_at_images), own)
+    # Every process stops, wherever the problem is.
+    found = [x for part in comm.all_gather([x for x in problems if x][:1]) for x in part]
+    if found:
+        raise ValueError(found[0])
+
+
+def _problem_of_all(cfg, name: str, dicts: List[Dict]) -> Optional[str]:
+    if not dicts:
+        return f"Dataset {name!r} has no image with an annotation."
+    most, limit = max(map(_number_of_things, dicts)), cfg.TEST.DETECTIONS_PER_IMAGE
+    if name in cfg.DATASETS.TEST and most > limit:
+        logger.warning(
+            f"Dataset {name!r} has images with up to {most} things, but TEST.DETECTIONS_PER_IMAGE is "
+            f"{limit}: no more of them can be found."
+        )
+    is_filtered = name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    if is_filtered and not any(_has_instance(d) for d in dicts):
+        return (
+            f"No image of dataset {name!r} has an instance, so DATALOADER.FILTER_EMPTY_ANNOTATIONS "
+            "True leaves nothing to learn from. Set it False."
+        )
+    return None
+
+
+def _has_instance(d: Dict) -> bool:
+    # Detectron2 filters only what has "annotations".
+    return "annotations" not in d or not all(x.get("iscrowd", 0) for x in d["annotations"])
+
+
+def _number_of_things(d: Dict) -> int:
+    return sum(s["isthing"] and not s.get("iscrowd", 0) for s in d["segments_info"])
+
+
+def _header_problem(d: Dict, image: bool) -> Optional[str]:
+    try:
+        check_headers(d, image=image)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def format_report(problems: List[Problem], num_samples: int, examples: int = 3) -> str:

@@ -18,8 +18,9 @@ __all__ = ["complete_config"]
 
 def complete_config(cfg) -> None:
     """
-    Register the datasets that the config describes (`DATASETS.PANOPTIC`), and fill in the class
-    counts that it leaves to its datasets (0). Call it before the config is frozen.
+    Register the datasets that the config describes (`DATASETS.PANOPTIC`), and fill in what follows
+    from its datasets: class counts that are 0, and an IGNORE_VALUE that is no class. Call it before the
+    config is frozen.
 
     Args:
         cfg (CfgNode): changed in place. A second call changes nothing.
@@ -41,9 +42,14 @@ def complete_config(cfg) -> None:
                         f"The {kind} class {i} of dataset {name!r} is {y!r}, of {names[0]!r} it is "
                         f"{x!r}. Datasets of one config must have the same classes in the same order."
                     )
+    if not things:
+        # Detectron2's ROI heads need a class. This one is never annotated, and never detected.
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    num_things = max(1, len(things))
     supervision = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION
-    labels = len(stuff) + (1 if supervision == "stuff" else len(things))
-    for section, right in (("ROI_HEADS", len(things)), ("SEM_SEG_HEAD", labels)):
+    labels = len(stuff) + (1 if supervision == "stuff" else num_things)
+    for section, right in (("ROI_HEADS", num_things), ("SEM_SEG_HEAD", labels)):
         found = cfg.MODEL[section].NUM_CLASSES
         if found not in (0, right):
             raise ValueError(
@@ -53,6 +59,8 @@ def complete_config(cfg) -> None:
             )
         if found == 0:
             cfg.MODEL[section].NUM_CLASSES = right
+    if 0 <= cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE < labels:
+        cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = -1  # the mapper labels void with it
 
 
 def _classes(dataset: str, kind: str) -> List[str]:
@@ -80,6 +88,11 @@ def _check_values(cfg) -> None:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS is True: Detectron2 unpickles proposals, which can run any code. "
             "If you trust the files, set MODEL.ALLOW_PICKLE True."
+        )
+    if cfg.MODEL.META_ARCHITECTURE == "SRMFromAnnotations" and cfg.DATASETS.TEST:
+        raise ValueError(
+            f"DATASETS.TEST is {cfg.DATASETS.TEST!r}, but SRMFromAnnotations cannot predict; set it to "
+            "() and evaluate its weights in an OANet (tools/attach_srm.py)."
         )
     for key in ("TRAIN", "TEST"):
         if not isinstance(cfg.DATASETS[key], (list, tuple)):

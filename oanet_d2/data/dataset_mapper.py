@@ -11,10 +11,9 @@ from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils.file_io import PathManager
 
-from .images import check_header, naming, read_image, read_segment_ids, runs
-from .load import check_image_size, check_segment_ids
+from .images import naming, read_image, runs
+from .load import check_headers, read_truth
 
 __all__ = ["PanopticDatasetMapper"]
 
@@ -68,6 +67,38 @@ def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarra
     return np.array([-1, *(s["category_id"] + x for s, x in zip(segments_info, offsets))])
 
 
+def visible_instances(segments_info: List[Dict], numbers: np.ndarray) -> Instances:
+    """
+    The things that are no crowds and have a pixel, as Detectron2 makes instances from annotations.
+
+    Args:
+        numbers: (H, W) from :func:`index_segments`, augmented.
+    """
+    seen = set(np.unique(numbers).tolist())
+    things = {
+        _number(i): s["category_id"]
+        for i, s in enumerate(segments_info, start=1)
+        if s["isthing"] and not s.get("iscrowd", 0) and _number(i) in seen
+    }
+    masks = numbers == np.array([*things], dtype=numbers.dtype)[:, None, None]
+    return _instances([*things.values()], masks)
+
+
+def _instances(classes: List[int], masks: np.ndarray) -> Instances:
+    return Instances(
+        masks.shape[1:],
+        gt_boxes=_boxes(masks),
+        gt_classes=torch.tensor(classes, dtype=torch.int64),
+        gt_masks=BitMasks(torch.from_numpy(masks)),
+    )
+
+
+def _boxes(masks: np.ndarray) -> Boxes:
+    # BitMasks.get_bounding_boxes takes ten times as long.
+    rects = np.array([cv2.boundingRect(mask.view(np.uint8)) for mask in masks]).reshape(-1, 4)
+    return Boxes(np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]], axis=1))
+
+
 class PanopticDatasetMapper(DatasetMapper):
     """
     :class:`DatasetMapper` for datasets registered by :func:`register_panoptic`. In training it adds,
@@ -79,7 +110,7 @@ class PanopticDatasetMapper(DatasetMapper):
     * "sem_seg": (H, W) int64, the labels of the semantic head.
 
     Without "annotations", the instances are the visible parts of the things in the panoptic PNG. Their
-    masks are bitmasks, whatever `instance_mask_format` is.
+    masks are bitmasks, whatever `instance_mask_format` is. Boxes always come from the masks.
     """
 
     @configurable
@@ -130,16 +161,14 @@ class PanopticDatasetMapper(DatasetMapper):
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         file_name = dataset_dict["file_name"]
+        check_headers(dataset_dict, image=self.read_image)
         if self.read_image:
             image = read_image(file_name, self.image_format)
-            check_image_size(dataset_dict, image.shape[:2])
         else:  # augmentations look at its size
             image = np.zeros((dataset_dict["height"], dataset_dict["width"]), dtype=np.uint8)
         numbers: Optional[np.ndarray] = None
         if self.is_train:
-            ids = read_segment_ids(dataset_dict["pan_seg_file_name"])
-            check_segment_ids(dataset_dict, ids)
-            numbers = index_segments(ids, dataset_dict["segments_info"])
+            numbers = index_segments(read_truth(dataset_dict), dataset_dict["segments_info"])
 
         aug_input = T.AugInput(image, sem_seg=numbers)
         with naming(f"{file_name}, augmented from {image.shape[1]} x {image.shape[0]} pixels"):
@@ -149,86 +178,44 @@ class PanopticDatasetMapper(DatasetMapper):
             dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if numbers is None:
             dataset_dict.pop("annotations", None)
-            # Evaluators open it. A dataset without ground truth has none.
-            if PathManager.exists(dataset_dict.get("pan_seg_file_name", "")):
-                check_header(dataset_dict["pan_seg_file_name"], segment_ids=True)
             return dataset_dict
 
         with naming(f"annotations of {file_name}"):
-            if "annotations" in dataset_dict:
-                self._transform_annotations(dataset_dict, transforms, image.shape[:2])
-            else:
-                dataset_dict["instances"] = self._visible_instances(
-                    dataset_dict["segments_info"], numbers, aug_input.sem_seg, transforms
-                )
+            annotations = dataset_dict.pop("annotations", None)
+            dataset_dict["instances"] = (
+                visible_instances(dataset_dict["segments_info"], aug_input.sem_seg)
+                if annotations is None
+                else self._annotated_instances(annotations, transforms, image.shape[:2])
+            )
             self._add_labels(dataset_dict, segment_positions(aug_input.sem_seg))
         return dataset_dict
 
-    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+    def _annotated_instances(self, annotations: List[Dict], transforms, image_shape) -> Instances:
         """
-        As Detectron2's, except that padding is no part of a mask, that one RLE makes bitmasks of all
-        masks of an image, and that an image without instances has masks, too (none).
+        As Detectron2's, except that boxes come from the masks, that padding is no part of a mask, that
+        one RLE makes bitmasks of all masks of an image, and that an image without instances has masks,
+        too (none).
         """
-        annotations, mask_format = [], self.instance_mask_format
-        for x in dataset_dict.pop("annotations"):
+        transformed, mask_format = [], self.instance_mask_format
+        for x in annotations:
             if x.get("iscrowd", 0):
                 continue
-            mask = x.pop("segmentation", None)
-            if self.use_instance_mask and mask is None:
-                raise ValueError("an instance has no segmentation.")
-            # Detectron2 transforms integers in place, which cuts off the fractions.
-            x["bbox"] = [float(v) for v in x["bbox"]]
-            if self.use_instance_mask and isinstance(mask, list):
+            mask = x.pop("segmentation")
+            if isinstance(mask, list):
                 x["segmentation"] = [np.asarray(polygon, dtype=float) for polygon in mask]
             x = utils.transform_instance_annotations(x, transforms, image_shape)
-            if self.use_instance_mask and not isinstance(mask, list):
+            if not isinstance(mask, list):
                 x["segmentation"] = transforms.apply_segmentation(mask_util.decode(mask)) == 1
                 mask_format = "bitmask"
-            annotations.append(x)
-        if annotations:
-            instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
-            if self.recompute_boxes:
-                instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-            dataset_dict["instances"] = utils.filter_empty_instances(instances)
+            transformed.append(x)
+        if not transformed:
+            return _instances([], np.zeros((0, *image_shape), dtype=bool))
+        instances = utils.annotations_to_instances(transformed, image_shape, mask_format)
+        if mask_format == "bitmask":
+            instances.gt_boxes = _boxes(instances.gt_masks.tensor.numpy())
         else:
-            no_masks = np.zeros((0, *image_shape), dtype=bool)
-            dataset_dict["instances"] = self._make_instances([], np.zeros((0, 4)), no_masks)
-
-    def _visible_instances(
-        self, segments_info: List[Dict], numbers: np.ndarray, augmented: np.ndarray, transforms
-    ) -> Instances:
-        """
-        The things that are no crowds and still have a pixel, as Detectron2 makes instances
-        from annotations.
-
-        Args:
-            numbers: (H, W) of :func:`index_segments`.
-            augmented: `numbers` under `transforms`.
-        """
-        seen = set(np.unique(augmented).tolist())
-        things = {
-            _number(i): s["category_id"]
-            for i, s in enumerate(segments_info, start=1)
-            if s["isthing"] and not s.get("iscrowd", 0) and _number(i) in seen
-        }
-        boxed = augmented if self.recompute_boxes else numbers
-        rects = [cv2.boundingRect((boxed == number).view(np.uint8)) for number in things]
-        boxes = np.array(rects, dtype=float).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        if not self.recompute_boxes:
-            boxes = transforms.apply_box(boxes).clip(0, augmented.shape[::-1] * 2)
-        masks = augmented == np.array([*things], dtype=augmented.dtype)[:, None, None]
-        return self._make_instances([*things.values()], boxes, masks)
-
-    def _make_instances(
-        self, classes: List[int], boxes: np.ndarray, masks: np.ndarray
-    ) -> Instances:
-        instances = Instances(masks.shape[1:])
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-        if self.use_instance_mask:
-            instances.gt_masks = BitMasks(torch.from_numpy(masks))
-        return instances
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        return utils.filter_empty_instances(instances)
 
     def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:
         listed = dataset_dict.pop("segments_info")

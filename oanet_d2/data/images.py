@@ -7,12 +7,12 @@ from typing import Dict, Iterator, Tuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["check_header", "count_pixels", "naming", "read_image", "read_segment_ids", "runs"]
+__all__ = ["count_pixels", "naming", "read_header", "read_image", "read_segment_ids", "runs"]
 
 
 @contextmanager
@@ -28,12 +28,16 @@ def naming(file_name: str) -> Iterator[None]:
         raise ValueError(f"{file_name}: {reason}") from e
 
 
-def check_header(file_name: str, segment_ids: bool = False) -> None:
+def read_header(file_name: str, segment_ids: bool = False) -> Tuple[Tuple[int, int], int]:
     """
     Look at an image file without decoding it.
 
     Args:
         segment_ids: the file is a panoptic PNG.
+
+    Returns:
+        (height, width) as stored, and the EXIF orientation: 1 if there is none, from 2 on if
+        Detectron2 turns or mirrors the image when it reads it.
 
     Raises:
         ValueError: the file is missing, is no image, or has more than 8 bits per channel (PIL would
@@ -41,6 +45,11 @@ def check_header(file_name: str, segment_ids: bool = False) -> None:
     """
     with naming(file_name), PathManager.open(file_name, "rb") as f:
         image = Image.open(f)
+        try:
+            # Not PngImageFile's, which decodes the image.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        except Exception:  # Detectron2 reads an image with damaged EXIF as stored, too
+            orientation = None
         f.seek(0)
         start = f.read(25)
         # PIL says RGB of a PNG of 3 x 16 bits, too. The bit depth is in its header.
@@ -55,6 +64,7 @@ def check_header(file_name: str, segment_ids: bool = False) -> None:
                 f"it is a {image.format} of PIL's mode {image.mode}; segment ids are kept in a PNG "
                 "of mode RGB, as R + 256 * G + 256**2 * B."
             )
+        return (image.height, image.width), orientation if orientation in range(2, 9) else 1
 
 
 def read_image(file_name: str, format: str) -> np.ndarray:
@@ -68,9 +78,9 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         (H, W, C) array.
 
     Raises:
-        ValueError: see :func:`check_header`, or the file is damaged. The message names it.
+        ValueError: see :func:`read_header`, or the file is damaged. The message names it.
     """
-    check_header(file_name)
+    read_header(file_name)
     with naming(file_name):
         if format != "BGR":
             return utils.read_image(file_name, format)
@@ -88,7 +98,7 @@ def read_segment_ids(file_name: str) -> np.ndarray:
     Raises:
         ValueError: see :func:`read_image`.
     """
-    check_header(file_name, segment_ids=True)
+    read_header(file_name, segment_ids=True)
     with naming(file_name):
         # PIL keeps RGB in four bytes, lowest first. The last one is alpha.
         return utils.read_image(file_name, "RGBA").view("<i4")[:, :, 0] & 0xFFFFFF

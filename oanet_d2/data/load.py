@@ -1,9 +1,9 @@
 """
 Annotations of a dataset in the COCO panoptic format, as Detectron2's dataset dicts.
 
-What is wrong goes to a `report` function. Training passes :func:`stop`, which raises at the first
-problem; :mod:`check` collects all of them. So the code that follows the report of a fatal problem
-runs in the checker only.
+What is wrong goes to a `report` function. Training and evaluation pass :func:`stop`, which raises at
+the first fatal problem; :mod:`check` collects all problems. So the code that follows the report of a
+fatal problem runs in the checker only.
 """
 
 import json
@@ -12,35 +12,36 @@ import os
 import reprlib
 from collections import defaultdict
 from itertools import product
+from numbers import Integral
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 from pycocotools import mask as mask_util
 
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, polygons_to_bitmask
 from detectron2.utils.file_io import PathManager
 
-from .images import count_pixels
+from .images import count_pixels, read_header, read_segment_ids
 
 __all__ = [
     "CATEGORY",
     "Report",
-    "check_image_size",
-    "check_segment_ids",
+    "check_headers",
     "entries",
     "load_panoptic",
     "read_annotations",
+    "read_truth",
     "stop",
 ]
 
 # report(kind, where, detail, fatal=True): the kind of problem, the file and entry, what was found
-# there. Training refuses what is fatal; of the rest it would learn, or evaluation would fail.
+# there. Training and evaluation refuse what is fatal; the detail says what becomes of the rest.
 Report = Callable[..., None]
 
 
 def stop(kind: str, where: str, detail: str, fatal: bool = True) -> None:
     """
-    The `report` of training.
+    The `report` of training and evaluation.
 
     Raises:
         ValueError: the problem is fatal.
@@ -57,16 +58,14 @@ def _finite(values: Any) -> bool:
         return False
 
 
-# What a field must be: in words, and as a test. (type(), because a bool is an int, too.)
-INTEGER = "a whole number", lambda x: type(x) is int
-LENGTH = "a whole number from 1 on", lambda x: type(x) is int and x > 0
-ID = "a whole number or a string", lambda x: type(x) in (int, str)
+# What a field must be: in words, and as a test. (A bool is an Integral, too.)
+INTEGER = "a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)
+LENGTH = "a whole number from 1 on", lambda x: INTEGER[1](x) and x > 0
+ID = "a whole number or a string", lambda x: INTEGER[1](x) or isinstance(x, str)
 TEXT = "a string that is not empty", lambda x: isinstance(x, str) and x != ""
 LIST = "a list", lambda x: isinstance(x, list)
-FLAG = "0 or 1", lambda x: type(x) in (int, bool) and x in (0, 1)
-AREA = "a number from 0 on", lambda x: type(x) in (int, float) and 0 <= x < math.inf
-BOX = "four numbers", lambda x: isinstance(x, list) and len(x) == 4 and _finite(x)
-SEGMENT_ID = "1 to 16777215 (0 is void)", lambda x: type(x) is int and 0 < x < 256**3
+FLAG = "0 or 1", lambda x: isinstance(x, Integral) and x in (0, 1)
+SEGMENT_ID = "1 to 16777215 (0 is void)", lambda x: INTEGER[1](x) and 0 < x < 256**3
 
 Fields = Dict[str, Tuple[str, Callable[[Any], bool]]]
 CATEGORY_NAME: Fields = {"id": INTEGER, "name": TEXT}
@@ -74,11 +73,9 @@ ISTHING = "1 for a thing or 0 for stuff (an instances JSON has no stuff)", FLAG[
 CATEGORY: Fields = {**CATEGORY_NAME, "isthing": ISTHING}
 IMAGE: Fields = {"id": ID, "file_name": TEXT, "height": LENGTH, "width": LENGTH}
 ANNOTATION: Fields = {"image_id": ID, "file_name": TEXT, "segments_info": LIST}
-SEGMENT: Fields = {"id": SEGMENT_ID, "category_id": INTEGER, "area": AREA, "iscrowd": FLAG}
-INSTANCE: Fields = {"id": ID, "image_id": ID, "category_id": INTEGER, "bbox": BOX}
-INSTANCE.update({"area": AREA, "iscrowd": FLAG, "segmentation": ("polygons or an RLE", bool)})
-# They may be missing: training does without, but panopticapi and pycocotools do not.
-OPTIONAL = ("area", "iscrowd", "segmentation")
+SEGMENT: Fields = {"id": SEGMENT_ID, "category_id": INTEGER, "iscrowd": FLAG}
+INSTANCE: Fields = {"image_id": ID, "category_id": INTEGER, "iscrowd": FLAG}
+INSTANCE["segmentation"] = "polygons or an RLE", bool
 
 
 def entries(
@@ -89,11 +86,11 @@ def entries(
 
     Args:
         items: the list of a JSON that `where` names.
-        fields: what every entry must have.
+        fields: what every entry must have. "iscrowd" may be missing.
 
     Yields:
-        where an entry is, the entry, and whether training can use it. If not, the entry holds only
-        those fields that are what they must be.
+        where an entry is, the entry, and whether it can be used. If not, the entry holds only those
+        fields that are what they must be.
     """
     seen = set()
     for i, item in enumerate(items):
@@ -103,19 +100,18 @@ def entries(
             continue
         if isinstance(item.get("file_name"), str):
             at += f" ({item['file_name']})"
-        wrong = [k for k, (_, is_right) in fields.items() if k not in item or not is_right(item[k])]
+        required = [k for k in fields if k in item or k != "iscrowd"]
+        wrong = [k for k in required if k not in item or not fields[k][1](item[k])]
         for key in wrong:
             found = f"is {reprlib.repr(item[key])}" if key in item else "is missing"
-            fatal = key in item or key not in OPTIONAL
-            report("malformed entry", at, f"{key!r} {found}; it must be {fields[key][0]}", fatal)
-        usable = all(k not in item and k in OPTIONAL for k in wrong)
-        if not usable:
-            item = {k: item[k] for k in fields if k in item and k not in wrong}
-        if "id" in item:
+            report("malformed entry", at, f"{key!r} {found}; it must be {fields[key][0]}")
+        if wrong:
+            item = {k: item[k] for k in required if k not in wrong}
+        if "id" in fields and "id" in item:
             if item["id"] in seen:
                 report("duplicate id", at, f"an earlier entry has the id {item['id']!r}")
             seen.add(item["id"])
-        yield at, item, usable
+        yield at, item, not wrong
 
 
 def read_annotations(path: str, report: Report = stop) -> Dict:
@@ -169,13 +165,19 @@ def load_panoptic(
     panoptic = read_annotations(panoptic_json, report)
     if not panoptic:
         return []
-    where, dicts, annotated = f"{panoptic_json}: annotations", [], set()
+    dicts: List[Dict] = []
+    annotated, pngs = set(), set()
     images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
+    if len({isinstance(i, str) for i in images}) > 1:
+        detail = f"some ids are numbers, others strings: {reprlib.repr([*images])}"
+        report("image ids of two types", f"{panoptic_json}: images", detail)
     instances = None
     if instances_json is not None:
         instances = _instances(instances_json, panoptic, images, thing_ids, report)
+    where = f"{panoptic_json}: annotations"
     for at, x, usable in entries(panoptic["annotations"], ANNOTATION, where, report):
-        image_id, image = x.get("image_id"), images.get(x.get("image_id"), {})
+        image_id, png = x.get("image_id"), x.get("file_name")
+        image = images.get(image_id, {})
         segments = _segments(x.get("segments_info", []), at, thing_ids, stuff_ids, report)
         if "image_id" in x and image_id not in images:
             detail = f"it annotates the image {image_id!r}, which is not among the 'images'"
@@ -183,6 +185,8 @@ def load_panoptic(
         elif image_id in annotated:
             detail = f"an earlier one annotates the image {image_id!r}, too"
             report("several annotations of one image", at, detail)
+        elif png in pngs:
+            report("several annotations with one PNG", at, f"an earlier one has {png!r}, too")
         elif usable and image.keys() >= IMAGE.keys():
             d = {
                 "file_name": os.path.join(image_root, image_name(image)),
@@ -194,8 +198,9 @@ def load_panoptic(
             }
             dicts.append(d if instances is None else {**d, "annotations": instances[image_id]})
         annotated.add(image_id)
+        pngs.add(png)
     for image_id in [i for i in images if i not in annotated]:
-        detail = f"no annotation has the image_id {image_id!r}; training leaves it out"
+        detail = f"no annotation has the image_id {image_id!r}; it is left out"
         report("image without annotation", f"{panoptic_json}: images", detail, fatal=False)
     return dicts
 
@@ -245,7 +250,7 @@ def _instances(
     instances, where = defaultdict(list), f"{path}: annotations"
     for at, x, usable in entries(content["annotations"], INSTANCE, where, report):
         image_id, category = x.get("image_id"), x.get("category_id")
-        image, mask = images.get(image_id, {}), x.get("segmentation")
+        image = images.get(image_id, {})
         at += f" ({image['file_name']})" if "file_name" in image else ""
         if "image_id" in x and image_id not in images:
             detail = f"the panoptic JSON has no image {image_id!r}"
@@ -253,24 +258,40 @@ def _instances(
         if "category_id" in x and category not in thing_ids:
             detail = f"the category {category} is not a thing in the panoptic JSON"
             report("instance of no thing", at, detail)
-        if min(x.get("bbox", [1])[-2:]) <= 0:
-            detail = f"'bbox' is {x['bbox']}; width and height must be more than 0"
-            report("box without extent", at, detail, fatal=False)
-        if mask and image.keys() >= IMAGE.keys():
-            mask = _mask(mask, image["height"], image["width"], at, report)
-            usable = usable and bool(mask)
-        if usable and image_id in images:
-            kept = {"bbox": x["bbox"], "bbox_mode": BoxMode.XYWH_ABS}
-            kept.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
-            instances[image_id].append({**kept, "segmentation": mask} if mask else kept)
+        if not usable or not image.keys() >= IMAGE.keys():
+            continue
+        size = image["height"], image["width"]
+        mask = _mask(x["segmentation"], *size, at, report)
+        try:
+            box = _box(mask, *size) if mask else None
+        except (ValueError, TypeError) as error:  # pycocotools cannot read it
+            report("malformed mask", at, f"{reprlib.repr(mask)} is no RLE: {error}")
+            continue
+        if box is None:
+            detail = "its mask has no pixel in the image; the instance is left out"
+            report("instance without a pixel", at, detail, fatal=False)
+            continue
+        if "bbox" in x and not _is_near(x["bbox"], box):
+            found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
+            detail = f"{found} (x, y, width, height); the mask counts"
+            report("box contradicts the mask", at, detail, fatal=False)
+        instances[image_id].append(
+            {
+                "bbox": box,
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": thing_ids.get(category),
+                "iscrowd": int(x.get("iscrowd", 0)),
+                "segmentation": mask,
+            }
+        )
     if content["annotations"] and not instances:
-        detail = "none is of an image in the panoptic JSON (an image_id of '1' is not 1)"
+        detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
     return instances
 
 
 def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
-    """The segmentation as Detectron2's `load_coco_json` gives it; [] if no polygon is one."""
+    """The segmentation as Detectron2's `load_coco_json` gives it; [] if it was reported."""
     kind, size = "malformed mask", [height, width]
     if isinstance(mask, dict):
         counts = mask.get("counts")
@@ -278,44 +299,102 @@ def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
             detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
             report("RLE size differs from the image", at, detail)
         elif isinstance(counts, list):
-            if not _finite(counts) or sum(counts) != height * width or min(counts) < 0:
-                report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
-            else:
-                mask = mask_util.frPyObjects(mask, *size)
-        elif not isinstance(counts, (str, bytes)):
+            if _finite(counts) and sum(counts) == height * width and min(counts) >= 0:
+                return mask_util.frPyObjects(mask, *size)
+            report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
+        elif isinstance(counts, (str, bytes)):
+            return mask
+        else:
             report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
-        return mask
-    if not isinstance(mask, list):
+    elif not isinstance(mask, list):
         report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
-        return mask
-    polygons = [p for p in mask if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
-    if len(polygons) < len(mask):
-        report(kind, at, "a polygon is not of 6, 8, 10, ... numbers", fatal=False)
-    if not all(map(_finite, polygons)):
+    else:
+        polygons = [p for p in mask if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+        if len(polygons) < len(mask):
+            report(kind, at, "a polygon is not of 6, 8, 10, ... numbers", fatal=False)
+        if all(map(_finite, polygons)):
+            return polygons
         report(kind, at, "a polygon holds something else than finite numbers")
-    return polygons
+    return []
 
 
-def check_image_size(d: Dict, size: Tuple[int, ...], report: Report = stop) -> None:
-    """
-    Report if the image of a dataset dict is not of the (height, width) that the JSON says.
-    """
-    if size != (d["height"], d["width"]):
-        detail = f"it has {size[1]} x {size[0]} pixels, the JSON says {d['width']} x {d['height']}"
-        report("image size differs from the JSON", d["file_name"], detail)
+def _box(mask: Any, height: int, width: int) -> Optional[List[float]]:
+    """The box around a mask in the image, XYWH; None if the mask has no pixel there."""
+    if isinstance(mask, dict):
+        box = mask_util.toBbox(mask).tolist()
+        return box if box[2] > 0 else None
+    xs, ys = ([v for p in mask for v in p[i::2]] for i in (0, 1))
+    left, top = max(min(xs), 0), max(min(ys), 0)
+    right, bottom = min(max(xs), width), min(max(ys), height)
+    box = [float(x) for x in (left, top, right - left, bottom - top)]
+    # Thin polygons may hold the centre of no pixel.
+    if min(box[2:]) < 2 and not polygons_to_bitmask(mask, height, width).any():
+        return None
+    return box if min(box[2:]) > 0 else None
 
 
-def check_segment_ids(d: Dict, ids: np.ndarray, report: Report = stop) -> None:
+def _is_near(bbox: Any, box: List[float]) -> bool:
+    if not isinstance(bbox, list) or len(bbox) != 4 or not _finite(bbox):
+        return False
+    edges = ((x, y, x + w, y + h) for x, y, w, h in (bbox, box))
+    return max(abs(a - b) for a, b in zip(*edges)) <= max(2, 0.05 * max(box[2:]))
+
+
+def check_headers(d: Dict, report: Report = stop, image: bool = True) -> None:
     """
-    Report if the segment ids of a dataset dict's PNG, (H, W) int32, are of another size than its
-    image, or show a segment that is not listed.
+    Report if the image or the panoptic PNG of a dataset dict is missing, cannot be used, or is not of
+    the size that the JSON says. Neither is decoded.
+
+    Args:
+        image: look at the image, too.
     """
-    if ids.shape != (d["height"], d["width"]):
-        size = f"{d['width']} x {d['height']}"
-        detail = f"it has {ids.shape[1]} x {ids.shape[0]} pixels, the image {d['file_name']} {size}"
-        report("PNG size differs from the image", d["pan_seg_file_name"], detail)
-    listed = {0, *(s["id"] for s in d["segments_info"] if "id" in s)}
-    unlisted = [i for i in count_pixels(ids) if i not in listed]
+    whats = (("image", "file_name"), ("PNG", "pan_seg_file_name"))
+    for what, key in whats if image else whats[1:]:
+        path, expected = d[key], (d["height"], d["width"])
+        try:
+            size, orientation = read_header(path, segment_ids=what == "PNG")
+        except ValueError as error:
+            report(f"{what} unusable", path, str(error).removeprefix(f"{path}: ").rstrip("."))
+            continue
+        height, width = size[::-1] if orientation > 4 else size
+        turned = f"turned as its EXIF orientation {orientation} says, " if orientation > 1 else ""
+        if (height, width) != expected:
+            found = f"it has {width} x {height} pixels"
+            detail = f"{turned}{found}, the JSON says {d['width']} x {d['height']}"
+            report(f"{what} size differs from the JSON", path, detail)
+        elif orientation > 1 and size == expected:
+            detail = (
+                f"its EXIF orientation is {orientation}, and the size does not tell whether it was "
+                "annotated as stored or as turned; store it upright, without orientation"
+            )
+            report(f"{what} has an EXIF orientation", path, detail)
+
+
+def read_truth(d: Dict, report: Report = stop) -> np.ndarray:
+    """
+    The segment ids of a dataset dict's panoptic PNG. Report if it shows a segment that is not listed,
+    or does not show one that is.
+
+    Returns:
+        (H, W) int32. 0 is void.
+
+    Raises:
+        ValueError: see :func:`read_segment_ids`.
+    """
+    path = d["pan_seg_file_name"]
+    ids = read_segment_ids(path)
+    pixels = count_pixels(ids)
+    segments = {s["id"]: s for s in d["segments_info"] if "id" in s}
+    unlisted = [i for i in pixels if i not in segments and i != 0]
     if unlisted:
         detail = f"segments_info does not list the ids {reprlib.repr(unlisted)}; 0 is void"
-        report("PNG id not in segments_info", d["pan_seg_file_name"], detail)
+        report("PNG id not in segments_info", path, detail)
+    absent = [i for i in segments if i not in pixels]
+    if absent:
+        detail = f"it shows no pixel of the ids {reprlib.repr(absent)} that segments_info lists"
+        report("segments_info id not in the PNG", path, detail)
+    for i, s in segments.items():
+        if s.get("area", pixels.get(i)) != pixels.get(i) and i in pixels:
+            detail = f"the segment {i} has {pixels[i]} pixels, its 'area' is {reprlib.repr(s['area'])}"
+            report("area differs from the PNG", path, f"{detail}; the pixels count", fatal=False)
+    return ids

@@ -3,7 +3,6 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from .load import CATEGORY, Report, entries, load_panoptic, read_annotations, stop
 
@@ -12,7 +11,6 @@ __all__ = [
     "dataset_paths",
     "register_from_config",
     "register_panoptic",
-    "require_files",
 ]
 
 Path = Union[str, os.PathLike]
@@ -111,25 +109,6 @@ def dataset_paths(cfg, name: str) -> List[Any]:
     return paths
 
 
-def require_files(name: str, images: bool = True) -> None:
-    """
-    See that the files of a panoptic dataset are there before a training starts, which would look for
-    some of them only at its end. What lies behind a URL is not looked for.
-
-    Args:
-        name: a dataset of :func:`register_panoptic`.
-        images: look for the folder of the images, too.
-
-    Raises:
-        ValueError: one is missing. The message names it.
-    """
-    for field, key in zip(FIELDS, KEYS):
-        path = getattr(MetadataCatalog.get(name), field, None)
-        is_local = path and "://" not in path and (images or field != "image_root")
-        if is_local and not PathManager.exists(path):
-            raise ValueError(f"Dataset {name!r}: its {key} {path} does not exist.")
-
-
 def category_metadata(categories: List, where: str, report: Report = stop) -> Dict:
     """
     What Detectron2 wants to know of a panoptic dataset's classes.
@@ -144,7 +123,8 @@ def category_metadata(categories: List, where: str, report: Report = stop) -> Di
         "thing_classes", "stuff_classes", "{thing,stuff}_dataset_id_to_contiguous_id" and, where every
         category has a color, "{thing,stuff}_colors".
     """
-    found = [c for _, c, usable in entries(categories, CATEGORY, where, report) if usable]
+    listed = entries(categories, CATEGORY, where, report)
+    found = [{**c, "id": int(c["id"])} for _, c, usable in listed if usable]  # JSON takes no np.int64
     things = [c for c in found if c["isthing"]]
     stuff = [c for c in found if not c["isthing"]]
     metadata = {

@@ -1,11 +1,14 @@
+from .instances import build_instance_evaluator
 from .panoptic import PanopticEvaluator, orderings_of, orderings_table, write_orderings
 from .pictures import PanopticPictures
-from .submission import PanopticSubmission
+from .submission import PanopticFiles, PanopticSubmission
 
 __all__ = [
     "PanopticEvaluator",
+    "PanopticFiles",
     "PanopticPictures",
     "PanopticSubmission",
+    "build_instance_evaluator",
     "orderings_of",
     "orderings_table",
     "write_orderings",

@@ -11,7 +11,8 @@ from tabulate import tabulate
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..data.images import naming, read_segment_ids
+from ..data.images import naming
+from ..data.load import read_truth
 from ..files import write_atomically
 from ..painting.matching import oracle_order
 from ..painting.metrics import METRICS, correct_pixels, pq_averages, pq_counts, shared_pixels
@@ -65,12 +66,11 @@ class PanopticEvaluator(DatasetEvaluator):
             outputs: from the model, with "panoptic_seg" and, for `orders`, "fusion_inputs".
 
         Raises:
-            ValueError: a ground truth cannot be read, or has another size than the result.
+            ValueError: a ground truth is not as training needs it, or of another size than the result.
         """
         for input, output in zip(inputs, outputs):
-            file_name = input["pan_seg_file_name"]
-            truth = read_segment_ids(file_name)
-            with naming(file_name):
+            truth = read_truth(input)
+            with naming(input["pan_seg_file_name"]):
                 self._count("panoptic_seg", input, truth, output["panoptic_seg"])
             if self.orders:
                 self._compare(input, truth, output["fusion_inputs"])

@@ -6,9 +6,13 @@ import torch
 from panopticapi.utils import id2rgb
 from PIL import Image
 
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
 from ..files import atomic_path, write_atomically
 
-__all__ = ["PanopticSubmission"]
+__all__ = ["PanopticFiles", "PanopticSubmission"]
 
 
 class PanopticSubmission:
@@ -77,3 +81,35 @@ class PanopticSubmission:
         """
         keys = ("images", "annotations", "categories")
         write_atomically(self.path, json.dumps({key: getattr(self, key) for key in keys}))
+
+
+class PanopticFiles(DatasetEvaluator):
+    """
+    Writes the panoptic results of an evaluation as a :class:`PanopticSubmission`. It gives no metric.
+    """
+
+    def __init__(self, dataset_name: str, path: str):
+        """
+        Args:
+            dataset_name: for its metadata.
+            path: the JSON file. The PNGs are named as the ground truth's.
+        """
+        self.metadata = MetadataCatalog.get(dataset_name)
+        self.path = path
+        self.reset()
+
+    def reset(self):
+        self._submission = PanopticSubmission(self.path, self.metadata)
+
+    def process(self, inputs: List[Dict], outputs: List[Dict]):
+        for x, output in zip(inputs, outputs):
+            png = os.path.relpath(x["pan_seg_file_name"], self.metadata.panoptic_root)
+            image = os.path.relpath(x["file_name"], self.metadata.image_root)
+            self._submission.add(*output["panoptic_seg"], x["image_id"], image, png)
+
+    def evaluate(self):
+        parts = comm.gather((self._submission.images, self._submission.annotations))
+        if comm.is_main_process():
+            self._submission.images = [x for images, _ in parts for x in images]
+            self._submission.annotations = [x for _, annotations in parts for x in annotations]
+            self._submission.save()

@@ -36,12 +36,12 @@ class OANetSemSegFPNHead(SemSegFPNHead):
         Raises:
             ValueError: the numbers of classes contradict each other.
         """
-        if num_things >= num_classes:
+        if num_things > num_classes:
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but with SUPERVISION "
                 f"'things_and_stuff' it counts the {num_things} thing classes of "
-                "MODEL.ROI_HEADS.NUM_CLASSES and at least one stuff class. Set it to #things + "
-                "#stuff, or SUPERVISION to 'stuff' for Panoptic FPN's 1 + #stuff classes."
+                "MODEL.ROI_HEADS.NUM_CLASSES too. Set it to #things + #stuff, or SUPERVISION to "
+                "'stuff' for Panoptic FPN's 1 + #stuff classes."
             )
         super().__init__(input_shape, num_classes=num_classes, **kwargs)
         if 0 <= self.ignore_value < num_classes:

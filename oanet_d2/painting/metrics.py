@@ -56,7 +56,8 @@ def pq_counts(shared: SharedPixels, truth: List[Dict], prediction: List[Dict]) -
     """
     What the panoptic quality of an image is computed from, by the rules of panopticapi's
     `pq_compute_single_core`. Areas are counted; no "area" is read. Where panopticapi knows one crowd
-    per class, here every crowd of a class takes false positives.
+    per class, here every crowd of a class takes false positives. Several segments of one stuff class
+    in an image are one.
 
     Args:
         shared: from :func:`shared_pixels`.
@@ -70,6 +71,7 @@ def pq_counts(shared: SharedPixels, truth: List[Dict], prediction: List[Dict]) -
     Raises:
         ValueError: the predicted ids and the predicted segments_info differ.
     """
+    shared, truth, prediction = _with_whole_stuff(shared, truth, prediction)
     true_areas: Counter = Counter()
     areas: Counter = Counter()
     for (i, j), pixels in shared.items():
@@ -99,6 +101,23 @@ def pq_counts(shared: SharedPixels, truth: List[Dict], prediction: List[Dict]) -
         if 2 * sum(shared.get((i, j), 0) for i in ignored) <= areas[j]:
             counts[category, "fp"] += 1
     return counts
+
+
+def _with_whole_stuff(shared: SharedPixels, truth: List[Dict], prediction: List[Dict]):
+    """The arguments of :func:`pq_counts` with one segment for each stuff class."""
+    firsts, listed = [], []
+    for segments in (truth, prediction):
+        known: Dict = {}
+        first = {
+            s["id"]: s["id"] if s["isthing"] else known.setdefault(_stuff(s), s["id"])
+            for s in segments
+        }
+        firsts.append(first)
+        listed.append([s for s in segments if first[s["id"]] == s["id"]])
+    whole: Counter = Counter()
+    for (i, j), pixels in shared.items():
+        whole[firsts[0].get(i, i), firsts[1].get(j, j)] += pixels
+    return whole, *listed
 
 
 def correct_pixels(shared: SharedPixels, truth: List[Dict], prediction: List[Dict]) -> int:
@@ -202,6 +221,10 @@ def occluded_pairs(
                 kind = KINDS[2]
             pairs.append(OccludedPair(*((a, b) if pixels > 0 else (b, a)), kind, abs(pixels)))
     return pairs
+
+
+def _stuff(segment: Dict) -> Tuple[int, bool]:
+    return segment["category_id"], bool(segment.get("iscrowd", 0))
 
 
 def _category(segment: Dict) -> Category:

@@ -16,13 +16,13 @@ def semantic_labels(sem_seg: torch.Tensor, keep_things_free: bool) -> torch.Tens
         sem_seg: (1 + S, H, W) float scores. Channel 0 is "any thing", channels 1..S are stuff
             (Detectron2's convention for panoptic segmentation).
         keep_things_free: if True, a pixel whose best channel is 0 gets label 0 and stays free.
-            If False, every pixel takes its best stuff class.
+            If False, every pixel takes its best stuff class, if there is one.
 
     Returns:
         (H, W) int64 in [0, S]; 0 means no stuff.
     """
     # max() takes less than half the time of argmax() on a CPU.
-    if keep_things_free:
+    if keep_things_free or len(sem_seg) == 1:
         return sem_seg.max(dim=0).indices
     return sem_seg[1:].max(dim=0).indices + 1
 

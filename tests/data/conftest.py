@@ -54,7 +54,8 @@ class Dataset:
             ends = np.flatnonzero(np.diff(flat.astype(int), prepend=0, append=2))
             runs = {"size": [height, width], "counts": np.diff(ends, prepend=0).tolist()}
             mask = [[[0, 1, 5, 1, 5, 7.5]], rle, runs][i]
-            instance = {"id": 10 + i, "image_id": i, "category_id": PERSON, "bbox": [0, 1, 5, 6.5]}
+            bbox = [[0, 1, 5, 6.5], [0, 1, 4, 13], [0, 1, 16, 31]][i]
+            instance = {"id": 10 + i, "image_id": i, "category_id": PERSON, "bbox": bbox}
             instances.append({**instance, "area": 32.5, "iscrowd": 0, "segmentation": mask})
         self.panoptic = {"images": images, "annotations": annotations, "categories": CATEGORIES}
         self.instances = {"images": images, "annotations": instances, "categories": CATEGORIES[:2]}

@@ -43,7 +43,7 @@ def test_exit_status(dataset, capsys):
     dataset.images[1].unlink()
     dataset.pngs[2].unlink()
     assert main([*paths, "--examples", "0"]) == 1
-    assert capsys.readouterr().out.split("\n")[2:] == ["image missing: 1", "", "PNG missing: 1", ""]
+    assert capsys.readouterr().out.split("\n")[2:] == ["image unusable: 1", "", "PNG unusable: 1", ""]
     assert main([paths[0], str(dataset.root / "none.json"), paths[2]]) == 1
     for arguments in ([], paths[:2], [*paths, "x"], [*paths, "--examples", "many"]):
         with pytest.raises(SystemExit) as exit:
@@ -58,7 +58,7 @@ def test_registered_datasets(dataset, capsys):
     for used, status in ((paths, 1), (paths[:3], 0)):
         with registered("test_check_train", *used) as name:
             assert main([name]) == status
-    assert "box without extent: 1" in capsys.readouterr().out
+    assert "box contradicts the mask: 1" in capsys.readouterr().out
     assert main(["test_check_train"]) == 2
     error = capsys.readouterr().err
     for name in ("test_check_train", "coco_2017_val_oanet", "cityscapes_fine_panoptic_val_oanet"):

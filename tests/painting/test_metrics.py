@@ -42,13 +42,18 @@ def count(truth, truth_info, prediction, info):
 
 
 def random_panoptic(rng, size, largest_id, crowds):
-    """Random boxes on top of each other, and void. At most one crowd per class, as in COCO."""
+    """
+    Random boxes on top of each other, and void. At most one crowd and one stuff segment per class, as
+    in COCO.
+    """
     ids, info, crowd_classes = np.zeros(size, dtype=np.int64), [], set()
     for i in rng.choice(np.arange(1, largest_id), 7, replace=False).tolist():
         y, x = rng.integers(0, size[0] - 3), rng.integers(0, size[1] - 3)
-        ids[y : y + rng.integers(2, size[0]), x : x + rng.integers(2, size[1])] = i
         isthing, c = list(DATASET_IDS)[rng.integers(len(DATASET_IDS))]
         s = {"id": i, "category_id": c, "isthing": isthing}
+        if is_known_stuff(s, info):
+            continue
+        ids[y : y + rng.integers(2, size[0]), x : x + rng.integers(2, size[1])] = i
         if crowds and isthing and c not in crowd_classes and rng.random() < 0.3:
             s["iscrowd"] = 1
             crowd_classes.add(c)
@@ -67,8 +72,18 @@ def nearly(rng, ids, info, largest_id):
             isthing, c = s["isthing"], s["category_id"]
             if rng.random() < 0.2:
                 isthing, c = list(DATASET_IDS)[rng.integers(len(DATASET_IDS))]
-            new_info.append({"id": i, "category_id": c, "isthing": isthing})
+            new = {"id": i, "category_id": c, "isthing": isthing}
+            if is_known_stuff(new, new_info):
+                result[result == i] = 0
+            else:
+                new_info.append(new)
     return result, new_info
+
+
+def is_known_stuff(segment, info):
+    return not segment["isthing"] and segment["category_id"] in [
+        s["category_id"] for s in info if not s["isthing"]
+    ]
 
 
 def write(folder, name, panoptics):
@@ -141,6 +156,16 @@ def test_counts_by_hand():
     }
     assert class_quality(counts)[car] == pytest.approx((37.5, 75, 50))
     assert class_quality(counts)[dog] == (0, 0, 0)
+
+
+def test_segments_of_one_stuff_class_are_one():
+    """In truth and prediction, however each is cut into segments."""
+    sky, grass = {"category_id": 3, "isthing": False}, {"category_id": 4, "isthing": False}
+    truth = [{"id": 1, **sky}, {"id": 2, **sky}, {"id": 3, **grass}]
+    prediction = [{"id": 7, **sky}, {"id": 8, **grass}, {"id": 9, **grass}]
+    ids, predicted = [[1, 1, 2, 1, 3, 3, 3, 3]], [[7, 7, 7, 7, 8, 9, 9, 9]]
+    averages = pq_averages(count(ids, truth, predicted, prediction))
+    assert averages["PQ"] == averages["PQ_st"] == 100
 
 
 def test_every_crowd_of_a_class_takes_false_positives():
