@@ -137,8 +137,6 @@ def check_datasets(cfg, names: Sequence[str]) -> None:
 
 
 def _problem_of_all(cfg, name: str, dicts: List[Dict]) -> Optional[str]:
-    if not dicts:
-        return f"Dataset {name!r} has no image with an annotation."
     most, limit = max(map(_number_of_things, dicts)), cfg.TEST.DETECTIONS_PER_IMAGE
     if name in cfg.DATASETS.TEST and most > limit:
         logger.warning(

@@ -172,7 +172,7 @@ def load_panoptic(
         detail = f"some ids are numbers, others strings: {reprlib.repr([*images])}"
         report("image ids of two types", f"{panoptic_json}: images", detail)
     instances = None
-    if instances_json is not None:
+    if instances_json is not None and thing_ids:
         instances = _instances(instances_json, panoptic, images, thing_ids, report)
     where = f"{panoptic_json}: annotations"
     for at, x, usable in entries(panoptic["annotations"], ANNOTATION, where, report):
@@ -202,6 +202,8 @@ def load_panoptic(
     for image_id in [i for i in images if i not in annotated]:
         detail = f"no annotation has the image_id {image_id!r}; it is left out"
         report("image without annotation", f"{panoptic_json}: images", detail, fatal=False)
+    if not panoptic["annotations"]:
+        report("no annotated image", panoptic_json, "'annotations' is empty")
     return dicts
 
 
@@ -287,6 +289,8 @@ def _instances(
     if content["annotations"] and not instances:
         detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
+    elif all(x["iscrowd"] for of_image in instances.values() for x in of_image):
+        report("no instance", where, "there is none but crowds, so none is learned", fatal=False)
     return instances
 
 

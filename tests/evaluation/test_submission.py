@@ -1,0 +1,29 @@
+import pytest
+from panopticapi.evaluation import pq_compute
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluators
+
+from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.evaluation import PanopticEvaluator, PanopticFiles
+from tests.conftest import registered, scenes_paths
+from tests.evaluation.silhouettes import SilhouetteModel
+
+
+def test_panopticapi_scores_the_files_as_we_score_the_results(tmp_path):
+    """Some of the demo's scenes, painted in a wrong order in half of the images."""
+    write_split(tmp_path / "scenes", "val", 6, image_size=96, seed=3, num_workers=0)
+    model = SilhouetteModel(wrong_images=(1000002, 1000004, 1000006))
+    with registered("test_submission", *scenes_paths(tmp_path / "scenes", "val")) as name:
+        files = PanopticFiles(name, str(tmp_path / "results" / "panoptic.json"))
+        evaluator = DatasetEvaluators([PanopticEvaluator(), files])
+        evaluator.reset()
+        for d in DatasetCatalog.get(name):
+            evaluator.process([d], [model(d)])
+        ours = evaluator.evaluate()["panoptic_seg"]
+        truth = MetadataCatalog.get(name).panoptic_json, MetadataCatalog.get(name).panoptic_root
+    theirs = pq_compute(truth[0], files.path, truth[1], str(tmp_path / "results" / "panoptic"))
+    for key, group in (("", "All"), ("_th", "Things"), ("_st", "Stuff")):
+        for metric in ("PQ", "SQ", "RQ"):
+            assert ours[metric + key] == pytest.approx(100 * theirs[group][metric.lower()])
+    assert 10 < ours["PQ_th"] < 99
