@@ -100,6 +100,10 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # over it, and each kind of case in the report.
     cfg.TEST.ORDER_PICTURES = 12
 
+    # True: an evaluation writes its panoptic results in the COCO panoptic format, as panopticapi and
+    # evaluation servers take them: OUTPUT_DIR/inference/panoptic.json and PNGs in panoptic/.
+    cfg.TEST.SAVE_PANOPTIC = False
+
     # ---------------------------------------------------------------- data
     # Panoptic datasets to register, by name. Each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,
     # if there is one, INSTANCES_JSON: the arguments of `oanet_d2.register_panoptic`.
