@@ -1,6 +1,4 @@
-"""
-Files that appear whole or not at all.
-"""
+"""Files that appear whole or not at all."""
 
 import os
 from contextlib import contextmanager
@@ -37,10 +35,7 @@ def atomic_path(path: str) -> Iterator[str]:
 
 def write_atomically(path: str, content: Union[str, bytes]) -> None:
     """
-    Write a whole file with :func:`atomic_path`. Text is written as UTF-8.
-
-    Raises:
-        OSError: the file cannot be written. The error names `path`.
+    Write a whole file with :func:`atomic_path`. Text is written as UTF-8. An OSError names `path`.
     """
     data = content.encode() if isinstance(content, str) else content
     try:

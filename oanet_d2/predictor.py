@@ -1,11 +1,4 @@
-"""
-Panoptic segmentation of single pictures in Python:
-
-    from oanet_d2 import PanopticPredictor
-
-    predictor = PanopticPredictor.from_config("config.yaml", "model_final.pth")
-    predictor("picture.jpg").draw().save("segmented.png")
-"""
+"""Panoptic segmentation of single pictures in Python. The README shows an example."""
 
 import logging
 import os
@@ -27,18 +20,15 @@ from .config import load_config
 from .data import complete_config
 from .data.images import read_image
 from .modeling import OANet
-from .painting.ranking import RANKING_RULE_REGISTRY
 from .visualization import draw_panoptic
 
 __all__ = ["PanopticPredictor", "PanopticResult"]
 
 logger = logging.getLogger(__name__)
 
-READABLE_SIDE = 480  # pixels: on a smaller picture the labels would cover everything
-Picture = Union[str, os.PathLike, np.ndarray]
-
-# Detectron2's catalogs of datasets and torch's list of safe types belong to the whole process.
-_building = threading.Lock()
+Path = Union[str, os.PathLike]
+Picture = Union[Path, np.ndarray]
+_building = threading.Lock()  # Detectron2's catalogs of datasets belong to the whole process
 
 
 @dataclass
@@ -63,11 +53,11 @@ class PanopticResult:
         The picture with its segments and their names, as Detectron2 draws them.
 
         Args:
-            scale: size of the drawing relative to the picture's. The default is 1, or what makes
-                the longer side of a smaller picture 480 pixels.
+            scale: size of the drawing relative to the picture's. The default is 1, or more for a
+                picture whose longer side is below 480 pixels.
         """
-        if scale is None:
-            scale = max(1, READABLE_SIDE / max(self.image.shape[:2]))
+        if scale is None:  # smaller, the labels would cover everything
+            scale = max(1, 480 / max(self.image.shape[:2]))
         return draw_panoptic(self.image[:, :, ::-1], self.panoptic, self.metadata, scale)
 
     @property
@@ -78,8 +68,7 @@ class PanopticResult:
 
 class PanopticPredictor:
     """
-    Detectron2's :class:`DefaultPredictor` for an OANet, with the same attributes. One predictor can
-    serve several threads.
+    Detectron2's :class:`DefaultPredictor` for an OANet. One predictor can serve several threads.
 
     The names of the classes come from what is registered under the name of the config's dataset
     or, for a dataset of `DATASETS.PANOPTIC`, from its panoptic JSON. Nothing else of it is read.
@@ -95,41 +84,47 @@ class PanopticPredictor:
         """
         self.cfg = cfg = cfg.clone()
         cfg.defrost()
-        _check(cfg)
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS is not set. Give the checkpoint to predict with.")
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'RGB' or 'BGR'.")
+        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU; using cpu.")
+            cfg.MODEL.DEVICE = "cpu"
+        names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1]
+        if not names:
+            raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
+        cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = names, ()
+        described = {k: v for k, v in cfg.DATASETS.PANOPTIC.items() if k in names}
+        cfg.DATASETS.PANOPTIC = CfgNode(described, new_allowed=True)
         with _building:
             complete_config(cfg)
             cfg.freeze()
             self.model = build_model(cfg).eval()
-            if not isinstance(self.model, OANet):
-                found = cfg.MODEL.META_ARCHITECTURE
-                raise ValueError(
-                    f"MODEL.META_ARCHITECTURE is {found}; to predict it must be OANet."
-                )
-            _load_weights(self.model, cfg)
-        self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        size = cfg.INPUT.MIN_SIZE_TEST
-        self.aug = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
-        self.input_format = cfg.INPUT.FORMAT
+        if not isinstance(self.model, OANet):
+            found = cfg.MODEL.META_ARCHITECTURE
+            raise ValueError(f"MODEL.META_ARCHITECTURE is {found}; it must be OANet.")
+        checkpointer = OANetCheckpointer(self.model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        lacking = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
+        if lacking:
+            raise CheckpointError(
+                f"{cfg.MODEL.WEIGHTS} lacks {len(lacking)} tensors of the model or has them in another "
+                f"shape, such as {lacking[0]}. It is for another config, or for a training to start from."
+            )
+        self.metadata = MetadataCatalog.get(names[0])
+        self.aug = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
-    def from_config(
-        cls,
-        config_file: Union[str, os.PathLike],
-        weights: Union[str, os.PathLike] = "",
-        opts: Sequence = (),
-    ) -> "PanopticPredictor":
+    def from_config(cls, config_file: Path, weights: Path = "", opts: Sequence = ()):
         """
         Args:
             config_file: yaml that the network was trained with.
             weights: path or URL of its checkpoint. The default is the config's `MODEL.WEIGHTS`.
             opts: "KEY", value, "KEY", value, ... to override in the config. "MODEL.OANET.OUTPUTS"
                 is () unless it is set here.
-
-        Raises:
-            ValueError: see :meth:`__init__`.
         """
-        panoptic_only = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
-        cfg = load_config(os.fspath(config_file), [*panoptic_only, *opts])
+        cfg = load_config(config_file, ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", (), *opts])
         if weights:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         return cls(cfg)
@@ -140,109 +135,46 @@ class PanopticPredictor:
             image: path of a picture, or a (H, W, 3) uint8 array in BGR, OpenCV's order.
 
         Raises:
-            ValueError: the picture cannot be read, is something else, or is too narrow to resize.
+            ValueError: the picture cannot be read, or is something else.
         """
         image, predictions = self._predict(image)
-        return self._result(image, predictions["panoptic_seg"], predictions)
+        return self._result(image, predictions, *predictions["panoptic_seg"])
 
     def in_orders(self, image: Picture, orders: Sequence[str]) -> Dict[str, PanopticResult]:
         """
-        The same predictions painted in several orders.
+        The same predictions painted in several orders: order -> result.
 
         Args:
             image: as for :meth:`__call__`.
             orders: names of rules in RANKING_RULE_REGISTRY.
 
-        Returns:
-            order -> result.
-
         Raises:
             ValueError: see :meth:`__call__`, or the network cannot rank by one of the rules.
         """
-        for rule in orders:
-            if rule not in RANKING_RULE_REGISTRY:
-                known = sorted(name for name, _ in RANKING_RULE_REGISTRY)
-                raise ValueError(f"There is no order {rule!r}; it must be one of {known}.")
         image, predictions = self._predict(image, return_fusion_inputs=True)
         inputs = predictions["fusion_inputs"]
         inputs = inputs._replace(masks=inputs.masks.cached())
         results = {}
         for rule in orders:
             panoptic = self.model.combine(inputs, inputs.order_inputs.order(rule))
-            results[rule] = self._result(image, panoptic, predictions)
+            results[rule] = self._result(image, predictions, *panoptic)
         return results
 
     @torch.no_grad()
     def _predict(self, image: Picture, **options) -> Tuple[np.ndarray, Dict]:
-        name = "" if isinstance(image, np.ndarray) else f"{image}: "
-        image = _bgr(image)
-        height, width = image.shape[:2]
-        given = image[:, :, ::-1] if self.input_format == "RGB" else image
-        try:
-            resized = self.aug.get_transform(given).apply_image(given)
-        except ValueError as error:  # less than a pixel would be left
-            longest = self.cfg.INPUT.MAX_SIZE_TEST
+        if not isinstance(image, np.ndarray):
+            image = read_image(os.fspath(image), "BGR")
+        elif image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise ValueError(
-                f"{name}a picture of {width} x {height} pixels is too narrow; nothing is left of it "
-                f"when it is resized to INPUT.MAX_SIZE_TEST {longest} ({error})."
-            ) from error
+                f"A picture is a path or a (H, W, 3) uint8 array, not {image.dtype} {image.shape}."
+            )
+        given = image[:, :, ::-1] if self.cfg.INPUT.FORMAT == "RGB" else image
+        resized = self.aug.get_transform(given).apply_image(given)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1), np.float32))
-        inputs = {"image": tensor, "height": height, "width": width}
+        inputs = {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
         return image, self.model.inference([inputs], **options)[0]
 
-    def _result(self, image: np.ndarray, panoptic: Tuple, predictions: Dict) -> PanopticResult:
-        panoptic_seg, segments_info = panoptic
+    def _result(self, image, predictions, panoptic_seg, segments) -> PanopticResult:
         names = self.metadata.stuff_classes, self.metadata.thing_classes
-        named = [
-            {**s, "category_name": names[s["isthing"]][s["category_id"]]} for s in segments_info
-        ]
+        named = [{**s, "category_name": names[s["isthing"]][s["category_id"]]} for s in segments]
         return PanopticResult(image, panoptic_seg.cpu(), named, self.metadata, predictions)
-
-
-def _check(cfg: CfgNode) -> None:
-    """
-    Leaves the config a device that is there, and one dataset, for the names of the classes.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS is not set. Give the checkpoint to predict with.")
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'RGB' or 'BGR'.")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU; using cpu.")
-        cfg.MODEL.DEVICE = "cpu"
-    try:
-        torch.zeros(1, device=cfg.MODEL.DEVICE)
-    except Exception as error:  # every kind of device has its own
-        raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; torch cannot use it here."
-        ) from error
-    names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1]
-    if not names:
-        raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
-    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = names, ()
-    described = {k: v for k, v in cfg.DATASETS.PANOPTIC.items() if k in names}
-    cfg.DATASETS.PANOPTIC = CfgNode(described, new_allowed=True)
-
-
-def _load_weights(model: OANet, cfg: CfgNode) -> None:
-    checkpointer = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
-    lacking = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
-    if lacking:
-        raise CheckpointError(
-            f"{cfg.MODEL.WEIGHTS} does not give, or in another shape, {len(lacking)} tensors of the "
-            f"model, such as {lacking[0]}. It belongs to another config, or a training starts from it."
-        )
-
-
-def _bgr(image: Picture) -> np.ndarray:
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(os.fspath(image), "BGR")
-    found = type(image).__name__
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
-            return image
-        found = f"an array of {image.dtype} with shape {image.shape}"
-    raise ValueError(
-        f"A picture is a path or a (H, W, 3) uint8 array in BGR, as cv2.imread gives it, not {found}."
-    )

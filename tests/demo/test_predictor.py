@@ -11,7 +11,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 
 from oanet_d2 import PanopticPredictor, PanopticResult
 from oanet_d2.checkpoint import CheckpointError
@@ -27,26 +26,6 @@ def predictor(config_file):
 @pytest.fixture(scope="module")
 def bgr(pictures):
     return cv2.imread(str(pictures[0]))
-
-
-def own_dataset(config_file, folder, panoptic_json):
-    """A config with the datasets own_val and own_train. The files of own_train do not exist."""
-    path = folder / "own.yaml"
-    files = {"IMAGE_ROOT": "no", "PANOPTIC_JSON": str(panoptic_json), "PANOPTIC_ROOT": "no"}
-    described = {"own_train": {**files, "PANOPTIC_JSON": "no/train.json"}, "own_val": files}
-    path.write_text(
-        f"_BASE_: {config_file}\nDATASETS:\n  PANOPTIC: {described}\n"
-        "  TRAIN: ['own_train']\n  TEST: ['own_val']\n"
-    )
-    return path
-
-
-@pytest.fixture
-def forget_datasets():
-    yield
-    if "own_val" in DatasetCatalog:
-        DatasetCatalog.remove("own_val")
-        MetadataCatalog.remove("own_val")
 
 
 def test_equals_detectron2s_predictor(predictor, pictures, bgr):
@@ -70,28 +49,9 @@ def test_a_network_that_wants_rgb(config_file, predictor, bgr):
 
 
 def test_orders_of_the_same_predictions(predictor, bgr):
-    with pytest.raises(ValueError, match="'oracle'"):
-        predictor.in_orders(bgr, ["score", "oracle"])
-    model = predictor.model
-    results = predictor.in_orders(bgr, ["score", model.order])
-    painted = {k: owners(x.panoptic_seg, x.segments_info) for k, x in results.items()}
-    alone = predictor(bgr)
-    assert (painted[model.order] == owners(alone.panoptic_seg, alone.segments_info)).all()
-    assert (painted["score"] != painted[model.order]).any()
-
-    cfg = predictor.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.OANET.OUTPUTS = ("pred_masks", "sem_seg")
-    full = DefaultPredictor(cfg)(bgr)
-    expected = combine_semantic_and_instance_outputs(
-        full["instances"],
-        full["sem_seg"].argmax(dim=0),
-        model.combine_overlap_thresh,
-        model.combine_stuff_area_thresh,
-        model.combine_instances_score_thresh,
-    )
-    # Labels from the stride of the semantic branch may differ by rounding.
-    assert (painted["score"] == owners(*expected)).mean() > 0.999
+    results = predictor.in_orders(bgr, ["score", predictor.model.order])
+    score, learned = (owners(*x.panoptic) for x in results.values())
+    assert (learned == owners(*predictor(bgr).panoptic)).all() and (score != learned).any()
 
 
 def test_eight_threads_give_what_one_gives(predictor, pictures):
@@ -113,57 +73,49 @@ def test_eight_threads_give_what_one_gives(predictor, pictures):
     assert sum((a[0] != a[1]).any() for a in alone[::2]) > 2  # the orders do differ
 
 
-def test_predictors_built_at_once(config_file, scenes, bgr, tmp_path, forget_datasets):
-    # A JSON that takes a while to read: all want to register the dataset meanwhile.
+@pytest.fixture
+def own_dataset(config_file, scenes, tmp_path):
+    """A config with two datasets. Of these only the panoptic JSON of own_val exists."""
+    # It takes a while to read: all want to register the dataset meanwhile.
     content = json.loads(scenes_paths(scenes, "val")[1].read_text())
     (tmp_path / "large.json").write_text(json.dumps({**content, "info": list(range(300_000))}))
-    path = own_dataset(config_file, tmp_path, tmp_path / "large.json")
+    files = {"IMAGE_ROOT": "no", "PANOPTIC_JSON": "no.json", "PANOPTIC_ROOT": "no"}
+    own_val = {**files, "PANOPTIC_JSON": str(tmp_path / "large.json")}
+    datasets = {"PANOPTIC": {"own_train": files, "own_val": own_val}}
+    datasets.update(TRAIN=["own_train"], TEST=["own_val"])
+    (tmp_path / "own.yaml").write_text(f"{{_BASE_: {config_file}, DATASETS: {datasets}}}")
+    yield tmp_path / "own.yaml"
+    DatasetCatalog.remove("own_val")
+    MetadataCatalog.remove("own_val")
+
+
+def test_predictors_built_at_once_from_a_panoptic_json(own_dataset, bgr):
     together = threading.Barrier(4)
 
     def build(_):
         together.wait()
-        return PanopticPredictor.from_config(path)
+        return PanopticPredictor.from_config(own_dataset)
 
     with ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(build, range(4)))
-    expected = built[0](bgr).panoptic_seg
-    for predictor in built[1:]:
-        assert torch.equal(predictor(bgr).panoptic_seg, expected)
-
-
-def test_only_the_panoptic_json_is_needed(config_file, scenes, bgr, tmp_path, forget_datasets):
-    with pytest.raises(ValueError, match="no/val.json"):
-        PanopticPredictor.from_config(own_dataset(config_file, tmp_path, "no/val.json"))
-    path = own_dataset(config_file, tmp_path, scenes_paths(scenes, "val")[1])
-    result = PanopticPredictor.from_config(path)(bgr)
-    assert result.metadata.name == "own_val" and "own_train" not in DatasetCatalog
-    names = {*result.metadata.thing_classes, *result.metadata.stuff_classes}
-    assert {s["category_name"] for s in result.segments_info} <= names
+        first, *others = (predictor(bgr) for predictor in pool.map(build, range(4)))
+    for result in others:
+        assert torch.equal(result.panoptic_seg, first.panoptic_seg)
+    assert first.metadata.name == "own_val" and "own_train" not in DatasetCatalog
 
 
 @pytest.mark.parametrize(
     "size, scale, expected",
     [
-        ((64, 64), None, (480, 480)),  # else the labels would hide it
-        ((30, 60), None, (240, 480)),
+        ((30, 60), None, (240, 480)),  # else the labels would hide it
         ((300, 600), None, (300, 600)),
         ((64, 32), 2, (128, 64)),
-        ((500, 2), None, (500, 2)),  # Detectron2's visualizer stumbles over two columns
-        ((2, 500), None, (2, 500)),
-        ((200, 1), 0.5, (200, 1)),
-        ((1, 1), None, (480, 480)),
     ],
 )
 def test_drawings(predictor, bgr, size, scale, expected):
     result = predictor(cv2.resize(bgr, size[::-1]))
-    assert result.panoptic_seg.shape == size
-    # A thing over stuff: a network finds nothing in so narrow a picture.
-    result.panoptic_seg = torch.full(size, 2, dtype=torch.int32)
-    result.panoptic_seg[: size[0] // 2] = 1
-    result.segments_info = [
-        {"id": 1, "isthing": True, "category_id": 0, "instance_id": 0, "score": 0.9},
-        {"id": 2, "isthing": False, "category_id": 1, "area": size[0] * size[1]},
-    ]
+    # A network finds nothing in so narrow a picture.
+    result.panoptic_seg = torch.ones(size, dtype=torch.int32)
+    result.segments_info = [{"id": 1, "isthing": True, "category_id": 0, "score": 0.9}]
     assert result.draw(scale).get_image().shape == (*expected, 3)
 
 
@@ -173,30 +125,18 @@ def test_a_picture_without_segments(bgr):
     assert (empty.draw(scale=1).get_image() == bgr[:, :, ::-1]).mean() > 0.99
 
 
-def test_a_picture_too_narrow_to_resize_is_named(predictor, tmp_path):
-    path = str(tmp_path / "thin.png")
-    cv2.imwrite(path, np.zeros((1, 3000, 3), np.uint8))
-    with pytest.raises(ValueError, match="thin.png: .*3000 x 1 pixels.*INPUT.MAX_SIZE_TEST"):
-        predictor(path)
-
-
 @pytest.mark.parametrize(
     "image, words",
     [
-        (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"),
-        (np.zeros((8, 8, 4), np.uint8), r"shape \(8, 8, 4\)"),
-        (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
+        (np.zeros((8, 8), np.uint8), r"uint8 \(8, 8\)"),
+        (np.zeros((8, 8, 4), np.uint8), r"uint8 \(8, 8, 4\)"),
         (np.zeros((8, 8, 3)), "float64"),
-        (torch.zeros(8, 8, 3), "Tensor"),
-        (None, "NoneType"),  # what cv2.imread gives for a missing file
         ("nowhere.jpg", "nowhere.jpg"),
     ],
 )
 def test_what_is_no_picture(predictor, image, words):
     with pytest.raises(ValueError, match=words):
         predictor(image)
-    with pytest.raises(ValueError, match=words):
-        predictor.in_orders(image, ["score"])
 
 
 def test_a_checkpoint_that_leaves_a_part_as_initialized(config_file, predictor, tmp_path):
@@ -213,9 +153,6 @@ def test_a_checkpoint_that_leaves_a_part_as_initialized(config_file, predictor, 
         ("MODEL.WEIGHTS", "", "MODEL.WEIGHTS is not set"),
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "META_ARCHITECTURE is GeneralizedRCNN"),
         ("INPUT.FORMAT", "L", "INPUT.FORMAT is 'L'"),
-        ("MODEL.DEVICE", "gpu", "MODEL.DEVICE is 'gpu'"),
-        ("MODEL.DEVICE", "xpu:9", "MODEL.DEVICE is 'xpu:9'"),
-        ("DATASETS.TEST", "('no_such',)", "'no_such'"),
     ],
 )
 def test_configs_that_cannot_be_used(config_file, key, value, words):
