@@ -10,13 +10,7 @@ import torch
 
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-__all__ = [
-    "changed_pixels",
-    "draw_panels",
-    "draw_panoptic",
-    "draw_side_by_side",
-    "side_by_side",
-]
+__all__ = ["changed_pixels", "draw_panels", "draw_panoptic", "draw_side_by_side", "side_by_side"]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
 PanopticSeg = Tuple[Union[torch.Tensor, np.ndarray], List[Dict]]

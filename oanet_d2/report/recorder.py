@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Dict, List, Tuple
 
 import cv2
 import numpy as np
@@ -27,9 +27,12 @@ FORMAT = "oanet_d2 report, 3"
 JSON_NAME = os.path.join("report", "evaluation.json")
 # Images where the second of the compared orders loses most against the first, where it gains most,
 # and where the order of the ground truth would gain most over it.
-SECTIONS = LOST, WON, STILL_WRONG = "lost", "won", "still_wrong"
-FOLDERS = {WON: "pictures", STILL_WRONG: "pictures_still_wrong"}
+SECTIONS = ("lost", "won", "still_wrong")
+FOLDERS = {"won": "pictures", "still_wrong": "pictures_still_wrong"}
 MAX_PAIRS = 5  # of an image
+
+# As the JSON has it, but for its pictures; and the ground truth and the two results.
+Case = Tuple[Dict, List[PanopticSeg]]
 
 
 class ReportRecorder:
@@ -60,7 +63,7 @@ class ReportRecorder:
         self._outcomes: Counter = Counter()
         self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
         self._right: Counter = Counter()  # (the same, order) -> pairs
-        self._cases: Dict[str, List[Dict]] = {section: [] for section in SECTIONS}
+        self._cases: Dict[str, List[Case]] = {section: [] for section in SECTIONS}
 
     def add(
         self,
@@ -90,29 +93,31 @@ class ReportRecorder:
             key = class_of[front], class_of[behind], kind
             self._overlaps[key] += 1
             self._right.update((key, name) for name in right)
-            pairs.append((*key, pixels, right))
+            pairs.append({**self._named(*key), "pixels": pixels, "right": right})
 
         before, after = self.compared
         gain = correct[after] - correct[before]
         self._outcomes["better" if gain > 0 else "worse" if gain < 0 else "same"] += 1
-        sections = [(LOST, -gain, self.compared), (WON, gain, self.compared)]
+        sections = [("lost", -gain, self.compared), ("won", gain, self.compared)]
         if "oracle" in results:
-            sections.append((STILL_WRONG, correct["oracle"] - correct[after], (after, "oracle")))
+            sections.append(("still_wrong", correct["oracle"] - correct[after], (after, "oracle")))
         for section, pixels, shown in sections:
             if pixels > 0:
-                maps = [(truth, segments_info), *(results[order] for order in shown)]
+                one_is_right = [p for p in pairs if len({x in p["right"] for x in shown}) == 2]
                 case = {
-                    "file_name": input["file_name"],
+                    # Images in different subfolders may have one name.
+                    "file_name": os.path.relpath(input["file_name"], self.metadata.image_root),
                     "pixels": pixels,
                     "share": pixels / truth.size,
                     "orders": shown,
-                    "maps": [(_shrunk(ids), info) for ids, info in maps],
-                    "pairs": [p for p in pairs if len({order in p[4] for order in shown}) == 2],
+                    "pairs": sorted(one_is_right, key=lambda p: -p["pixels"])[:MAX_PAIRS],
                 }
-                self._cases[section] = self._greatest([*self._cases[section], case])
+                maps = [(truth, segments_info), *(results[order] for order in shown)]
+                kept = case, [(_shrunk(ids), info) for ids, info in maps]
+                self._cases[section] = self._greatest([*self._cases[section], kept])
 
-    def _greatest(self, cases: List[Dict]) -> List[Dict]:
-        return sorted(cases, key=lambda x: (-x["pixels"], x["file_name"]))[: self.max_cases]
+    def _greatest(self, cases: List[Case]) -> List[Case]:
+        return sorted(cases, key=lambda x: (-x[0]["pixels"], x[0]["file_name"]))[: self.max_cases]
 
     def save(self, results: Dict, counts: Dict[str, Counter]):
         """
@@ -147,53 +152,41 @@ class ReportRecorder:
             "cases": {},
         }
         for section in SECTIONS:
+            described, pictures = [], {}
             cases = self._greatest([x for part in parts for x in part[3][section]])
-            panels = [self._panels(case) for case in cases]
-            content["cases"][section] = [self._described(*x) for x in zip(cases, panels)]
+            for rank, (case, maps) in enumerate(cases, start=1):
+                panels = self._panels(case, *maps)
+                uris = map(_data_uri, panels.values())
+                named = dict(zip(("photo", "truth", "before", "after"), uris))
+                described.append({**case, "pictures": named})
+                pictures[f"{rank:02d}_{Path(case['file_name']).stem}.png"] = side_by_side(panels)
+            content["cases"][section] = described
             if section in FOLDERS:
-                stems = [Path(case["file_name"]).stem for case in cases]
-                names = [f"{rank:02d}_{stem}.png" for rank, stem in enumerate(stems, start=1)]
-                pictures = dict(zip(names, map(side_by_side, panels)))
                 _replace_pictures(self.folder / FOLDERS[section], pictures)
         write_atomically(str(self.folder / JSON_NAME), json.dumps(content))
 
     def _classes(self, counts: Dict[str, Counter]) -> List[Dict]:
         quality = {order: class_quality(x) for order, x in counts.items()}
         some = counts[self.compared[0]]
-        classes = []
-        for isthing, group in ((True, "thing"), (False, "stuff")):
-            for index, name in enumerate(self.metadata.get(f"{group}_classes")):
-                key = isthing, index
-                pq = {order: x[key][0] if key in x else None for order, x in quality.items()}
-                if any(x is not None for x in pq.values()):
-                    segments = int(some[key, "tp"] + some[key, "fn"])  # the same in every order
-                    row = {"name": name, "isthing": isthing, "segments": segments, "pq": pq}
-                    classes.append(row)
-        return classes
+        rows = []
+        for key in sorted(set().union(*quality.values())):
+            isthing, index = key
+            names = self.metadata.thing_classes if isthing else self.metadata.stuff_classes
+            pq = {order: x[key][0] if key in x else None for order, x in quality.items()}
+            segments = some[key, "tp"] + some[key, "fn"]  # the same in every order
+            rows.append({"name": names[index], "isthing": isthing, "segments": segments, "pq": pq})
+        return rows
 
     def _named(self, front: int, behind: int, kind: str) -> Dict[str, str]:
         names = self.metadata.thing_classes
         return {"front": names[front], "behind": names[behind], "kind": kind}
 
-    def _panels(self, case: Dict) -> Dict[str, np.ndarray]:
-        truth, before, after = case["maps"]
-        image = read_image(case["file_name"], "RGB")
+    def _panels(self, case: Dict, truth, before, after) -> Dict[str, np.ndarray]:
+        path = os.path.join(self.metadata.image_root, case["file_name"])
+        image = read_image(path, "RGB")
         image = cv2.resize(image, truth[0].shape[::-1], interpolation=cv2.INTER_AREA)
         results = {"ground truth": truth, **dict(zip(case["orders"], (before, after)))}
         return draw_panels(image, results, self.metadata, changed_pixels(before, after))
-
-    def _described(self, case: Dict, panels: Dict[str, np.ndarray]) -> Dict[str, Any]:
-        """A case as the JSON has it: class names for ids, pictures for maps."""
-        pairs = sorted(case["pairs"], key=lambda p: -p[3])[:MAX_PAIRS]
-        return {
-            **{key: case[key] for key in ("pixels", "share", "orders")},
-            # Images in different subfolders may have one name.
-            "file_name": os.path.relpath(case["file_name"], self.metadata.image_root),
-            "pairs": [{**self._named(*p[:3]), "pixels": p[3], "right": p[4]} for p in pairs],
-            "pictures": dict(
-                zip(("photo", "truth", "before", "after"), map(_data_uri, panels.values()))
-            ),
-        }
 
 
 def _shrunk(ids) -> np.ndarray:

@@ -51,8 +51,7 @@ def evaluated(evaluation, tmp_path_factory):
 @pytest.fixture
 def folder(evaluated, tmp_path):
     """A copy of the folder, to do anything with."""
-    shutil.copytree(evaluated[0], tmp_path / "output")
-    return tmp_path / "output"
+    return shutil.copytree(evaluated[0], tmp_path / "output")
 
 
 def read_json(folder):
@@ -66,15 +65,13 @@ def change_json(folder, change):
 
 
 def make_hostile(content):
+    cases = [case for cases in content["cases"].values() for case in cases]
     content["dataset"] = HOSTILE
-    for row in content["classes"]:
-        row["name"] = HOSTILE
-    for cases in content["cases"].values():
-        for case in cases:
-            case["file_name"] = HOSTILE
-            for pair in case["pairs"]:
-                pair["front"] = HOSTILE
-            for label in case["before"]:
-                label["text"] = HOSTILE
-    for row in content["overlaps"]:
-        row["behind"] = HOSTILE
+    for key, rows in (
+        ("name", content["classes"]),
+        ("file_name", cases),
+        ("front", [pair for case in cases for pair in case["pairs"]]),
+        ("behind", content["overlaps"]),
+    ):
+        for row in rows:
+            row[key] = HOSTILE
