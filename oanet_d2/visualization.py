@@ -109,7 +109,7 @@ def side_by_side(panels: Dict[str, np.ndarray]) -> np.ndarray:
     """
     The pictures of :func:`draw_panels` in one, each under its title.
     """
-    titled = []
+    titled: List[np.ndarray] = []
     for title, panel in panels.items():
         text = _TITLES.get(title, title)
         (text_width, _), _ = cv2.getTextSize(text, *_FONT, 1)

@@ -17,25 +17,18 @@ from tests.conftest import thing
 METADATA = MetadataCatalog.get("occlusion_scenes_val")
 
 
-def stuff(i, category):
-    return {"id": i, "category_id": category, "isthing": False}
-
-
-def test_changed_pixels_by_hand():
-    one, two = {"c": 4, "instance_id": 0}, {"c": 5, "instance_id": 1}
-    before = np.array([[1, 2, 2, 3]]), [thing(1, **one), thing(2, **two), stuff(3, 4)]
-    # The same instances under other ids.
-    after = np.array([[2, 2, 3, 4]]), [thing(2, **one), thing(3, **two), stuff(4, 4)]
-    assert changed_pixels(before, after).tolist() == [[False, True, False, False]]
-
-
 def squares(on_top):
     """Two overlapping squares over sky in 48 x 48 pixels. They share [18, 30) in both directions."""
+    first, second = (4, 5) if on_top == 1 else (7, 6)  # ids differ from result to result
     ids = torch.full((48, 48), 3, dtype=torch.int32)
     for i in (3 - on_top, on_top):
         part = slice(6, 30) if i == 1 else slice(18, 42)
-        ids[part, part] = i
-    return ids, [thing(1, 0, instance_id=0), thing(2, 1, instance_id=1), stuff(3, 1)]
+        ids[part, part] = first if i == 1 else second
+    return ids, [
+        thing(first, 0, instance_id=0),
+        thing(second, 1, instance_id=1),
+        thing(3, 1, isthing=False),
+    ]
 
 
 def test_side_by_side():
@@ -46,8 +39,7 @@ def test_side_by_side():
     results = {"ground truth": after, "score": before, "srm_pairs": after}
     picture = draw_side_by_side(image, results, METADATA, changed)
     assert picture.shape == (PANEL_SIDE + TITLE_HEIGHT, 4 * PANEL_SIDE + 3 * GAP, 3)
-    starts = [k * (PANEL_SIDE + GAP) for k in range(4)]
-    panels = [picture[TITLE_HEIGHT:, x : x + PANEL_SIDE] for x in starts]
+    panels = [picture[TITLE_HEIGHT:, k * (PANEL_SIDE + GAP) :][:, :PANEL_SIDE] for k in range(4)]
     assert (panels[0] == 0).all() and (panels[1] == panels[3]).all()
     for panel in panels[1:]:  # outlined where the squares overlap, and nowhere else
         rows, columns = np.nonzero((panel == MARK).all(axis=2))
@@ -65,7 +57,7 @@ def test_narrow_pictures(size):
     image = np.full((*size, 3), 90, np.uint8)
     ids = np.ones(size, np.int32)
     ids[size[0] // 2 :, size[1] // 2 :] = 2
-    result = ids, [thing(1, 0, instance_id=0), stuff(2, 1)]
+    result = ids, [thing(1, 0, instance_id=0), thing(2, 1, isthing=False)]
     nothing = np.zeros(size, np.int32), []
     changed = changed_pixels(nothing, result)
     picture = draw_side_by_side(image, {"score": nothing, "oracle": result}, METADATA, changed)

@@ -87,7 +87,7 @@ class ReportRecorder:
         segments_info, class_of = input["segments_info"], classes.tolist()
         ids = torch.from_numpy(truth).to(masks.device)
         position = {name: order.argsort().tolist() for name, order in orders.items()}
-        pairs = []
+        pairs: List[Dict] = []
         for front, behind, kind, pixels in occluded_pairs(masks, classes, ids, segments_info):
             right = [name for name, x in position.items() if x[front] < x[behind]]
             key = class_of[front], class_of[behind], kind
@@ -113,7 +113,7 @@ class ReportRecorder:
                     "pairs": sorted(one_is_right, key=lambda p: -p["pixels"])[:MAX_PAIRS],
                 }
                 maps = [(truth, segments_info), *(results[order] for order in shown)]
-                kept = case, [(_shrunk(ids), info) for ids, info in maps]
+                kept: Case = (case, [(_shrunk(ids), info) for ids, info in maps])
                 self._cases[section] = self._greatest([*self._cases[section], kept])
 
     def _greatest(self, cases: List[Case]) -> List[Case]:
@@ -130,7 +130,9 @@ class ReportRecorder:
         parts = comm.gather((self._outcomes, self._overlaps, self._right, self._cases))
         if not comm.is_main_process():
             return
-        outcomes, overlaps, right = (sum((part[k] for part in parts), Counter()) for k in range(3))
+        outcomes: Counter = sum((part[0] for part in parts), Counter())
+        overlaps: Counter = sum((part[1] for part in parts), Counter())
+        right: Counter = sum((part[2] for part in parts), Counter())
         orderings = orderings_of(results)
         content = {
             "format": FORMAT,
@@ -182,8 +184,7 @@ class ReportRecorder:
         return {"front": names[front], "behind": names[behind], "kind": kind}
 
     def _panels(self, case: Dict, truth, before, after) -> Dict[str, np.ndarray]:
-        path = os.path.join(self.metadata.image_root, case["file_name"])
-        image = read_image(path, "RGB")
+        image = read_image(os.path.join(self.metadata.image_root, case["file_name"]), "RGB")
         image = cv2.resize(image, truth[0].shape[::-1], interpolation=cv2.INTER_AREA)
         results = {"ground truth": truth, **dict(zip(case["orders"], (before, after)))}
         return draw_panels(image, results, self.metadata, changed_pixels(before, after))
