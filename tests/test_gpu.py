@@ -8,18 +8,16 @@ float64. So a forgotten `.to(device)` fails everywhere.
 import copy
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from detectron2.modeling import build_model
-from detectron2.structures import PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from oanet_d2.modeling.false_positives import with_false_positives
-from oanet_d2.modeling.grid import GridInstances, ground_truth_on_grid
+from oanet_d2.modeling.grid import GridInstances
 from oanet_d2.modeling.pair_head import EVIDENCE
 from oanet_d2.painting import BoxedMasks, combine
 from oanet_d2.painting.matching import match_to_segments, oracle_order, visible_margins
@@ -121,13 +119,6 @@ def painting(to):
     return results
 
 
-def polygons(to):
-    instances = make_input(SIZE, [[2, 2, 30, 20], [31, 21, 32, 22]], [0, 1])["instances"]
-    corners = ([2, 2, 30, 2, 30, 20, 2, 20], [31, 21, 32, 21, 32, 22, 31, 22])
-    instances.gt_masks = PolygonMasks([[np.array(x, dtype=float)] for x in corners])
-    return vars(ground_truth_on_grid(instances.to(to(torch.zeros(0)).device), 4))
-
-
 def with_mistakes(to):
     real = GridInstances(*map(to, vars(make_grid_instances(*scene()[:3])).values()))
     found = with_false_positives(real, CLASSES, 1.0)
@@ -135,11 +126,7 @@ def with_mistakes(to):
     return found.masks[:NUM], found.classes[:NUM], found.boxes[:NUM]  # the others are random
 
 
-STAGES = [painting, polygons, with_mistakes]
-
-
 def on(device, stage, mode=None):
-    """What a stage gives on a device."""
     torch.manual_seed(0)
     with mode or nullcontext():
         results = stage(lambda x: x.to(device))
@@ -219,7 +206,7 @@ def inferring(model, amp=None):
 
 
 @pytest.mark.parametrize("device, mode, tolerance", DEVICES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [painting, with_mistakes])
 def test_stages(stage, device, mode, tolerance):
     assert_same(on(device, stage, mode()), on(CPU, stage))
 

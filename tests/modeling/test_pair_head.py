@@ -100,14 +100,6 @@ def test_the_answer_does_not_depend_on_the_order_of_the_instances():
     assert (margins.abs() <= shared).all() and (margins.abs() > 0.5 * shared).any()
 
 
-def test_margin_by_hand():
-    instances, _ = scene(two_boxes(), [0, 1])
-    with torch.no_grad():
-        margins = prefer(make_head(()), LOG_3).order_inputs([instances], [{}])[0].pair_margins
-    # four shared cells, with P = 3/4 for the second
-    torch.testing.assert_close(margins, torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
-
-
 def test_loss_by_hand():
     """Over three images of unequal size, each with one pair."""
     head = prefer(make_head((), loss_weight=0.5), LOG_3)
@@ -120,6 +112,9 @@ def test_loss_by_hand():
     weights = math.sqrt(4 / 25), math.sqrt(9 / 36)
     expected = 0.5 * (weights[0] * math.log(4 / 3) + weights[1] * math.log(4)) / sum(weights)
     assert pair_loss(head, first, second, draw).item() == pytest.approx(expected, rel=1e-5)
+    # and four shared cells, with P = 3/4 for the second
+    margins = head.order_inputs([first[0]], [{}])[0].pair_margins
+    torch.testing.assert_close(margins, torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
 
 
 def test_a_batch_that_hardly_decides_anything_counts_for_less():
