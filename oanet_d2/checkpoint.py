@@ -93,6 +93,7 @@ class OANetCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_timm(self, source: str) -> Dict[str, Any]:
+        self.logger.info(f"Loading the backbone from {self._path}")
         state = {}
         for name, module in self.model.named_modules():
             if isinstance(module, TimmBackbone):
@@ -101,6 +102,8 @@ class OANetCheckpointer(DetectionCheckpointer):
                 except Exception as error:  # a download can fail in many ways
                     raise CheckpointError(f"{self._path} cannot be used: {error}") from error
                 state.update({f"{name}.{key}": x for key, x in tensors.items()})
+        if not state:
+            raise CheckpointError(f"{self._path} is for a backbone of timm, and the model has none.")
         self._log_incompatible_keys(self._load_model({"model": state}))
         return {}
 

@@ -55,7 +55,7 @@ class TimmBackbone(Backbone):
 
         frozen = [maps[i].sum() for level, i in self.indices.items() if int(level[3:]) <= freeze_at]
         if frozen:
-            parameters = list(self.parameters())
+            parameters = [x for x in self.parameters() if x.requires_grad]
             gradients = torch.autograd.grad(frozen, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.requires_grad_(gradient is None)

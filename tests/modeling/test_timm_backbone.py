@@ -137,6 +137,8 @@ def test_checkpoints_and_files_of_timm(tmp_path):
     for source in (WHEEL, "resnet18", "no_such_package", str(tmp_path)):
         with pytest.raises(CheckpointError, match=f"^timm://{source} .*'convnext_atto'"):
             OANetCheckpointer(again).load(f"timm://{source}")
+    with pytest.raises(CheckpointError, match="^timm://resnet18 .*backbone"):
+        OANetCheckpointer(torch.nn.Linear(2, 3)).load("timm://resnet18")
 
 
 def test_trains_and_infers():
