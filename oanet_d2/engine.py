@@ -202,8 +202,9 @@ class OANetTrainer(DefaultTrainer):
             if _has_report(cfg):
                 report = ReportRecorder(dataset_name, folder, most, gain)
             evaluators.append(PanopticEvaluator(model, orders, pictures, report))
-        has_json_file = bool(MetadataCatalog.get(dataset_name).json_file)
-        if has_json_file and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
+        metadata = MetadataCatalog.get(dataset_name)
+        has_instances = metadata.json_file and metadata.thing_classes
+        if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             path, most = os.path.join(folder, "inference"), cfg.TEST.DETECTIONS_PER_IMAGE
             evaluators.append(build_instance_evaluator(dataset_name, path, most))
         if cfg.TEST.SAVE_PANOPTIC:
