@@ -32,7 +32,6 @@ from .evaluation import (
     write_orderings,
 )
 from .report import ReportRecorder, write_report
-from .visualization import OrderPictures
 
 __all__ = ["OANetTrainer", "prepare_datasets", "report_orderings"]
 
@@ -190,18 +189,13 @@ class OANetTrainer(DefaultTrainer):
         """
         folder = output_folder or evaluation_folder(cfg, dataset_name)
         evaluators = [PanopticPictures(dataset_name)] if has_event_storage() else []
-        orders, most, pictures, report = cfg.TEST.ORDERS, cfg.TEST.ORDER_PICTURES, [], None
-        if model is None or not orders:
+        if model is None:
             evaluators.append(PanopticEvaluator())
         else:
-            gain, still_wrong = ("score", model.order), (model.order, "oracle")
-            for name, compared in (("pictures", gain), ("pictures_still_wrong", still_wrong)):
-                if most > 0 and set(compared) <= set(orders):
-                    path = os.path.join(folder, name)
-                    pictures.append(OrderPictures(dataset_name, path, most, compared))
-            if _has_report(cfg):
-                report = ReportRecorder(dataset_name, folder, most, gain)
-            evaluators.append(PanopticEvaluator(model, orders, pictures, report))
+            compared, most = ("score", model.order), cfg.TEST.ORDER_PICTURES
+            has_report = _has_report(cfg)
+            report = ReportRecorder(dataset_name, folder, most, compared) if has_report else None
+            evaluators.append(PanopticEvaluator(model, cfg.TEST.ORDERS, report))
         metadata = MetadataCatalog.get(dataset_name)
         has_instances = metadata.json_file and metadata.thing_classes
         if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:

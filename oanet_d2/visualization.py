@@ -2,30 +2,15 @@
 Pictures of panoptic results, and of what the painting order changes in them.
 """
 
-import heapq
-import itertools
-import os
 from typing import Dict, List, Optional, Tuple, Union
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
-from detectron2.data import MetadataCatalog
-from detectron2.utils import comm
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-from .data.images import read_image, read_segment_ids
-from .files import atomic_path, write_atomically
-from .painting.metrics import correct_pixels, shared_pixels
-
-__all__ = [
-    "OrderPictures",
-    "changed_pixels",
-    "draw_panoptic",
-    "draw_side_by_side",
-]
+__all__ = ["changed_pixels", "draw_panels", "draw_panoptic", "draw_side_by_side", "side_by_side"]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
 PanopticSeg = Tuple[Union[torch.Tensor, np.ndarray], List[Dict]]
@@ -85,15 +70,15 @@ def draw_panoptic(
     return visualizer.draw_panoptic_seg(ids, panoptic[1], alpha=0.7 if jitter else 0.6)
 
 
-def draw_side_by_side(
+def draw_panels(
     image: np.ndarray,
     results: Dict[str, PanopticSeg],
     metadata,
     outlined: Optional[np.ndarray] = None,
     side: int = PANEL_SIDE,
-) -> np.ndarray:
+) -> Dict[str, np.ndarray]:
     """
-    An image and its panoptic results side by side, each under its title.
+    An image and its panoptic results, all of one size.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -103,110 +88,47 @@ def draw_side_by_side(
         side: the longer side of every panel in pixels.
 
     Returns:
-        uint8 RGB picture.
+        "image" and the keys of `results` -> uint8 RGB picture.
     """
     scale = side / max(image.shape[:2])
     size = [max(1, round(x * scale)) for x in image.shape[1::-1]]
-    panels = [_titled("image", cv2.resize(image, size))]
+    panels = {"image": cv2.resize(image, size)}
     for title, (ids, segments_info) in results.items():
         # Scores would crowd a small picture.
         info = [{k: v for k, v in s.items() if k != "score"} for s in segments_info]
         drawn = draw_panoptic(image, (ids, info), metadata, scale, jitter=False).get_image()
-        panel = np.ascontiguousarray(cv2.resize(drawn, size))
+        panels[title] = np.ascontiguousarray(cv2.resize(drawn, size))
         if outlined is not None:
             mask = cv2.resize(outlined.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
             contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-            cv2.drawContours(panel, contours, -1, MARK, 2, cv2.LINE_AA)
-        panels += [np.full((len(panels[0]), GAP, 3), 255, dtype=np.uint8)]
-        panels += [_titled(_TITLES.get(title, title), panel)]
-    return np.concatenate(panels, axis=1)
+            cv2.drawContours(panels[title], contours, -1, MARK, 2, cv2.LINE_AA)
+    return panels
 
 
-def _titled(title: str, panel: np.ndarray) -> np.ndarray:
-    (text_width, _), _ = cv2.getTextSize(title, *_FONT, 1)
-    lacking = max(0, text_width + 12 - panel.shape[1])
-    panel = np.pad(panel, ((TITLE_HEIGHT, 0), (0, lacking), (0, 0)), constant_values=255)
-    return cv2.putText(panel, title, (6, 24), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
-
-
-class OrderPictures:
+def side_by_side(panels: Dict[str, np.ndarray]) -> np.ndarray:
     """
-    Collects, over an evaluation, the images where one order gains the most pixels over another,
-    and draws them.
+    The pictures of :func:`draw_panels` in one, each under its title.
     """
+    titled: List[np.ndarray] = []
+    for title, panel in panels.items():
+        text = _TITLES.get(title, title)
+        (text_width, _), _ = cv2.getTextSize(text, *_FONT, 1)
+        lacking = max(0, text_width + 12 - panel.shape[1])
+        left = GAP if titled else 0
+        panel = np.pad(panel, ((TITLE_HEIGHT, 0), (left, lacking), (0, 0)), constant_values=255)
+        cv2.putText(panel, text, (left + 6, 24), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
+        titled.append(panel)
+    return np.concatenate(titled, axis=1)
 
-    def __init__(self, dataset_name: str, folder: str, max_pictures: int, orders: Tuple[str, str]):
-        """
-        Args:
-            dataset_name: for its metadata.
-            folder: where the pictures go, one PNG for every image. `written.txt` lists them.
-            max_pictures: how many at most.
-            orders: the order that loses, and the one that gains.
-        """
-        self.metadata = MetadataCatalog.get(dataset_name)
-        self.folder = folder
-        self.max_pictures = max_pictures
-        self.orders = orders
-        self.reset()
 
-    def reset(self) -> None:
-        self._best: List[Tuple] = []  # min-heap of (gain, image id, number, input, before, after)
-        self._number = itertools.count()  # decides between equal gains and ids
-
-    def add(self, input: Dict, gt_ids: np.ndarray, results: Dict[str, PanopticSeg]) -> None:
-        """
-        Args:
-            input: the dataset dict.
-            gt_ids: (H, W) ground-truth segment ids.
-            results: order -> panoptic result of the image.
-        """
-        before, after = (
-            (torch.as_tensor(ids).cpu().numpy(), info)
-            for ids, info in (results[order] for order in self.orders)
-        )
-        right_before, right_after = (
-            correct_pixels(shared_pixels(gt_ids, ids), input["segments_info"], info)
-            for ids, info in (before, after)
-        )
-        gain = right_after - right_before
-        if gain > 0:
-            kept = {k: input[k] for k in ("file_name", "pan_seg_file_name", "segments_info")}
-            entry = gain, str(input["image_id"]), next(self._number), kept, before, after
-            heapq.heappush(self._best, entry)
-            if len(self._best) > self.max_pictures:
-                heapq.heappop(self._best)
-
-    def save(self) -> List[str]:
-        """
-        Draw the pictures. They replace those that an earlier evaluation wrote into the same folder.
-        Other files there stay.
-
-        Returns:
-            their paths, the greatest gain first. Empty on all processes but the main one.
-        """
-        collected = [x for part in comm.gather(self._best) for x in part]
-        if not comm.is_main_process():
-            return []
-        best = sorted(collected, key=lambda x: x[:2], reverse=True)[: self.max_pictures]
-        paths = self._replace_earlier([x[3]["file_name"] for x in best])
-        for path, (*_, input, before, after) in zip(paths, best):
-            image = read_image(input["file_name"], "RGB")
-            gt = read_segment_ids(input["pan_seg_file_name"]), input["segments_info"]
-            results = {"ground truth": gt, **dict(zip(self.orders, (before, after)))}
-            changed = changed_pixels(before, after)
-            picture = draw_side_by_side(image, results, self.metadata, changed)
-            with atomic_path(path) as temporary:
-                Image.fromarray(picture).save(temporary)
-        return paths
-
-    def _replace_earlier(self, file_names: List[str]) -> List[str]:
-        manifest = os.path.join(self.folder, "written.txt")
-        if os.path.isfile(manifest):
-            with open(manifest, encoding="utf-8") as f:
-                names = [os.path.basename(x) for x in f.read().splitlines()]
-            for path in filter(os.path.isfile, (os.path.join(self.folder, x) for x in names)):
-                os.remove(path)
-        stems = [os.path.splitext(os.path.basename(x))[0] for x in file_names]
-        names = [f"{rank:02d}_{stem}.png" for rank, stem in enumerate(stems, start=1)]
-        write_atomically(manifest, "\n".join(names))
-        return [os.path.join(self.folder, name) for name in names]
+def draw_side_by_side(
+    image: np.ndarray,
+    results: Dict[str, PanopticSeg],
+    metadata,
+    outlined: Optional[np.ndarray] = None,
+    side: int = PANEL_SIDE,
+) -> np.ndarray:
+    """
+    The pictures of :func:`draw_panels`, with its arguments, in one uint8 RGB picture.
+    """
+    return side_by_side(draw_panels(image, results, metadata, outlined, side))

@@ -30,23 +30,15 @@ class PanopticEvaluator(DatasetEvaluator):
     of images matter.
     """
 
-    def __init__(
-        self,
-        model: Any = None,
-        orders: Sequence[str] = (),
-        pictures: Sequence[Any] = (),
-        report: Optional[Any] = None,
-    ):
+    def __init__(self, model: Any = None, orders: Sequence[str] = (), report: Optional[Any] = None):
         """
         Args:
             model: the OANet that is evaluated, needed for `orders`. It paints with its own thresholds.
             orders: names of ranking rules, and "oracle".
-            pictures: :class:`OrderPictures` of some of the orders.
             report: a :class:`ReportRecorder` of some of the orders.
         """
         self.model = model
         self.orders = tuple(orders)
-        self.pictures = pictures
         self.report = report
         self.reset()
 
@@ -56,8 +48,8 @@ class PanopticEvaluator(DatasetEvaluator):
         self._counts: Dict[str, Counter] = {
             key: Counter() for key in ("panoptic_seg", *map(_key, self.orders))
         }
-        for collector in (*self.pictures, *filter(None, [self.report])):
-            collector.reset()
+        if self.report is not None:
+            self.report.reset()
 
     def process(self, inputs: List[Dict], outputs: List[Dict]):
         """
@@ -100,8 +92,6 @@ class PanopticEvaluator(DatasetEvaluator):
                 orders[name] = _restricted(order_inputs.order(name), painted)
         results = {name: self.model.combine(fusion_inputs, x) for name, x in orders.items()}
         correct = {name: self._count(_key(name), input, truth, x) for name, x in results.items()}
-        for pictures in self.pictures:
-            pictures.add(input, truth, results)
         if self.report is not None:
             self.report.add(input, truth, masks, instances.pred_classes, orders, results, correct)
 
@@ -113,8 +103,6 @@ class PanopticEvaluator(DatasetEvaluator):
             None on all processes but the main one.
         """
         parts = comm.gather((self._images, self._counts))
-        for pictures in self.pictures:
-            pictures.save()
         counts: Dict[str, Counter] = {
             key: sum((x[key] for _, x in parts), Counter()) for key in self._counts
         }

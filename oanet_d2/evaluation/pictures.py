@@ -28,10 +28,9 @@ class PanopticPictures(DatasetEvaluator):
         self._kept: List = []
 
     def process(self, inputs: List[Dict], outputs: List[Dict]):
-        if not comm.is_main_process():  # only its events are written
-            return
         for input, output in zip(inputs, outputs):
-            if len(self._kept) < MAX_PICTURES:
+            # Only the main process's events are written.
+            if comm.is_main_process() and len(self._kept) < MAX_PICTURES:
                 ids, segments_info = output["panoptic_seg"]
                 self._kept.append((input, (ids.cpu(), segments_info)))
 
@@ -39,8 +38,6 @@ class PanopticPictures(DatasetEvaluator):
         metadata = MetadataCatalog.get(self.dataset_name)
         for i, (input, result) in enumerate(self._kept):
             truth = read_segment_ids(input["pan_seg_file_name"]), input["segments_info"]
-            image = read_image(input["file_name"], "RGB")
             titled = {"ground truth": truth, "result": result}
-            picture = draw_side_by_side(image, titled, metadata)
-            name = f"{self.dataset_name}/{i}"
-            get_event_storage().put_image(name, picture.transpose(2, 0, 1))
+            picture = draw_side_by_side(read_image(input["file_name"], "RGB"), titled, metadata)
+            get_event_storage().put_image(f"{self.dataset_name}/{i}", picture.transpose(2, 0, 1))

@@ -4,13 +4,5 @@ from .pair_head import PairwiseRankingHead
 from .semantic_head import OANetSemSegFPNHead
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
 
-__all__ = [
-    "SRM_HEAD_REGISTRY",
-    "FusionInputs",
-    "OANet",
-    "OANetSemSegFPNHead",
-    "PairwiseRankingHead",
-    "SRMFromAnnotations",
-    "SpatialRankingHead",
-    "build_srm_head",
-]
+__all__ = ["SRM_HEAD_REGISTRY", "FusionInputs", "OANet", "OANetSemSegFPNHead"]
+__all__ += ["PairwiseRankingHead", "SRMFromAnnotations", "SpatialRankingHead", "build_srm_head"]

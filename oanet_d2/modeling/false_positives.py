@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ..painting.masks import mask_extents
-from .grid import GridInstances
+from .grid import GridInstances, relative_boxes
 
 __all__ = ["with_false_positives"]
 
@@ -57,23 +57,17 @@ def with_false_positives(
         torch.cat([instances.masks, copies]),
         torch.cat([instances.classes, classes]),
         torch.cat([scores, scores[chosen][inside] * factor]),
-        torch.cat([instances.boxes, _relative_extents(copies)]),
+        torch.cat([instances.boxes, _extents(copies)]),
     )
 
 
-def _relative_extents(masks: torch.Tensor) -> torch.Tensor:
-    """
-    (N, 4) boxes around the masks, XYXY as shares of the grid, which covers the image.
-    """
-    height, width = masks.shape[1:]
-    return mask_extents(masks) / torch.tensor([width, height] * 2, device=masks.device)
+def _extents(masks: torch.Tensor) -> torch.Tensor:
+    return relative_boxes(mask_extents(masks), masks.shape[1:])
 
 
 def _moved(masks: torch.Tensor) -> torch.Tensor:
-    """
-    (N, h, w) masks, each moved, and stretched about the centre of its box.
-    """
-    boxes = _relative_extents(masks)
+    """(N, h, w) masks, each moved, and stretched about the centre of its box."""
+    boxes = _extents(masks)
     center = boxes[:, :2] + boxes[:, 2:] - 1  # affine_grid's coordinates: -1 to 1
     size = 2 * (boxes[:, 2:] - boxes[:, :2])
     moved_center = center + _MOVE * size * torch.randn_like(size)

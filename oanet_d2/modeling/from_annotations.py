@@ -31,8 +31,7 @@ class SRMFromAnnotations(nn.Module):
             srm_head: the ranking head.
             num_classes: number of thing classes.
             stride: pixels per cell of the ranking head's grid.
-            false_positives: probability of a made-up false positive beside a ground-truth mask, see
-                :func:`with_false_positives`.
+            false_positives: their probability, see :func:`with_false_positives`.
         """
         super().__init__()
         self.srm_head: Any = srm_head
@@ -61,10 +60,6 @@ class SRMFromAnnotations(nn.Module):
             "false_positives": head.GT_FALSE_POSITIVES,
         }
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def forward(self, batched_inputs: List[Dict]) -> Dict[str, torch.Tensor]:
         """
         Args:
@@ -79,17 +74,14 @@ class SRMFromAnnotations(nn.Module):
         """
         if not self.training:
             raise RuntimeError(
-                "SRMFromAnnotations only trains. Put its weights into a Panoptic FPN checkpoint with "
-                "tools/attach_srm.py, and evaluate that checkpoint as an OANet."
+                "SRMFromAnnotations only trains; put its weights into a Panoptic FPN checkpoint with "
+                "tools/attach_srm.py, and evaluate that as an OANet."
             )
-        instances = [
-            with_false_positives(
-                ground_truth_on_grid(x["instances"].to(self.device), self.stride),
-                self.num_classes,
-                self.false_positives,
-            )
-            for x in batched_inputs
-        ]
-        truth = [truth_on_grid(x, self.stride, self.device) for x in batched_inputs]
-        with torch.autocast(self.device.type, enabled=False):
-            return self.srm_head.losses(instances, truth)
+        stride, device = self.stride, next(self.parameters()).device
+        truth = [truth_on_grid(x, stride, device) for x in batched_inputs]
+        instances = [ground_truth_on_grid(x["instances"].to(device), stride) for x in batched_inputs]
+        with torch.autocast(device.type, enabled=False):
+            instances = [
+                with_false_positives(x, self.num_classes, self.false_positives) for x in instances
+            ]
+            return self.srm_head.losses(instances, truth, [{}] * len(truth))

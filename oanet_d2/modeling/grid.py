@@ -5,73 +5,48 @@ its batch, so that nothing here depends on the other images.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Set, Tuple, Union
+from typing import Dict, List, Sequence, Set, Tuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
+from detectron2.structures import BitMasks, Instances
 
 from ..painting.masks import BoxedMasks
 
-__all__ = [
-    "GridInstances",
-    "GridTruth",
-    "detections_on_grid",
-    "grid_size",
-    "ground_truth_on_grid",
-    "map_on_grid",
-    "truth_on_grid",
-]
+__all__ = ["GridInstances", "GridTruth", "Maps", "detections_on_grid", "grid_size"]
+__all__ += ["ground_truth_on_grid", "map_on_grid", "truth_on_grid"]
+
+# What the image itself shows, on the grid, as far as it is known: "semantic", (C, h, w) float, logits
+# of the semantic branch for the thing classes, and "features", (channels, h, w) float.
+Maps = Dict[str, torch.Tensor]
 
 
 @dataclass
 class GridInstances:
-    """
-    The N instances of one image that compete for its cells.
+    """The N instances of one image that compete for its cells."""
 
-    Attributes:
-        masks: (N, h, w) bool.
-        classes: (N,) int64, thing classes.
-        scores: (N,) float in [0, 1], detection scores; 1 for ground truth.
-        boxes: (N, 4) float, XYXY as shares of the image's width and height.
-    """
-
-    masks: torch.Tensor
-    classes: torch.Tensor
-    scores: torch.Tensor
-    boxes: torch.Tensor
+    masks: torch.Tensor  # (N, h, w) bool
+    classes: torch.Tensor  # (N,) int64, thing classes
+    scores: torch.Tensor  # (N,) float in [0, 1], detection scores; 1 for ground truth
+    boxes: torch.Tensor  # (N, 4) float, XYXY as shares of the image's width and height
 
 
 @dataclass
 class GridTruth:
-    """
-    Who is visible in one image, by its panoptic ground truth.
+    """Who is visible in one image, by its panoptic ground truth."""
 
-    Attributes:
-        categories: (h, w) int64, panoptic category of every cell: things in [0, C), stuff from C
-            on, void -1.
-        ids: (h, w) int64, segment id of every cell.
-        segments_info: list[dict], the segments.
-    """
-
-    categories: torch.Tensor
-    ids: torch.Tensor
+    categories: torch.Tensor  # (h, w) int64: things in [0, C), stuff from C on, void -1
+    ids: torch.Tensor  # (h, w) int64, segment ids
     segments_info: List[Dict]
 
 
 def grid_size(image_size: Tuple[int, int], stride: int) -> Tuple[int, int]:
-    """
-    Returns:
-        (h, w) of the grid that covers an image of `image_size` = (H, W) pixels.
-    """
+    """(h, w) of the grid that covers an image of `image_size` = (H, W) pixels."""
     return -(-image_size[0] // stride), -(-image_size[1] // stride)
 
 
-def detections_on_grid(
-    instances: Instances, stride: int, score_threshold: float, mask_threshold: float = 0.5
-) -> GridInstances:
+def detections_on_grid(instances: Instances, stride: int, score_threshold: float) -> GridInstances:
     """
     Args:
         instances: what ROI heads return in inference, "pred_boxes" in pixels of the network's input
@@ -79,13 +54,11 @@ def detections_on_grid(
         stride: pixels per cell.
         score_threshold: an instance with a lower score will not be painted and does not compete, so
             its mask is empty.
-        mask_threshold: a cell belongs to an instance where the probability is at least this.
-            (Binary masks matter: probabilities also carry pixels outside the instance. Paper,
-            sec. 3.3.)
 
     Returns:
-        the instances. A mask too small to hold the centre of a cell owns the one cell in which its
-        most probable pixel lies, so that it can be compared.
+        the instances, with binary masks. (Probabilities also carry pixels outside the instance.
+        Paper, sec. 3.3.) A mask too small to hold the centre of a cell owns the one cell in which
+        its most probable pixel lies, so that it can be compared.
     """
     size = grid_size(instances.image_size, stride)
     boxes, scores = instances.pred_boxes.tensor.float(), instances.scores.float()
@@ -93,60 +66,49 @@ def detections_on_grid(
     painted = (scores >= score_threshold).nonzero()[:, 0]
     roi_masks = instances.pred_masks[painted, 0].float()
     cells = boxes[painted] / stride
-    of_painted = BoxedMasks.paste(roi_masks, cells, size, mask_threshold).full()
+    of_painted = BoxedMasks.paste(roi_masks, cells, size).full()
 
     best_probability, best_pixel = roi_masks.flatten(1).max(dim=1)
     side = roi_masks.shape[-1]
     offset = torch.stack([best_pixel % side, best_pixel // side], dim=1) + 0.5
     best_cell = (cells[:, :2] + offset / side * (cells[:, 2:] - cells[:, :2])).long()
     nowhere = of_painted.flatten(1).sum(1) == 0
-    lost = (nowhere & (best_probability >= mask_threshold)).nonzero()[:, 0]
+    lost = (nowhere & (best_probability >= 0.5)).nonzero()[:, 0]
     column, row = (best_cell[lost, i].clamp(0, size[1 - i] - 1) for i in (0, 1))
     of_painted[lost, row, column] = True
     masks[painted] = of_painted
-    return GridInstances(
-        masks, instances.pred_classes, scores, relative_boxes(boxes, instances.image_size)
-    )
+    boxes = relative_boxes(boxes, instances.image_size)
+    return GridInstances(masks, instances.pred_classes, scores, boxes)
 
 
 def ground_truth_on_grid(instances: Instances, stride: int) -> GridInstances:
     """
     Args:
-        instances: ground truth with "gt_boxes", "gt_classes", "gt_masks".
+        instances: ground truth with "gt_boxes", "gt_classes", "gt_masks" (BitMasks or PolygonMasks).
         stride: pixels per cell.
 
     Returns:
         the instances. One that holds the centre of no cell owns the cell in its middle, so that it
         can be compared.
     """
-    masks, device = instances.gt_masks, instances.gt_classes.device
+    masks, image_size = instances.gt_masks, instances.image_size
+    size = grid_size(image_size, stride)
     if isinstance(masks, BitMasks):
         on_grid = _sample(masks.tensor, stride)
     else:
-        on_grid = _polygons_on_grid(masks, stride, grid_size(instances.image_size, stride))
-    size = tuple(on_grid.shape[1:])
+        scaled = [[polygon / stride for polygon in instance] for instance in masks.polygons]
+        on_grid = BitMasks.from_polygon_masks(scaled, *size).tensor
     for i in (~on_grid.flatten(1).any(1)).nonzero()[:, 0].tolist():
-        pixels = _full_mask(masks, i, instances.image_size).nonzero()
+        mask = masks[i]
+        if not isinstance(mask, BitMasks):
+            mask = BitMasks.from_polygon_masks(mask, *image_size)
+        pixels = mask.tensor[0].nonzero()
         if len(pixels) > 0:
             on_grid[i][_middle_cell(pixels, stride, size)] = True
-    return GridInstances(
-        on_grid.to(device),
-        instances.gt_classes,
-        torch.ones(len(instances), device=device),
-        relative_boxes(instances.gt_boxes.tensor, instances.image_size),
-    )
-
-
-def _polygons_on_grid(masks: PolygonMasks, stride: int, size: Tuple[int, int]) -> torch.Tensor:
-    scaled = [[polygon / stride for polygon in instance] for instance in masks.polygons]
-    drawn = [polygons_to_bitmask(instance, *size) for instance in scaled]
-    return torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, *size), dtype=bool))
-
-
-def _full_mask(masks: Union[BitMasks, PolygonMasks], index: int, size: Tuple[int, int]):
-    if isinstance(masks, BitMasks):
-        return masks.tensor[index]
-    return torch.from_numpy(polygons_to_bitmask(masks.polygons[index], *size))
+    classes = instances.gt_classes
+    scores = torch.ones(len(instances), device=classes.device)
+    boxes = relative_boxes(instances.gt_boxes.tensor, image_size)
+    return GridInstances(on_grid.to(classes.device), classes, scores, boxes)
 
 
 def truth_on_grid(training_input: Dict, stride: int, device: torch.device) -> GridTruth:
@@ -160,10 +122,9 @@ def truth_on_grid(training_input: Dict, stride: int, device: torch.device) -> Gr
     of_cells, category_of_cells = _sample(ids, stride), _sample(categories, stride)
     # A segment too small to hold the centre of a cell is visible all the same: it gets the cell in
     # its middle, as its instance does.
-    size = tuple(of_cells.shape)
     for i in sorted(_present(ids) - _present(of_cells) - {0}):
         pixels = (ids == i).nonzero()
-        cell = _middle_cell(pixels, stride, size)
+        cell = _middle_cell(pixels, stride, of_cells.shape)
         of_cells[cell] = i
         category_of_cells[cell] = categories[tuple(pixels[0])]
     return GridTruth(category_of_cells, of_cells, segments_info)
@@ -198,7 +159,7 @@ def map_on_grid(
     return feature_map[:, :rows, :columns]
 
 
-def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Tensor:
+def relative_boxes(boxes: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
     """
     Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
     """
@@ -208,21 +169,15 @@ def relative_boxes(boxes: torch.Tensor, image_size: Tuple[int, int]) -> torch.Te
 
 def _sample(labels: torch.Tensor, stride: int) -> torch.Tensor:
     """
-    Labels (..., H, W) at the centres of the cells. The last cells of an image whose size is not a
-    multiple of the stride are sampled at its edge.
+    Labels (..., H, W) at the centres of the cells, or at the image's edge if a centre lies outside.
     """
-    rows, columns = (
-        torch.arange(stride // 2, length + stride // 2, stride, device=labels.device)[
-            : -(-length // stride)
-        ].clamp(max=length - 1)
-        for length in labels.shape[-2:]
-    )
-    return labels[..., rows[:, None], columns]
+    height, width = labels.shape[-2:]
+    cells = (torch.arange(n, device=labels.device) for n in grid_size((height, width), stride))
+    rows, columns = (i * stride + stride // 2 for i in cells)
+    return labels[..., rows.clamp(max=height - 1)[:, None], columns.clamp(max=width - 1)]
 
 
 def _middle_cell(pixels: torch.Tensor, stride: int, size: Tuple[int, ...]) -> Tuple[int, int]:
-    """
-    The cell of the median of pixels (K, 2), rows and columns.
-    """
+    """The cell of the median of pixels (K, 2), rows and columns."""
     row, column = (pixels.median(dim=0).values / stride).long().tolist()
     return min(row, size[0] - 1), min(column, size[1] - 1)

@@ -1,10 +1,10 @@
-from contextlib import contextmanager
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import nn
 
 from detectron2.config import configurable
+from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detectron2.modeling.roi_heads import StandardROIHeads
@@ -17,6 +17,7 @@ from ..painting.semantic import resized_semantic_labels, semantic_labels
 from .false_positives import with_false_positives
 from .grid import (
     GridInstances,
+    Maps,
     detections_on_grid,
     ground_truth_on_grid,
     map_on_grid,
@@ -29,24 +30,15 @@ __all__ = ["FusionInputs", "OANet"]
 
 OUTPUTS = ("pred_masks", "sem_seg")
 TRAIN_MASKS = ("detections", "gt")
-MAP_ORDERS = ("srm_mean", "srm_overlap")  # these look at the score map
 
 
 class FusionInputs(NamedTuple):
-    """
-    All that the fusion of one image needs, except an order.
+    """All that the fusion of one image needs, except an order."""
 
-    Attributes:
-        masks: the N instances' masks at the size of the output.
-        instances: post-processed instances with "pred_boxes", "scores" and "pred_classes".
-        semantic: (H, W) int64 labels, see :func:`semantic_labels`.
-        order_inputs: what the ranking rules look at.
-    """
-
-    masks: BoxedMasks
-    instances: Instances
-    semantic: torch.Tensor
-    order_inputs: OrderInputs
+    masks: BoxedMasks  # the N instances' masks at the size of the output
+    instances: Instances  # post-processed, with "pred_boxes", "scores" and "pred_classes"
+    semantic: torch.Tensor  # (H, W) int64 labels, see semantic_labels()
+    order_inputs: OrderInputs  # what the ranking rules look at
 
 
 @META_ARCH_REGISTRY.register()
@@ -66,7 +58,6 @@ class OANet(PanopticFPN):
         srm_head: nn.Module,
         srm_stride: int = 4,
         srm_in_feature: str = "p2",
-        srm_map_stride: int = 4,
         train_masks: str = "detections",
         gt_false_positives: float = 0.0,
         order: str = "srm_pairs",
@@ -81,7 +72,6 @@ class OANet(PanopticFPN):
             srm_head: the ranking head.
             srm_stride: pixels per cell of its grid.
             srm_in_feature: name of the feature map that it may look at.
-            srm_map_stride: pixels per cell of that map.
             train_masks: the instances that it learns from: "detections", as inference would give
                 them, or "gt", the ground truth.
             gt_false_positives: see :func:`with_false_positives`.
@@ -98,7 +88,6 @@ class OANet(PanopticFPN):
         self.srm_head: Any = srm_head
         self.srm_stride = srm_stride
         self.srm_in_feature = srm_in_feature
-        self.srm_map_stride = srm_map_stride
         self.train_masks = train_masks
         self.gt_false_positives = gt_false_positives
         self.order = order
@@ -111,26 +100,22 @@ class OANet(PanopticFPN):
 
     @classmethod
     def from_config(cls, cfg):
-        ret = super().from_config(cfg)
-        shapes = ret["backbone"].output_shape()
-        in_feature = cfg.MODEL.SRM_HEAD.IN_FEATURE
-        ret.update(
-            {
-                "srm_head": build_srm_head(cfg, shapes),
-                "srm_stride": cfg.MODEL.SRM_HEAD.STRIDE,
-                "srm_in_feature": in_feature,
-                "srm_map_stride": shapes[in_feature].stride if in_feature in shapes else 4,
-                "train_masks": cfg.MODEL.SRM_HEAD.TRAIN_MASKS,
-                "gt_false_positives": cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES,
-                "order": cfg.MODEL.OANET.ORDER,
-                "keep_things_free": cfg.MODEL.OANET.KEEP_THINGS_FREE,
-                "train_srm_only": cfg.MODEL.OANET.TRAIN_SRM_ONLY,
-                "return_fusion_inputs": len(cfg.TEST.ORDERS) > 0,
-                "outputs": cfg.MODEL.OANET.OUTPUTS,
-            }
-        )
-        _check(cfg, ret)
-        return ret
+        ret, head = super().from_config(cfg), cfg.MODEL.SRM_HEAD
+        srm_head = build_srm_head(cfg, ret["backbone"].output_shape())
+        _check(cfg, ret["backbone"], ret["sem_seg_head"], srm_head)
+        return {
+            **ret,
+            "srm_head": srm_head,
+            "srm_stride": head.STRIDE,
+            "srm_in_feature": head.IN_FEATURE,
+            "train_masks": head.TRAIN_MASKS,
+            "gt_false_positives": head.GT_FALSE_POSITIVES,
+            "order": cfg.MODEL.OANET.ORDER,
+            "keep_things_free": cfg.MODEL.OANET.KEEP_THINGS_FREE,
+            "train_srm_only": cfg.MODEL.OANET.TRAIN_SRM_ONLY,
+            "return_fusion_inputs": len(cfg.TEST.ORDERS) > 0,
+            "outputs": cfg.MODEL.OANET.OUTPUTS,
+        }
 
     def set_phase(self, phase: str) -> None:
         """
@@ -167,9 +152,7 @@ class OANet(PanopticFPN):
         return self.losses(batched_inputs) if self.training else self.inference(batched_inputs)
 
     def losses(self, batched_inputs: List[Dict]) -> Dict[str, torch.Tensor]:
-        """
-        The losses of the part that learns (:meth:`set_phase`), by name.
-        """
+        """The losses of the part that learns (:meth:`set_phase`), by name."""
         images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
         network_learns = self.phase != "ranking"
@@ -182,70 +165,54 @@ class OANet(PanopticFPN):
                 losses.update(self.sem_seg_head.losses(semantic, self._labels(batched_inputs)))
         if self.phase == "network":
             return losses
-        detected = self._detect_in_training(images, features, proposals)
+        instances = self._training_instances(images, features, proposals, gt_instances)
         with torch.autocast(self.device.type, enabled=False):
-            instances = self._training_instances(detected, gt_instances)
             truth = [truth_on_grid(x, self.srm_stride, self.device) for x in batched_inputs]
             maps = self.ranking_maps(images, semantic, features)
-            losses.update(self.srm_head.losses(instances, truth, *maps))
+            losses.update(self.srm_head.losses(instances, truth, maps))
         return losses
 
     def _labels(self, batched_inputs: List[Dict]) -> torch.Tensor:
-        return ImageList.from_tensors(
-            [x["sem_seg"].to(self.device) for x in batched_inputs],
-            self.backbone.size_divisibility,
-            self.sem_seg_head.ignore_value,
-            self.backbone.padding_constraints,
-        ).tensor
+        labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
+        padding = self.backbone.size_divisibility, self.sem_seg_head.ignore_value
+        return ImageList.from_tensors(labels, *padding, self.backbone.padding_constraints).tensor
 
     @torch.no_grad()
-    def _detect_in_training(self, images: ImageList, features: Dict, proposals: List[Instances]):
-        if self.train_masks == "gt":
-            return []
-        # Proposals come with the best first. Inference would take this many.
-        most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
-        with _evaluating(self.roi_heads):
-            return self._detect(images, features, [x[:most] for x in proposals], all_masks=False)
-
-    @torch.no_grad()
-    def _training_instances(self, detected: List[Instances], gt_instances: List[Instances]):
-        """
-        The instances that the ranking head learns from, for every image.
-        """
+    def _training_instances(
+        self, images: ImageList, features: Dict, proposals: List[Instances], gt: List[Instances]
+    ) -> List[GridInstances]:
+        """The instances that the ranking head learns from, for every image."""
         if self.train_masks == "detections":
+            # Proposals come with the best first. Inference would take this many.
+            most = getattr(self.proposal_generator, "post_nms_topk", {}).get(False)
+            proposals = [x[:most] for x in proposals]
+            with inference_context(self.roi_heads):
+                detected = self._detect(images, features, proposals, all_masks=False)
             return [self._on_grid(x) for x in detected]
         num_classes, probability = self.roi_heads.num_classes, self.gt_false_positives
-        on_grid = [ground_truth_on_grid(x, self.srm_stride) for x in gt_instances]
-        return [with_false_positives(x, num_classes, probability) for x in on_grid]
+        on_grid = [ground_truth_on_grid(x, self.srm_stride) for x in gt]
+        with torch.autocast(self.device.type, enabled=False):
+            return [with_false_positives(x, num_classes, probability) for x in on_grid]
 
     def _on_grid(self, detected: Instances) -> GridInstances:
-        threshold = self.combine_instances_score_thresh
-        return detections_on_grid(detected, self.srm_stride, threshold)
+        return detections_on_grid(detected, self.srm_stride, self.combine_instances_score_thresh)
 
-    def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict):
+    def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict) -> List[Maps]:
         """
-        What the image itself tells the ranking head, on the head's grid. It is detached: the ranking
-        must not change what it looks at. (Its loss would lower the quality of the other branches.)
-
-        Returns:
-            logits of the semantic branch for the thing classes, (C, h, w) float for every image, or
-            None where it knows none; and the feature map, (channels, h, w) float for every image,
-            or None where there is no map of that name.
+        What every image itself tells the ranking head. It is detached: the loss of the ranking would
+        lower the quality of the other branches.
         """
-        num_things = self.sem_seg_head.num_things
-        maps = (
-            (semantic[:, :num_things] if num_things > 0 else None, self.sem_seg_head.common_stride),
-            (features.get(self.srm_in_feature), self.srm_map_stride),
-        )
-        return [
-            x
-            if x is None
-            else [
-                map_on_grid(y, stride, self.srm_stride, size)
-                for y, size in zip(x.detach().float(), images.image_sizes)
-            ]
-            for x, stride in maps
-        ]
+        num_things, name = self.sem_seg_head.num_things, self.srm_in_feature
+        found = {}
+        if num_things > 0:
+            found["semantic"] = semantic[:, :num_things], self.sem_seg_head.common_stride
+        if name in features:
+            found["features"] = features[name], self.backbone.output_shape()[name].stride
+        maps: List[Maps] = [{} for _ in images.image_sizes]
+        for key, (batch, stride) in found.items():
+            for of_image, x, size in zip(maps, batch.detach().float(), images.image_sizes):
+                of_image[key] = map_on_grid(x, stride, self.srm_stride, size)
+        return maps
 
     def inference(
         self,
@@ -307,37 +274,28 @@ class OANet(PanopticFPN):
         detected = heads._forward_box(features, proposals)
         painted = [x.scores >= self.combine_instances_score_thresh for x in detected]
         chosen = [x[indices] for x, indices in zip(detected, painted)]
-        for x, indices, y in zip(
-            detected, painted, heads.forward_with_given_boxes(features, chosen)
-        ):
-            x.pred_masks = y.pred_masks.new_zeros(len(x), *y.pred_masks.shape[1:])
-            x.pred_masks[indices] = y.pred_masks
+        chosen = heads.forward_with_given_boxes(features, chosen)
+        for x, indices, masks in zip(detected, painted, [x.pred_masks for x in chosen]):
+            x.pred_masks = masks.new_zeros(len(x), *masks.shape[1:])
+            x.pred_masks[indices] = masks
         return detected
 
     def _rank(
         self, images, semantic, features, detected: List[Instances], for_all_orders: bool
     ) -> List[OrderInputs]:
         if self.order == "score" and not for_all_orders:
-            return [
-                OrderInputs(x.scores, x.pred_classes, x.pred_masks.new_zeros(len(x), 0, 0).bool())
-                for x in detected
-            ]
-        with_score_map = self.srm_head.has_score_map and (for_all_orders or self.order != "srm_pairs")
-        maps = self.ranking_maps(images, semantic, features)
+            masks = [x.pred_masks.new_zeros(len(x), 0, 0).bool() for x in detected]
+            return [OrderInputs(x.scores, x.pred_classes, m) for x, m in zip(detected, masks)]
         instances = [self._on_grid(x) for x in detected]
-        return self.srm_head.order_inputs(instances, *maps, with_score_map=with_score_map)
+        return self.srm_head.order_inputs(instances, self.ranking_maps(images, semantic, features))
 
     def _postprocess(self, image_size, size, detected: Instances, logits, order_inputs: OrderInputs):
-        """
-        One image's result at `size` = (H, W), still without "panoptic_seg", and its fusion inputs.
-        """
+        # One image's result at `size` = (H, W), still without "panoptic_seg", and its fusion inputs.
         # Detectron2 would make a full image of each mask, so it post-processes the rest alone. It
         # drops instances with an empty box; `index` tells which are left.
-        roi_masks = detected.pred_masks[:, 0]
-        instances = Instances(image_size, **detected.get_fields())
-        instances.remove("pred_masks")
-        instances.set("index", torch.arange(len(detected), device=self.device))
-        instances = detector_postprocess(instances, *size)
+        fields = {**detected.get_fields(), "index": torch.arange(len(detected), device=self.device)}
+        roi_masks = fields.pop("pred_masks")[:, 0]
+        instances = detector_postprocess(Instances(image_size, **fields), *size)
         left = instances.index
         instances.remove("index")
         masks = BoxedMasks.paste(roi_masks[left], instances.pred_boxes.tensor, size)
@@ -349,102 +307,67 @@ class OANet(PanopticFPN):
             result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
             labels = semantic_labels(result["sem_seg"], self.keep_things_free)
         else:
-            labels = resized_semantic_labels(
-                self.sem_seg_head.stuff_scores(logits[None])[0],
-                self.sem_seg_head.common_stride,
-                image_size,
-                size,
-                self.keep_things_free,
-            )
+            scores = self.sem_seg_head.stuff_scores(logits[None])[0]
+            sizes = self.sem_seg_head.common_stride, image_size, size
+            labels = resized_semantic_labels(scores, *sizes, self.keep_things_free)
         return result, FusionInputs(masks, instances, labels, order_inputs[left])
 
     def combine(self, fusion_inputs: FusionInputs, order: torch.Tensor):
         """
-        Fuse one image's instances and semantic labels in the given painting order.
-
-        Args:
-            fusion_inputs: from :meth:`inference`.
-            order: (N,) int64, first painted first.
+        Fuse what :meth:`inference` gives for one image, in an order: (N,) int64, first painted first.
 
         Returns:
             panoptic_seg, segments_info: see :func:`oanet_d2.painting.fusion.combine`.
         """
+        masks, instances, semantic, _ = fusion_inputs
         return combine(
-            fusion_inputs.masks,
-            fusion_inputs.instances.scores,
-            fusion_inputs.instances.pred_classes,
+            masks,
+            instances.scores,
+            instances.pred_classes,
             order,
-            fusion_inputs.semantic,
+            semantic,
             overlap_threshold=self.combine_overlap_thresh,
             stuff_area_thresh=self.combine_stuff_area_thresh,
             instances_score_thresh=self.combine_instances_score_thresh,
         )
 
 
-@contextmanager
-def _evaluating(module: nn.Module):
-    """
-    Evaluation mode for a module, and for every part its own mode afterwards.
-    """
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
-def _check(cfg, ret: Dict) -> None:
-    """
-    Raises:
-        ValueError: keys of the config contradict each other or the parts of the model.
-    """
+def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> None:
+    """Refuses keys of the config that contradict each other or the parts of the model."""
     if not cfg.MODEL.MASK_ON:
         raise ValueError("MODEL.MASK_ON is False; OANet ranks masks, so set it to True.")
-    if not isinstance(ret["sem_seg_head"], OANetSemSegFPNHead):
+    if not isinstance(sem_seg_head, OANetSemSegFPNHead):
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NAME is {cfg.MODEL.SEM_SEG_HEAD.NAME!r}; OANet needs "
             "'OANetSemSegFPNHead' or a subclass. (With SUPERVISION 'stuff' that is Panoptic FPN's.)"
         )
-    head = cfg.MODEL.SRM_HEAD
-    if head.TRAIN_MASKS not in TRAIN_MASKS:
-        raise ValueError(
-            f"MODEL.SRM_HEAD.TRAIN_MASKS is {head.TRAIN_MASKS!r}; it must be one of {TRAIN_MASKS}."
-        )
-    if not 0 <= head.GT_FALSE_POSITIVES <= 1:
-        raise ValueError(
-            f"MODEL.SRM_HEAD.GT_FALSE_POSITIVES is {head.GT_FALSE_POSITIVES}; it is a probability "
-            "and must lie in [0, 1]."
-        )
-    for map_stride in (ret["sem_seg_head"].common_stride, ret["srm_map_stride"]):
-        if head.STRIDE < 1 or (head.STRIDE % map_stride and map_stride % head.STRIDE):
+    choices = ("SRM_HEAD.TRAIN_MASKS", [cfg.MODEL.SRM_HEAD.TRAIN_MASKS], TRAIN_MASKS)
+    for key, values, known in (choices, ("OANET.OUTPUTS", cfg.MODEL.OANET.OUTPUTS, OUTPUTS)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"MODEL.{key} holds {value!r}; it may hold {known}.")
+    shapes, stride = backbone.output_shape(), cfg.MODEL.SRM_HEAD.STRIDE
+    in_feature = shapes.get(cfg.MODEL.SRM_HEAD.IN_FEATURE)
+    for map_stride in (sem_seg_head.common_stride, in_feature.stride if in_feature else 4):
+        if stride < 1 or (stride % map_stride and map_stride % stride):
             raise ValueError(
-                f"MODEL.SRM_HEAD.STRIDE is {head.STRIDE}; the feature maps have the stride "
-                f"{map_stride}, so it must be a multiple or a divisor of {map_stride}."
+                f"MODEL.SRM_HEAD.STRIDE is {stride}; the feature maps have the stride {map_stride}, "
+                f"so it must be a multiple or a divisor of {map_stride}."
             )
-    for name in cfg.MODEL.OANET.OUTPUTS:
-        if name not in OUTPUTS:
-            raise ValueError(
-                f"MODEL.OANET.OUTPUTS holds {name!r}; it must be some or none of {OUTPUTS}."
-            )
-    _check_order("MODEL.OANET.ORDER", cfg.MODEL.OANET.ORDER, ret["srm_head"])
-    for order in cfg.TEST.ORDERS:
-        if order != "oracle":
-            _check_order("TEST.ORDERS", order, ret["srm_head"])
+    _check_order("MODEL.OANET.ORDER", cfg.MODEL.OANET.ORDER, srm_head)
+    for order in set(cfg.TEST.ORDERS) - {"oracle"}:
+        _check_order("TEST.ORDERS", order, srm_head)
 
 
 def _check_order(key: str, order: str, srm_head: nn.Module) -> None:
     if order not in RANKING_RULE_REGISTRY:
         rules = sorted(name for name, _ in RANKING_RULE_REGISTRY)
         raise ValueError(f"{key} has the order {order!r}; it must be one of {rules}.")
-    if order == "srm_pairs" and not srm_head.has_pair_margins:
-        raise ValueError(
-            f"{key} has the order 'srm_pairs', which needs MODEL.SRM_HEAD.NAME "
-            "'PairwiseRankingHead'."
-        )
-    if order in MAP_ORDERS and not srm_head.has_score_map:
-        raise ValueError(
-            f"{key} has the order {order!r}, which needs the score map; set "
-            "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT to 1, so that it is trained, or leave the order out."
-        )
+    # A rule says what it misses, even if there is nothing to order.
+    none = torch.zeros(0)
+    score_map = torch.zeros(1, 1, 1) if srm_head.has_score_map else None
+    margins = torch.zeros(0, 0) if srm_head.has_pair_margins else None
+    try:
+        OrderInputs(none, none.long(), torch.zeros(0, 1, 1).bool(), score_map, margins).order(order)
+    except ValueError as error:
+        raise ValueError(f"{key} has the order {order!r}. {error}") from error

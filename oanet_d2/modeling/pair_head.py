@@ -12,7 +12,6 @@ from ..painting.matching import match_to_segments, visible_margins
 from ..painting.pairs import (
     CLASS_NUMBERS,
     GEOMETRY_NUMBERS,
-    PairDescriptions,
     PairNetwork,
     Pairs,
     appearance_means,
@@ -21,13 +20,18 @@ from ..painting.pairs import (
     overlapping_pairs,
 )
 from ..painting.ranking import OrderInputs
-from .grid import GridInstances, GridTruth
+from .grid import GridInstances, GridTruth, Maps
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead
 
 __all__ = ["EVIDENCE", "PairwiseRankingHead"]
 
-EVIDENCE = ("geometry", "score_map", "semantic", "features")
-Maps = Optional[List[torch.Tensor]]  # one for every image
+# What the network can know about a pair, and how many numbers each is. (Features are not numbers.)
+EVIDENCE = {
+    "geometry": GEOMETRY_NUMBERS,
+    "score_map": CLASS_NUMBERS,
+    "semantic": 2 * CLASS_NUMBERS,
+    "features": 0,
+}
 
 
 @SRM_HEAD_REGISTRY.register()
@@ -64,46 +68,38 @@ class PairwiseRankingHead(nn.Module):
             feature_channels: channels of the feature map; 0 without one.
             score_map: the paper's module, for the orders that need its map or as evidence.
             loss_weight: weight of the loss over pairs.
-
-        Raises:
-            ValueError: the evidence is not known, or needs a score map.
         """
         super().__init__()
-        for name in evidence:
-            if name not in EVIDENCE:
-                raise ValueError(
-                    f"MODEL.SRM_HEAD.PAIRS.EVIDENCE holds {name!r}; it may hold {EVIDENCE}."
-                )
-        if "score_map" in evidence and score_map is None:
-            raise ValueError(
-                "MODEL.SRM_HEAD.PAIRS.EVIDENCE holds 'score_map', but "
-                "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT is 0, so there is no map; set it to 1."
-            )
         self.evidence = tuple(evidence)
         self.loss_weight = loss_weight
         self.score_map = score_map
-        numbers = {
-            "geometry": GEOMETRY_NUMBERS,
-            "score_map": CLASS_NUMBERS,
-            "semantic": 2 * CLASS_NUMBERS,
-            "features": 0,
-        }
+        self.has_score_map = score_map is not None
         self.network = PairNetwork(
             num_classes,
-            sum(numbers[name] for name in self.evidence),
+            sum(EVIDENCE[name] for name in self.evidence),
             feature_channels if "features" in self.evidence else 0,
         )
 
     @classmethod
     def from_config(cls, cfg, input_shape: Dict[str, ShapeSpec]):
-        head, channels = cfg.MODEL.SRM_HEAD, 0
-        if "semantic" in head.PAIRS.EVIDENCE and cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff":
+        head, evidence, channels = cfg.MODEL.SRM_HEAD, cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE, 0
+        for name in evidence:
+            if name not in EVIDENCE:
+                raise ValueError(
+                    f"MODEL.SRM_HEAD.PAIRS.EVIDENCE holds {name!r}; it may hold {tuple(EVIDENCE)}."
+                )
+        if "score_map" in evidence and head.PAIRS.MAP_LOSS_WEIGHT <= 0:
+            raise ValueError(
+                "MODEL.SRM_HEAD.PAIRS.EVIDENCE holds 'score_map', but "
+                "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT is 0, so there is no map; set it to 1."
+            )
+        if "semantic" in evidence and cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff":
             raise ValueError(
                 "MODEL.SRM_HEAD.PAIRS.EVIDENCE holds 'semantic', but with "
                 "MODEL.SEM_SEG_HEAD.SUPERVISION 'stuff' the semantic head knows no thing classes. "
                 "Leave it out, or set SUPERVISION to 'things_and_stuff'."
             )
-        if "features" in head.PAIRS.EVIDENCE:
+        if "features" in evidence:
             if head.IN_FEATURE not in input_shape:
                 raise ValueError(
                     f"MODEL.SRM_HEAD.IN_FEATURE is {head.IN_FEATURE!r}, but the feature maps are "
@@ -118,33 +114,21 @@ class PairwiseRankingHead(nn.Module):
             score_map = SpatialRankingHead(**arguments)
         return {
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-            "evidence": head.PAIRS.EVIDENCE,
+            "evidence": evidence,
             "feature_channels": channels,
             "score_map": score_map,
             "loss_weight": head.LOSS_WEIGHT,
         }
 
-    @property
-    def has_score_map(self) -> bool:
-        return self.score_map is not None
-
     def forward(
-        self,
-        instances: List[GridInstances],
-        score_maps: Maps = None,
-        semantic: Maps = None,
-        features: Maps = None,
+        self, instances: List[GridInstances], maps: List[Maps]
     ) -> Tuple[List[Pairs], torch.Tensor]:
         """
         Compare the instances of every image that overlap.
 
         Args:
             instances: the instances of B images.
-            score_maps: (C, h, w) float for every image, S.
-            semantic: (C, h, w) float for every image, logits of the semantic branch for the thing
-                classes.
-            features: (channels, h, w) float for every image.
-            (Each map is only needed where it is evidence.)
+            maps: for every image the maps that are evidence; "score_map" is S, (C, h, w) float.
 
         Returns:
             the pairs of every image, and (P,) float logits for all of them together, positive where
@@ -152,39 +136,27 @@ class PairwiseRankingHead(nn.Module):
         """
         pairs = [overlapping_pairs(x.masks) for x in instances]
         # One call for all images: the network is so small that a call costs more than its work.
-        descriptions = []
-        for i, (of_image, of_pairs) in enumerate(zip(instances, pairs)):
-            maps = (None if x is None else x[i] for x in (score_maps, semantic, features))
-            descriptions.append(self._describe(of_image, of_pairs, *maps))
-        return pairs, self.network(PairDescriptions.cat(descriptions))
+        descriptions = [self._describe(*x) for x in zip(instances, pairs, maps)]
+        return pairs, self.network(*map(torch.cat, zip(*descriptions)))
 
-    def _describe(
-        self, instances: GridInstances, pairs: Pairs, score_map, semantic, features
-    ) -> PairDescriptions:
+    def _describe(self, instances: GridInstances, pairs: Pairs, maps: Maps):
         classes = instances.classes
-        found = []
+        numbers = [pairs.areas.new_zeros(len(pairs.a), 2, 0)]
+        means = pairs.areas.new_zeros(len(pairs.a), 3, 0)
         if "geometry" in self.evidence:
-            where = instances.masks, classes, instances.scores, instances.boxes
-            found.append(geometry_evidence(*where, pairs))
+            numbers.append(geometry_evidence(classes, instances.scores, instances.boxes, pairs))
         if "score_map" in self.evidence:
-            found.append(class_evidence(score_map, classes, pairs))
+            numbers.append(class_evidence(maps["score_map"], classes, pairs))
         if "semantic" in self.evidence:
-            found.append(class_evidence(semantic.softmax(0), classes, pairs))
-            found.append(class_evidence(semantic / 4, classes, pairs))
-        nothing = pairs.areas.new_zeros(len(pairs.a), 0)
-        sides = [torch.cat([nothing, *(x[seen] for x in found)], dim=1) for seen in ("ab", "ba")]
-        means = nothing[:, None].expand(-1, 3, -1)
+            numbers.append(class_evidence(maps["semantic"].softmax(0), classes, pairs))
+            numbers.append(class_evidence(maps["semantic"] / 4, classes, pairs))
         if "features" in self.evidence:
-            means = appearance_means(features, pairs)
+            means = appearance_means(maps["features"], pairs)
         of_both = torch.stack([classes[pairs.a], classes[pairs.b]], dim=1)
-        return PairDescriptions(of_both, torch.stack(sides, dim=1), means)
+        return of_both, torch.cat(numbers, dim=2), means
 
     def losses(
-        self,
-        instances: List[GridInstances],
-        truth: List[GridTruth],
-        semantic: Maps = None,
-        features: Maps = None,
+        self, instances: List[GridInstances], truth: List[GridTruth], maps: List[Maps]
     ) -> Dict[str, torch.Tensor]:
         """
         The binary cross entropy of every pair's logit against who is visible in the overlap. A pair
@@ -192,20 +164,21 @@ class PairwiseRankingHead(nn.Module):
         wrong: PQ counts instances, not pixels.
 
         Args:
-            instances, truth: one of each for every image.
-            semantic, features: see :meth:`forward`.
+            instances, truth, maps: one of each for every image.
 
         Returns:
             {"loss_srm_pairs": scalar}, and with a score map its "loss_srm". Without a pair the loss
-            is 0, with gradients of 0.
+            is 0, with gradients of 0. "srm/pair_accuracy" for TensorBoard is the share of the pairs
+            that the ground truth decides and the head has right.
         """
-        losses, score_maps = {}, None
+        losses = {}
         if self.score_map is not None:
             logits = [self.score_map(x) for x in instances]
-            losses["loss_srm"] = self.score_map.map_loss(logits, truth) * self.score_map.loss_weight
+            losses["loss_srm"] = self.score_map.map_loss(logits, truth)
             # As evidence S learns from its own loss only.
-            score_maps = [x.detach().softmax(0) for x in logits]
-        pairs, answers = self(instances, score_maps, semantic, features)
+            maps = [{**m, "score_map": x.detach().softmax(0)} for m, x in zip(maps, logits)]
+        pairs, answers = self(instances, maps)
+        # Of the overlap, the share of the smaller instance that shows a, minus the share that shows b.
         shares = torch.cat([_shares_at_stake(*x) for x in zip(instances, truth, pairs)])
         weight = shares.abs().sqrt()
         loss = F.binary_cross_entropy_with_logits(
@@ -213,56 +186,32 @@ class PairwiseRankingHead(nn.Module):
         )
         # Pairs that weigh little all together count for little.
         losses["loss_srm_pairs"] = loss / weight.sum().clamp(min=0.1) * self.loss_weight
-        _put_accuracy(answers, shares)
+        # As often as Detectron2 writes scalars.
+        if has_event_storage() and (get_event_storage().iter + 1) % 20 == 0 and shares.any():
+            right = ((answers > 0) == (shares > 0))[shares != 0]
+            get_event_storage().put_scalar("srm/pair_accuracy", float(right.float().mean()))
         return losses
 
-    def order_inputs(
-        self,
-        instances: List[GridInstances],
-        semantic: Maps = None,
-        features: Maps = None,
-        with_score_map: bool = True,
-    ) -> List[OrderInputs]:
+    def order_inputs(self, instances: List[GridInstances], maps: List[Maps]) -> List[OrderInputs]:
         """
         As :meth:`SpatialRankingHead.order_inputs`, with `pair_margins`: the cells that two instances
         share, times P(a before b) - P(b before a).
         """
-        score_maps = None
-        if self.score_map is not None and (with_score_map or "score_map" in self.evidence):
+        if self.score_map is not None:
             score_maps = [self.score_map(x).softmax(0) for x in instances]
-        all_pairs, answers = self(instances, score_maps, semantic, features)
+            maps = [{**m, "score_map": x} for m, x in zip(maps, score_maps)]
+        all_pairs, answers = self(instances, maps)
+        logits = answers.split([len(x.a) for x in all_pairs])
         ranked = []
-        for i, (x, pairs, logits) in enumerate(
-            zip(instances, all_pairs, answers.split([len(x.a) for x in all_pairs]))
-        ):
+        for x, m, pairs, of_pairs in zip(instances, maps, all_pairs, logits):
             margins = x.scores.new_zeros(len(x.scores), len(x.scores))
-            margins[pairs.a, pairs.b] = torch.tanh(logits / 2) * pairs.cells
-            score_map = None if score_maps is None else score_maps[i]
-            ranked.append(
-                OrderInputs(x.scores, x.classes, x.masks, score_map, margins - margins.t())
-            )
+            margins[pairs.a, pairs.b] = torch.tanh(of_pairs / 2) * pairs.cells
+            known = m.get("score_map"), margins - margins.t()
+            ranked.append(OrderInputs(x.scores, x.classes, x.masks, *known))
         return ranked
 
 
 def _shares_at_stake(instances: GridInstances, truth: GridTruth, pairs: Pairs) -> torch.Tensor:
-    """
-    Returns:
-        (P,) float: the cells of the overlap that show a, minus those that show b, as a share of the
-        smaller of the two. It is 0 where the ground truth does not decide.
-    """
     matched = match_to_segments(instances.masks, instances.classes, truth.ids, truth.segments_info)
     margins = visible_margins(instances.masks, matched, truth.ids)
-    smaller = torch.minimum(pairs.areas[pairs.a], pairs.areas[pairs.b])
-    return margins[pairs.a, pairs.b] / smaller
-
-
-def _put_accuracy(answers: torch.Tensor, shares: torch.Tensor) -> None:
-    """
-    "srm/pair_accuracy" for TensorBoard: the share of the decided pairs that are right, in every 20th
-    iteration, which is as often as Detectron2 writes scalars.
-    """
-    if not has_event_storage() or (get_event_storage().iter + 1) % 20:
-        return
-    right = ((answers > 0) == (shares > 0))[shares != 0]
-    if len(right) > 0:
-        get_event_storage().put_scalar("srm/pair_accuracy", float(right.float().mean()))
+    return margins[pairs.a, pairs.b] / torch.minimum(pairs.areas[pairs.a], pairs.areas[pairs.b])

@@ -1,4 +1,4 @@
-from typing import Dict, List, Optional
+from typing import Dict, List
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -10,9 +10,9 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.utils.registry import Registry
 
 from ..painting.ranking import OrderInputs
-from .grid import GridInstances, GridTruth
+from .grid import GridInstances, GridTruth, Maps
 
-__all__ = ["SRM_HEAD_REGISTRY", "SpatialRankingHead", "build_instance_tensor", "build_srm_head"]
+__all__ = ["SRM_HEAD_REGISTRY", "SpatialRankingHead", "build_srm_head"]
 
 SRM_HEAD_REGISTRY = Registry("SRM_HEAD")
 SRM_HEAD_REGISTRY.__doc__ = """
@@ -24,31 +24,9 @@ The registered object will be called with `obj(cfg, input_shape)`.
 
 def build_srm_head(cfg, input_shape: Dict[str, ShapeSpec]) -> nn.Module:
     """
-    Build the ranking head that `cfg.MODEL.SRM_HEAD.NAME` names.
-
-    Args:
-        input_shape: the backbone's feature maps; empty without a backbone.
+    The ranking head that `cfg.MODEL.SRM_HEAD.NAME` names; `input_shape` is empty without a backbone.
     """
     return SRM_HEAD_REGISTRY.get(cfg.MODEL.SRM_HEAD.NAME)(cfg, input_shape)
-
-
-def build_instance_tensor(
-    masks: torch.Tensor, classes: torch.Tensor, num_classes: int
-) -> torch.Tensor:
-    """
-    The paper's instance tensor: one channel per thing class, 1 where an instance of that class has a
-    cell, 0 elsewhere. Where several channels are 1, instances of different classes compete.
-
-    Args:
-        masks: (N, h, w) bool.
-        classes: (N,) int64 in [0, num_classes).
-        num_classes: number of thing classes, C.
-
-    Returns:
-        (C, h, w) float32 of zeros and ones.
-    """
-    tensor = torch.zeros((num_classes, *masks.shape[1:]), device=masks.device)
-    return tensor.index_put((classes,), masks.to(tensor.dtype), accumulate=True).clamp(max=1)
 
 
 @SRM_HEAD_REGISTRY.register()
@@ -56,9 +34,11 @@ class SpatialRankingHead(nn.Module):
     """
     The paper's spatial ranking module (SRM): from the instance tensor to the score map S.
 
-    A stack of separable large kernels, k x 1 followed by 1 x k, lets one cell of S see a wide
-    neighbourhood of the instance tensor. A 1 x 1 predictor with one channel per thing class follows.
-    The module learns, from masks alone, which class is visible where several compete.
+    The instance tensor has one channel per thing class, 1 where an instance of that class has a cell,
+    0 elsewhere. Where several channels are 1, instances of different classes compete. A stack of
+    separable large kernels, k x 1 followed by 1 x k, lets one cell of S see a wide neighbourhood. A
+    1 x 1 predictor with one channel per thing class follows. The module learns, from masks alone,
+    which class is visible where several compete.
     """
 
     has_score_map = True
@@ -98,10 +78,10 @@ class SpatialRankingHead(nn.Module):
         layers: List[nn.Module] = []
         channels = num_classes
         for _ in range(num_blocks):
-            layers.append(Conv2d(channels, conv_dim, (kernel_size, 1), padding=(half, 0)))
-            layers.append(
-                Conv2d(conv_dim, conv_dim, (1, kernel_size), padding=(0, half), activation=F.relu)
-            )
+            layers += [
+                Conv2d(channels, conv_dim, (kernel_size, 1), padding=(half, 0)),
+                Conv2d(conv_dim, conv_dim, (1, kernel_size), padding=(0, half), activation=F.relu),
+            ]
             channels = conv_dim
         self.blocks = nn.Sequential(*layers)
         self.predictor = Conv2d(channels, num_classes, kernel_size=1)
@@ -119,32 +99,25 @@ class SpatialRankingHead(nn.Module):
         }
 
     def forward(self, instances: GridInstances) -> torch.Tensor:
-        """
-        Returns:
-            (C, h, w) float logits for one image; their softmax over the classes is S.
-        """
+        """(C, h, w) float logits for one image; their softmax over the classes is S."""
         # One image at a time. In a padded batch the padding would reach into the image, because a
         # bias makes it more than 0 after the first block.
-        tensor = build_instance_tensor(instances.masks, instances.classes, self.num_classes)
+        masks = instances.masks.float()
+        tensor = masks.new_zeros(self.num_classes, *masks.shape[1:])
+        tensor = tensor.index_put((instances.classes,), masks, accumulate=True).clamp(max=1)
         return self.predictor(self.blocks(tensor[None]))[0]
 
     def losses(
-        self,
-        instances: List[GridInstances],
-        truth: List[GridTruth],
-        semantic: Optional[List[torch.Tensor]] = None,
-        features: Optional[List[torch.Tensor]] = None,
+        self, instances: List[GridInstances], truth: List[GridTruth], maps: List[Maps]
     ) -> Dict[str, torch.Tensor]:
         """
         Args:
-            instances, truth: one of each for every image.
-            semantic, features: not used; see :meth:`PairwiseRankingHead.losses`.
+            instances, truth, maps: one of each for every image. This head does not look at the maps.
 
         Returns:
             {"loss_srm": scalar}, see :meth:`map_loss`.
         """
-        logits = [self(x) for x in instances]
-        return {"loss_srm": self.map_loss(logits, truth) * self.loss_weight}
+        return {"loss_srm": self.map_loss([self(x) for x in instances], truth)}
 
     def map_loss(self, logits: List[torch.Tensor], truth: List[GridTruth]) -> torch.Tensor:
         """
@@ -156,8 +129,8 @@ class SpatialRankingHead(nn.Module):
             logits: (C, h, w) float for every image.
 
         Returns:
-            the mean over the cells of all images that show a thing; 0, with gradients of 0, without
-            such a cell.
+            the mean over the cells of all images that show a thing, times the loss's weight; 0, with
+            gradients of 0, without such a cell.
         """
         total = logits[0].sum() * 0
         count = torch.zeros((), dtype=torch.int64, device=total.device)
@@ -165,23 +138,10 @@ class SpatialRankingHead(nn.Module):
             labels = target.categories.masked_fill(target.categories >= self.num_classes, -1)
             total = total + F.cross_entropy(x[None], labels[None], ignore_index=-1, reduction="sum")
             count = count + (labels >= 0).sum()
-        return total / count.clamp(min=1)
+        return total / count.clamp(min=1) * self.loss_weight
 
-    def order_inputs(
-        self,
-        instances: List[GridInstances],
-        semantic: Optional[List[torch.Tensor]] = None,
-        features: Optional[List[torch.Tensor]] = None,
-        with_score_map: bool = True,
-    ) -> List[OrderInputs]:
+    def order_inputs(self, instances: List[GridInstances], maps: List[Maps]) -> List[OrderInputs]:
         """
-        What the ranking rules look at, for every image.
-
-        Args:
-            instances, semantic, features: see :meth:`losses`.
-            with_score_map: whether a rule will look at the score map.
+        What the ranking rules look at, for every image. Arguments are those of :meth:`losses`.
         """
-        return [
-            OrderInputs(x.scores, x.classes, x.masks, self(x).softmax(0) if with_score_map else None)
-            for x in instances
-        ]
+        return [OrderInputs(x.scores, x.classes, x.masks, self(x).softmax(0)) for x in instances]

@@ -2,7 +2,7 @@
 Fusion: paint instances in a given order, then fill the rest with stuff.
 """
 
-import math
+from bisect import bisect_right
 from typing import Dict, List, Tuple, Union
 
 import cv2
@@ -68,26 +68,20 @@ def combine(
     score_of, class_of = scores.tolist(), classes.tolist()
     confident = [i for i in indices if score_of[i] >= instances_score_thresh]
     paint = _paint_on_cpu if panoptic_seg.device.type == "cpu" else _paint_on_device
-    segments_info: List[Dict] = [
-        {
-            "id": i,
-            "isthing": True,
-            "score": score_of[index],
-            "category_id": class_of[index],
-            "instance_id": index,
-        }
-        for i, index in enumerate(paint(panoptic_seg, masks, confident, overlap_threshold), start=1)
-    ]
-    segments_info += _fill(panoptic_seg, semantic, stuff_area_thresh, len(segments_info) + 1)
+    segments_info: List[Dict] = []
+    for index in paint(panoptic_seg, masks, confident, overlap_threshold):
+        segment = {"id": len(segments_info) + 1, "isthing": True, "score": score_of[index]}
+        segments_info.append({**segment, "category_id": class_of[index], "instance_id": index})
+    for label, area in _fill(panoptic_seg, semantic, stuff_area_thresh, len(segments_info) + 1):
+        segment = {"id": len(segments_info) + 1, "isthing": False}
+        segments_info.append({**segment, "category_id": label, "area": area})
     return panoptic_seg, segments_info
 
 
 def _paint_on_cpu(
     panoptic_seg: torch.Tensor, masks: BoxedMasks, indices: List[int], overlap_threshold: float
 ) -> List[int]:
-    """
-    Paint into `panoptic_seg` and return the instances that were not dropped.
-    """
+    """Paint into `panoptic_seg` and return the instances that were not dropped."""
     # NumPy, because PyTorch's overhead is most of the time of such small operations.
     panoptic, kept = panoptic_seg.numpy(), []
     for index in indices:
@@ -114,10 +108,13 @@ def _paint_on_device(
     areas = torch.stack([mask.count_nonzero() for mask, _ in boxed]).tolist()
     count, keeps = torch.zeros((), dtype=torch.int32, device=device), []
     for (mask, region), area in zip(boxed, areas):
+        # The host divides, in double precision, which not every device has.
+        possible = range(area + 1)
+        most_taken = bisect_right(possible, overlap_threshold, key=lambda n: n / max(area, 1)) - 1
         free = panoptic_seg[region]
         visible = mask & (free == 0)
         visible_area = visible.count_nonzero()
-        keep = (visible_area > 0) & (area - visible_area <= _most_taken(area, overlap_threshold))
+        keep = (visible_area > 0) & (area - visible_area <= most_taken)
         count = count + keep
         # Free pixels of an instance that is dropped keep their 0.
         free.masked_fill_(visible, count * keep)
@@ -125,24 +122,11 @@ def _paint_on_device(
     return [index for index, keep in zip(indices, torch.stack(keeps).tolist()) if keep]
 
 
-def _most_taken(area: int, overlap_threshold: float) -> int:
-    """
-    The largest number of pixels with number / area <= overlap_threshold, in double precision, which
-    not every device has.
-    """
-    if area == 0:
-        return 0
-    most = min(math.floor(area * overlap_threshold) + 1, area)
-    while most > 0 and most / area > overlap_threshold:
-        most -= 1
-    return most
-
-
 def _fill(
     panoptic_seg: torch.Tensor, semantic: torch.Tensor, stuff_area_thresh: int, first_id: int
-) -> List[Dict]:
+) -> List[Tuple[int, int]]:
     """
-    Paint stuff onto the free pixels of `panoptic_seg` and return its segments.
+    Paint stuff onto the free pixels of `panoptic_seg` and return the labels and areas of its segments.
     """
     on_cpu = panoptic_seg.device.type == "cpu"
     num_labels = int(semantic.max()) + 1 if semantic.numel() else 1
@@ -158,19 +142,11 @@ def _fill(
         runs = torch.unique_consecutive((labels * (part == 0)).flatten(), return_counts=True)
         areas.index_add_(0, runs[0].long(), runs[1])
 
-    segments_info: List[Dict] = []
+    least = max(stuff_area_thresh, 1)
+    found = [(label, area) for label, area in enumerate(areas.tolist()) if label and area >= least]
     id_of_label = torch.zeros(max(num_labels, 256), dtype=torch.int32)
-    for label, area in enumerate(areas.tolist()):
-        if label > 0 and area >= max(stuff_area_thresh, 1):
-            id_of_label[label] = first_id + len(segments_info)
-            segments_info.append(
-                {
-                    "id": first_id + len(segments_info),
-                    "isthing": False,
-                    "category_id": label,
-                    "area": area,
-                }
-            )
+    for segment_id, (label, _) in enumerate(found, start=first_id):
+        id_of_label[label] = segment_id
     on_device = id_of_label.to(panoptic_seg.device)
     for part, labels in strips:
         if labels.dtype == torch.uint8:
@@ -178,4 +154,4 @@ def _fill(
             np.copyto(part.numpy(), ids, where=(part == 0).numpy())
         else:
             part += on_device[labels] * (part == 0)
-    return segments_info
+    return found

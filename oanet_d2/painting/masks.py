@@ -2,6 +2,7 @@
 Instance masks that are known only inside a region of the image, which is where they can have pixels.
 """
 
+from functools import cache
 from typing import Callable, List, Sequence, Tuple
 
 import numpy as np
@@ -42,15 +43,9 @@ class BoxedMasks:
 
     @classmethod
     def from_masks(cls, masks: torch.Tensor) -> "BoxedMasks":
-        """
-        Args:
-            masks: (N, H, W) bool.
-        """
+        """The masks of any program, (N, H, W) bool."""
         masks = masks.bool()
-        regions = [
-            (slice(top, bottom), slice(left, right))
-            for left, top, right, bottom in mask_extents(masks).tolist()
-        ]
+        regions = _regions(mask_extents(masks))
         size = int(masks.shape[1]), int(masks.shape[2])
         return cls(regions, lambda i: masks[i][regions[i]], size, masks.device)
 
@@ -76,19 +71,22 @@ class BoxedMasks:
         # Not in half precision: that has no room for the coordinates of a large image.
         roi_masks, boxes = roi_masks.float(), boxes.float()
         regions = _regions_of_roi_masks(roi_masks, boxes, image_size, threshold)
-        x, y = (_relative_centers(regions, boxes, axis) for axis in (0, 1))
+        # The centres of all pixels relative to the boxes: -1 to 1 from edge to edge.
+        x, y = (
+            (torch.arange(length, device=boxes.device) + 0.5 - first) / (last - first) * 2 - 1
+            for length, first, last in zip(image_size[::-1], boxes.T[:2, :, None], boxes.T[2:, :, None])
+        )
 
         def sample(i: int) -> torch.Tensor:
-            shape = len(y[i]), len(x[i])
-            grid = torch.stack([x[i].expand(shape), y[i][:, None].expand(shape)], dim=2)
+            rows, columns = regions[i]
+            grid = torch.stack(torch.meshgrid(x[i, columns], y[i, rows], indexing="xy"), dim=2)
             # Every row is a sample of its own: F.grid_sample spreads samples over threads.
-            rows = roi_masks[i].expand(shape[0], 1, -1, -1)
+            masks = roi_masks[i].expand(len(grid), 1, -1, -1)
             with torch.autocast(roi_masks.device.type, enabled=False):
-                sampled = F.grid_sample(rows, grid[:, None], align_corners=False)
+                sampled = F.grid_sample(masks, grid[:, None], align_corners=False)
             return sampled[:, 0, 0] >= threshold
 
-        slices = [(slice(r[1], r[3]), slice(r[0], r[2])) for r in regions.tolist()]
-        return cls(slices, sample, image_size, roi_masks.device)
+        return cls(regions, sample, image_size, roi_masks.device)
 
     def __len__(self) -> int:
         return len(self.regions)
@@ -97,38 +95,29 @@ class BoxedMasks:
         return self._make(index), self.regions[index]
 
     def select(self, indices: Sequence[int]) -> "BoxedMasks":
-        """
-        The masks of some instances.
-
-        Args:
-            indices: whole numbers in [0, N), as a list or a tensor.
-        """
+        """The masks of some instances; `indices` in [0, N) are a list or a tensor."""
         chosen = [int(i) for i in indices]
         regions = [self.regions[i] for i in chosen]
         return BoxedMasks(regions, lambda i: self._make(chosen[i]), self.image_size, self.device)
 
     def cached(self) -> "BoxedMasks":
-        """
-        The same masks, each made once, for who looks at them several times.
-        """
-        masks = [self._make(i) for i in range(len(self))]
-        return BoxedMasks(self.regions, masks.__getitem__, self.image_size, self.device)
+        """The same masks, each made once, for who looks at them several times."""
+        return BoxedMasks(self.regions, cache(self._make), self.image_size, self.device)
 
     def numpy(self) -> List[np.ndarray]:
-        """
-        Every mask inside its region.
-        """
+        """Every mask inside its region."""
         return [self._make(i).cpu().numpy() for i in range(len(self))]
 
     def full(self) -> torch.Tensor:
-        """
-        Returns:
-            (N, H, W) bool, as Detectron2's evaluators want them.
-        """
+        """(N, H, W) bool, as Detectron2's evaluators want them."""
         full = torch.zeros((len(self), *self.image_size), dtype=torch.bool, device=self.device)
         for i, region in enumerate(self.regions):
             full[i][region] = self._make(i)
         return full
+
+
+def _regions(boxes: torch.Tensor) -> List[Region]:
+    return [(slice(y0, y1), slice(x0, x1)) for x0, y0, x1, y1 in boxes.tolist()]
 
 
 def mask_extents(masks: torch.Tensor) -> torch.Tensor:
@@ -141,16 +130,15 @@ def mask_extents(masks: torch.Tensor) -> torch.Tensor:
         the whole grid.
     """
     ones = masks.to(torch.uint8)  # PyTorch finds its maximum ten times as fast as any() of a bool
-    edges = []
-    for occupied in (ones.amax(1), ones.amax(2)):  # (N, w), (N, h)
-        edges.append((occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], dim=1)
+    occupied = ones.amax(1), ones.amax(2)  # (N, w), (N, h)
+    first = [x.argmax(1) for x in occupied]
+    last = [x.shape[1] - x.flip(1).argmax(1) for x in occupied]
+    return torch.stack([*first, *last], dim=1)
 
 
 def _regions_of_roi_masks(
     roi_masks: torch.Tensor, boxes: torch.Tensor, image_size: Tuple[int, int], threshold: float
-) -> np.ndarray:
+) -> List[Region]:
     height, width = image_size
     size = boxes.new_tensor([width, height])
     box_first, box_last = boxes[:, :2], boxes[:, 2:]
@@ -164,19 +152,4 @@ def _regions_of_roi_masks(
     first = (first.maximum(box_first).floor() - 1).clamp(min=0)
     last = (last.minimum(box_last).ceil() + 1).minimum(size).maximum(first)
     # The host waits for the device here, once for all instances.
-    return torch.cat([first, last], dim=1).long().cpu().numpy().reshape(-1, 4)
-
-
-def _relative_centers(regions: np.ndarray, boxes: torch.Tensor, axis: int) -> List[torch.Tensor]:
-    """
-    The centres of the pixels of every region along one axis, relative to the boxes: -1 to 1 from
-    edge to edge, as F.grid_sample wants them. All regions are computed together, because a call for
-    each would take longer than the computation.
-    """
-    sizes = regions[:, axis + 2] - regions[:, axis]
-    owner = np.repeat(np.arange(len(regions)), sizes)
-    pixel = np.arange(len(owner)) - (sizes.cumsum() - sizes - regions[:, axis])[owner]
-    of_instance, of_pixel = (torch.from_numpy(x).to(boxes.device) for x in (owner, pixel))
-    first, last = (boxes[:, i][of_instance] for i in (axis, axis + 2))
-    centers = (of_pixel.float() + 0.5 - first) / (last - first) * 2 - 1
-    return list(centers.split(sizes.tolist()))
+    return _regions(torch.cat([first, last], dim=1).long())

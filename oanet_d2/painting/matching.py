@@ -117,10 +117,7 @@ def oracle_order(
 
 
 def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
-    """
-    Returns:
-        pixels of every mask (N,), of every segment (S,), and of both (N, S), as floats on the CPU.
-    """
+    """Pixels of every mask (N,), of every segment (S,), and of both (N, S), as floats on the CPU."""
     if not isinstance(masks, BoxedMasks):
         with torch.autocast(masks.device.type, enabled=False):
             m = masks.flatten(1).float()
@@ -141,10 +138,7 @@ def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
 
 
 def overlapping_regions(regions: List[Region]):
-    """
-    Yields:
-        two instances a < b whose regions overlap, and the overlap relative to each region.
-    """
+    """Yields two instances a < b whose regions overlap, and the overlap relative to each region."""
     for b, (rows_b, columns_b) in enumerate(regions):
         for a, (rows_a, columns_a) in enumerate(regions[:b]):
             top, bottom = max(rows_a.start, rows_b.start), min(rows_a.stop, rows_b.stop)

@@ -4,57 +4,34 @@ says from them which of the two is visible where they meet.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Sequence
+from typing import List
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = [
-    "CLASS_NUMBERS",
-    "GEOMETRY_NUMBERS",
-    "PairDescriptions",
-    "PairNetwork",
-    "Pairs",
-    "appearance_means",
-    "class_evidence",
-    "geometry_evidence",
-    "overlapping_pairs",
-]
+__all__ = ["CLASS_NUMBERS", "GEOMETRY_NUMBERS", "PairNetwork", "Pairs", "appearance_means"]
+__all__ += ["class_evidence", "geometry_evidence", "overlapping_pairs"]
 
-_INSTANCE_NUMBERS = 8  # of each instance, see geometry_evidence
-GEOMETRY_NUMBERS = 3 * _INSTANCE_NUMBERS + 4
+GEOMETRY_NUMBERS = 3 * 8 + 4  # 8 of each instance, see geometry_evidence
 CLASS_NUMBERS = 6
 
 
 @dataclass
 class Pairs:
-    """
-    The P pairs of instances that share a cell.
+    """The P pairs of instances that share a cell."""
 
-    Attributes:
-        a, b: (P,) int64, indices of the two, a < b, sorted by a.
-        cells: (P,) float, cells that the two share.
-        areas: (N,) float, cells of every instance.
-        masks: (N, h * w) float, zeros and ones.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    cells: torch.Tensor
-    areas: torch.Tensor
-    masks: torch.Tensor
+    a: torch.Tensor  # (P,) int64, index of the one, sorted
+    b: torch.Tensor  # (P,) int64, index of the other, larger than a
+    cells: torch.Tensor  # (P,) float, cells that the two share
+    areas: torch.Tensor  # (N,) float, cells of every instance
+    masks: torch.Tensor  # (N, h * w) float, zeros and ones
 
     def mean_over_parts(self, sums: torch.Tensor, in_overlap: torch.Tensor) -> List[torch.Tensor]:
         """
-        Args:
-            sums: (2, P, ...) sums over the whole of a and the whole of b.
-            in_overlap: (P, ...) sums over the cells that the two share.
-
-        Returns:
-            (P, ...) means over the overlap, over a without b, and over b without a. A mean over no
-            cell is 0.
+        (P, ...) means over the overlap, over a without b, and over b without a, from (2, P, ...) sums
+        over the whole of a and of b, and (P, ...) sums over the overlap. A mean over no cell is 0.
         """
         trailing = (-1,) + (1,) * (in_overlap.dim() - 1)
         parts = [in_overlap / self.cells.view(trailing)]
@@ -66,10 +43,7 @@ class Pairs:
 
 
 def overlapping_pairs(masks: torch.Tensor) -> Pairs:
-    """
-    Args:
-        masks: (N, h, w) bool.
-    """
+    """The pairs of (N, h, w) bool masks."""
     flat = masks.flatten(1).float()
     shared = flat @ flat.t()  # counts, exact in single precision up to 2**24
     a, b = torch.nonzero(torch.triu(shared, diagonal=1), as_tuple=True)
@@ -77,47 +51,39 @@ def overlapping_pairs(masks: torch.Tensor) -> Pairs:
 
 
 def geometry_evidence(
-    masks: torch.Tensor,
-    classes: torch.Tensor,
-    scores: torch.Tensor,
-    boxes: torch.Tensor,
-    pairs: Pairs,
-) -> Dict[str, torch.Tensor]:
+    classes: torch.Tensor, scores: torch.Tensor, boxes: torch.Tensor, pairs: Pairs
+) -> torch.Tensor:
     """
     Where the two instances lie. An instance is described by its box corners, box width and height,
     the square root of its share of the image, and its detection score.
 
     Args:
-        masks: (N, h, w) bool, on the grid of the image without padding.
         classes: (N,) int64.
         scores: (N,) float in [0, 1].
         boxes: (N, 4) float, XYXY as shares of the image's width and height.
 
     Returns:
-        "ab" and "ba", (P, GEOMETRY_NUMBERS) each, seen from a and from b: the one, the other, their
-        difference in units of the two heights, the share of each that the other covers, the size
-        of the overlap, and whether the two are of one class.
+        (P, 2, GEOMETRY_NUMBERS) float, seen from a and from b: the one, the other, their difference
+        in units of the two heights, the share of each that the other covers, the size of the
+        overlap, and whether the two are of one class.
     """
-    height, width = masks.shape[1:]
+    cells = pairs.masks.shape[1]
     sizes = boxes[:, 2:] - boxes[:, :2]
-    size = (pairs.areas / (height * width)).sqrt()
+    size = (pairs.areas / cells).sqrt()
     instances = torch.cat([boxes, sizes, size[:, None], scores[:, None]], dim=1)
-    overlap = (pairs.cells / (height * width)).sqrt()
+    overlap = (pairs.cells / cells).sqrt()
     same = (classes[pairs.a] == classes[pairs.b]).float()
-
-    def seen_from(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    sides = []
+    for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):
         heights = (sizes[one, 1] + sizes[other, 1]).clamp(min=1e-6)[:, None]
         difference = (instances[one] - instances[other]) / heights
         covered = [pairs.cells / pairs.areas[i] for i in (one, other)]
         numbers = torch.stack([*covered, overlap, same], dim=1)
-        return torch.cat([instances[one], instances[other], difference, numbers], dim=1)
+        sides.append(torch.cat([instances[one], instances[other], difference, numbers], dim=1))
+    return torch.stack(sides, dim=1)
 
-    return {"ab": seen_from(pairs.a, pairs.b), "ba": seen_from(pairs.b, pairs.a)}
 
-
-def class_evidence(
-    class_map: torch.Tensor, classes: torch.Tensor, pairs: Pairs
-) -> Dict[str, torch.Tensor]:
+def class_evidence(class_map: torch.Tensor, classes: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """
     What a map of the thing classes says about the two classes, over the overlap and over the rest of
     each instance.
@@ -127,7 +93,7 @@ def class_evidence(
         classes: (N,) int64.
 
     Returns:
-        "ab" and "ba", (P, CLASS_NUMBERS) each.
+        (P, 2, CLASS_NUMBERS) float, seen from a and from b.
     """
     flat = class_map.flatten(1)
     by_class = pairs.masks @ flat.t()  # (N, C): the sum of every class over an instance
@@ -137,10 +103,9 @@ def class_evidence(
         sums = torch.stack([by_class[i, classes[whose]] for i in (pairs.a, pairs.b)])
         parts.append(pairs.mean_over_parts(sums, meeting[whose, other]))
     (in_a, a_in_a, a_in_b), (in_b, b_in_a, b_in_b) = parts
-    return {
-        "ab": torch.stack([in_a, in_b, a_in_a, a_in_b, b_in_a, b_in_b], dim=1),
-        "ba": torch.stack([in_b, in_a, b_in_b, b_in_a, a_in_b, a_in_a], dim=1),
-    }
+    from_a = torch.stack([in_a, in_b, a_in_a, a_in_b, b_in_a, b_in_b], dim=1)
+    from_b = torch.stack([in_b, in_a, b_in_b, b_in_a, a_in_b, a_in_a], dim=1)
+    return torch.stack([from_a, from_b], dim=1)
 
 
 def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
@@ -155,7 +120,7 @@ def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         cell is 0.
     """
     by_cell = features.flatten(1).t().contiguous()
-    whole, in_overlap = [features.new_zeros(0, len(features))], [features.new_zeros(0, len(features))]
+    whole, in_overlap = [by_cell[:0]], [by_cell[:0]]
     # One instance at a time, and only its own cells: P masks of the whole grid would be large.
     cells = pairs.masks.nonzero()[:, 1].split(pairs.areas.long().tolist())
     others = pairs.b.split(torch.bincount(pairs.a, minlength=len(cells)).tolist())
@@ -168,55 +133,20 @@ def appearance_means(features: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     return torch.stack(pairs.mean_over_parts(sums, torch.cat(in_overlap)), dim=1)
 
 
-@dataclass
-class PairDescriptions:
-    """
-    All that is known about P pairs of instances (a, b).
-
-    Attributes:
-        classes: (P, 2) int64, of a and of b.
-        numbers: (P, 2, F) float, the evidence as seen from a, and as seen from b.
-        means: (P, 3, D) float, see :func:`appearance_means`.
-    """
-
-    classes: torch.Tensor
-    numbers: torch.Tensor
-    means: torch.Tensor
-
-    @staticmethod
-    def cat(parts: Sequence["PairDescriptions"]) -> "PairDescriptions":
-        return PairDescriptions(
-            torch.cat([x.classes for x in parts]),
-            torch.cat([x.numbers for x in parts]),
-            torch.cat([x.means for x in parts]),
-        )
-
-
 class PairNetwork(nn.Module):
     """
     Says about two instances that overlap which is visible where they meet. The answer is
     antisymmetric by construction: logit(a, b) = f(a, b) - f(b, a).
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        num_numbers: int,
-        num_channels: int,
-        *,
-        embed_dim: int = 16,
-        feature_dim: int = 64,
-        hidden_dim: int = 128,
-    ):
+    def __init__(self, num_classes: int, num_numbers: int, num_channels: int):
         """
         Args:
             num_classes: number of thing classes.
-            num_numbers, num_channels: F and D of :class:`PairDescriptions`.
-            embed_dim: numbers that stand for a class.
-            feature_dim: numbers that the D channels are projected to.
-            hidden_dim: width of the two hidden layers.
+            num_numbers, num_channels: F and D of :meth:`forward`.
         """
         super().__init__()
+        embed_dim, feature_dim, hidden_dim = 16, 64, 128
         self.class_embedding = nn.Embedding(num_classes, embed_dim)
         dim = 2 * embed_dim + num_numbers
         if num_channels > 0:
@@ -232,16 +162,23 @@ class PairNetwork(nn.Module):
             nn.Linear(hidden_dim, 1, bias=False),  # a bias would cancel in f(a, b) - f(b, a)
         )
 
-    def forward(self, pairs: PairDescriptions) -> torch.Tensor:
+    def forward(
+        self, classes: torch.Tensor, numbers: torch.Tensor, means: torch.Tensor
+    ) -> torch.Tensor:
         """
+        Args:
+            classes: (P, 2) int64, of a and of b.
+            numbers: (P, 2, F) float, the evidence as seen from a, and as seen from b.
+            means: (P, 3, D) float, see :func:`appearance_means`. D may be 0.
+
         Returns:
             (P,) float logits, positive where a goes before b.
         """
-        classes = self.class_embedding(pairs.classes)
-        seen_from_a = [classes.flatten(1), pairs.numbers[:, 0]]
-        seen_from_b = [classes.flip(1).flatten(1), pairs.numbers[:, 1]]
-        if pairs.means.shape[-1] > 0:
-            overlap, alone_a, alone_b = self.projection(pairs.means).unbind(1)
+        embedded = self.class_embedding(classes)
+        seen_from_a = [embedded.flatten(1), numbers[:, 0]]
+        seen_from_b = [embedded.flip(1).flatten(1), numbers[:, 1]]
+        if means.shape[-1] > 0:
+            overlap, alone_a, alone_b = self.projection(means).unbind(1)
             seen_from_a.append(_likeness(overlap, alone_a, alone_b))
             seen_from_b.append(_likeness(overlap, alone_b, alone_a))
         sides = torch.stack([torch.cat(x, dim=1) for x in (seen_from_a, seen_from_b)])
@@ -258,26 +195,17 @@ class PairNorm(nn.Module):
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
+    momentum = 0.1  # weight of the newest batch
+    # Added to the variance. A number that never changed in training (the score of ground truth) may
+    # change later; with this eps it is enlarged by 32 at most.
+    eps = 1e-3
 
-    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-3):
-        """
-        Args:
-            dim: how many numbers there are.
-            momentum: weight of the newest batch.
-            eps: added to the variance. A number that never changed in training (the score of ground
-                truth) may change later; with this eps it is enlarged by 32 at most.
-        """
+    def __init__(self, dim: int):
         super().__init__()
-        self.momentum = momentum
-        self.eps = eps
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: (..., dim) float.
-        """
         if self.training:
             self._update(x.detach().flatten(0, -2))
         return (x - self.running_mean) * (self.running_var + self.eps).rsqrt()

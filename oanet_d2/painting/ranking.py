@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from fvcore.common.registry import Registry
 
-__all__ = [
-    "RANKING_RULE_REGISTRY",
-    "OrderInputs",
-    "mean_scores",
-    "order_from_margins",
-    "overlap_margins",
-]
+__all__ = ["RANKING_RULE_REGISTRY", "OrderInputs", "mean_scores", "order_from_margins"]
+__all__ += ["overlap_margins"]
 
 RANKING_RULE_REGISTRY = Registry("RANKING_RULE")
 RANKING_RULE_REGISTRY.__doc__ = """
@@ -34,23 +29,15 @@ _MARGIN_QUANTUM = 2.0**-20
 
 @dataclass
 class OrderInputs:
-    """
-    What a ranking rule may look at, for the N instances of one image.
+    """What a ranking rule may look at, for the N instances of one image."""
 
-    Attributes:
-        scores: (N,) float, detection scores.
-        classes: (N,) int64, thing classes in [0, C).
-        masks: (N, h, w) bool, the instances on the grid of the score map. The mask of an instance
-            that will not be painted is empty.
-        score_map: (C, h, w) float in [0, 1], the spatial ranking score map S, or None.
-        pair_margins: (N, N) antisymmetric float, in cells: how strongly a comparison of pairs puts
-            a before b. None without such a comparison.
-    """
-
-    scores: torch.Tensor
-    classes: torch.Tensor
+    scores: torch.Tensor  # (N,) float, detection scores
+    classes: torch.Tensor  # (N,) int64, thing classes in [0, C)
+    # (N, h, w) bool, on the grid of the score map. An instance that will not be painted has none.
     masks: torch.Tensor
+    # (C, h, w) float in [0, 1], the spatial ranking score map S.
     score_map: Optional[torch.Tensor] = None
+    # (N, N) antisymmetric float, in cells: how strongly a comparison of pairs puts a before b.
     pair_margins: Optional[torch.Tensor] = None
 
     def __getitem__(self, indices: torch.Tensor) -> "OrderInputs":
@@ -64,10 +51,7 @@ class OrderInputs:
         )
 
     def order(self, rule: str) -> torch.Tensor:
-        """
-        Returns:
-            (N,) int64, the painting order by the registered rule of this name.
-        """
+        """(N,) int64, the painting order by the registered rule of this name."""
         # A rule sums over many cells, which half precision cannot do.
         with torch.autocast(self.scores.device.type, enabled=False):
             return RANKING_RULE_REGISTRY.get(rule)(self)
@@ -89,8 +73,7 @@ def srm_mean(inputs: OrderInputs) -> torch.Tensor:
     between equal means.
     """
     by_score = score(inputs)
-    means = mean_scores(_score_map(inputs), inputs.masks, inputs.classes)
-    return by_score[torch.argsort(-means[by_score], stable=True)]
+    return by_score[torch.argsort(-mean_scores(inputs)[by_score], stable=True)]
 
 
 @RANKING_RULE_REGISTRY.register()
@@ -100,8 +83,7 @@ def srm_overlap(inputs: OrderInputs) -> torch.Tensor:
     person are uncontested and score near 1, so the tie on it loses although it wins wherever the
     two meet.
     """
-    margins = overlap_margins(_score_map(inputs), inputs.masks, inputs.classes)
-    return order_from_margins(margins, inputs.scores)
+    return order_from_margins(overlap_margins(inputs), inputs.scores)
 
 
 @RANKING_RULE_REGISTRY.register()
@@ -120,18 +102,17 @@ def srm_pairs(inputs: OrderInputs) -> torch.Tensor:
     return order_from_margins(inputs.pair_margins, inputs.scores)
 
 
-def _score_map(inputs: OrderInputs) -> torch.Tensor:
+def _scores_of_classes(inputs: OrderInputs) -> torch.Tensor:
+    """(N, h * w) float, the channel of S of every instance, 0 outside of the instance."""
     if inputs.score_map is None:
         raise ValueError(
-            "This order needs the score map, which the model was not asked for. Name the order in "
-            "MODEL.OANET.ORDER or TEST.ORDERS."
+            "The orders 'srm_mean' and 'srm_overlap' need the score map; set "
+            "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT to 1, so that it is trained, or leave the order out."
         )
-    return inputs.score_map
+    return (inputs.score_map[inputs.classes] * inputs.masks).flatten(1)
 
 
-def mean_scores(
-    score_map: torch.Tensor, masks: torch.Tensor, classes: torch.Tensor
-) -> torch.Tensor:
+def mean_scores(inputs: OrderInputs) -> torch.Tensor:
     """
     The ranking score of every instance is the mean of its class's channel over its pixels:
 
@@ -140,22 +121,17 @@ def mean_scores(
     The printed Eq. 4 has m = 0 inside the instance and 1 outside. Its text, "the average score over
     the instance", needs m = 1 inside and 0 outside, which is what this function computes.
 
-    Args:
-        score_map: (C, h, w) float.
-        masks: (N, h, w) bool.
-        classes: (N,) int64 in [0, C).
-
     Returns:
-        (N,) tensor of score_map's dtype. It is 0 for an instance without a pixel.
+        (N,) float. It is 0 for an instance without a pixel.
+
+    Raises:
+        ValueError: there is no score map.
     """
-    m = masks.to(score_map.dtype)
-    total = (score_map[classes] * m).flatten(1).sum(1)
-    return total / m.flatten(1).sum(1).clamp(min=1)
+    areas = inputs.masks.flatten(1).sum(1)
+    return _scores_of_classes(inputs).sum(1) / areas.clamp(min=1)
 
 
-def overlap_margins(
-    score_map: torch.Tensor, masks: torch.Tensor, classes: torch.Tensor
-) -> torch.Tensor:
+def overlap_margins(inputs: OrderInputs) -> torch.Tensor:
     """
     By how much instance a beats instance b where both have pixels:
 
@@ -163,16 +139,14 @@ def overlap_margins(
 
     Two instances of one class share a channel of S, so their margin is 0.
 
-    Args:
-        score_map: (C, h, w) float.
-        masks: (N, h, w) bool.
-        classes: (N,) int64 in [0, C).
-
     Returns:
-        (N, N) antisymmetric tensor of score_map's dtype, in cells.
+        (N, N) antisymmetric float, in cells.
+
+    Raises:
+        ValueError: there is no score map.
     """
-    m = masks.flatten(1).to(score_map.dtype)
-    own_class = (score_map[classes].flatten(1) * m) @ m.t()  # [a, b]: S[cls_a] over a and b
+    scores, classes = _scores_of_classes(inputs), inputs.classes
+    own_class = scores @ inputs.masks.flatten(1).to(scores).t()  # [a, b]: S[cls_a] over a and b
     margins = own_class - own_class.t()
     return margins.masked_fill(classes[:, None] == classes[None, :], 0)
 

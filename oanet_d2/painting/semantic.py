@@ -75,10 +75,8 @@ def resized_semantic_labels(
 
 def _interpolation(cells: int, stride: int, image_length: int, length: int) -> torch.Tensor:
     """
-    Returns:
-        (cells, length) float32: the weight of each cell at each pixel of the output, along one
-        dimension, after the two interpolations of :meth:`SemSegFPNHead.forward` and
-        :func:`sem_seg_postprocess`.
+    (cells, length) float32: the weight of each cell at each pixel of the output, along one dimension,
+    after the interpolations of :meth:`SemSegFPNHead.forward` and :func:`sem_seg_postprocess`.
     """
     unit = torch.eye(cells)[None]
     image = F.interpolate(unit, scale_factor=stride, mode="linear", align_corners=False)
@@ -90,11 +88,8 @@ def _tiles(
     matrix: torch.Tensor, length: int, like: torch.Tensor
 ) -> Iterator[Tuple[slice, slice, torch.Tensor]]:
     """
-    Cut a matrix of :func:`_interpolation` into parts of `length` pixels.
-
-    Yields:
-        the pixels, the cells with a weight there, and that part of the matrix, with the device and
-        dtype of `like`.
+    Yields, for parts of `length` pixels, the pixels, the cells with a weight there, and that part of
+    a matrix of :func:`_interpolation`, with the device and dtype of `like`.
     """
     for first in range(0, matrix.shape[1], length):
         pixels = slice(first, min(first + length, matrix.shape[1]))

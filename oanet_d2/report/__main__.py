@@ -12,26 +12,19 @@ from .page import ReportError, write_report
 from .recorder import JSON_NAME
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m oanet_d2.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "output_dir",
-        metavar="OUTPUT_DIR",
-        help="output folder of train_net.py. With several test datasets each gets its report.",
-    )
-    output_dir = Path(parser.parse_args(argv).output_dir)
-    folders = [output_dir]
-    if not (output_dir / JSON_NAME).exists():
-        folders = sorted(x.parents[1] for x in output_dir.glob(f"*/{JSON_NAME}")) or folders
+    about = "output folder of train_net.py. With several test datasets each gets its report."
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help=about)
+    folder = parser.parse_args(argv).output_dir
+    several = [] if (folder / JSON_NAME).exists() else sorted(folder.glob(f"*/{JSON_NAME}"))
     try:
-        for folder in folders:
-            print(write_report(str(folder)))
+        for path in several or [folder / JSON_NAME]:
+            print(write_report(str(path.parents[1])))
     except (ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,29 +2,17 @@
 The report of an evaluation: one HTML page with everything in it.
 """
 
-import base64
-import hashlib
 import json
 import os
 from typing import Dict, List, Optional
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from ..files import write_atomically
 from ..painting.metrics import KINDS, METRICS
 from .recorder import FORMAT, JSON_NAME
 
 __all__ = ["ReportError", "write_report"]
-
-ROWS_AT_FIRST = 15  # of the table of overlaps
-ORDER_NAMES = {
-    "score": "by detection score, as Panoptic FPN",
-    "srm_mean": "by the mean ranking score, the paper's Eq. 3",
-    "srm_overlap": "by who wins inside each overlap on the score map",
-    "srm_pairs": "by a learned comparison of every two that overlap",
-    "oracle": "by the ground truth, the most that an order can reach",
-}
 
 
 class ReportError(ValueError):
@@ -45,70 +33,36 @@ def write_report(folder: str) -> str:
         ReportError: the evaluation left nothing, or another version or program wrote it.
         OSError: the page cannot be written.
     """
-    path = os.path.join(folder, "report.html")
-    write_atomically(path, render(load_report(os.path.join(folder, JSON_NAME))))
-    return path
-
-
-def load_report(path: str) -> Dict:
-    """
-    Args:
-        path: the JSON file of a :class:`ReportRecorder`.
-
-    Raises:
-        ReportError: it is missing, or another version or program wrote it.
-    """
-    hint = (
-        "Evaluate again, with TEST.ORDERS that hold 'score' and MODEL.OANET.ORDER: "
-        "train_net.py --eval-only MODEL.WEIGHTS ... OUTPUT_DIR ..."
-    )
-    try:
-        with open(path, encoding="utf-8") as f:
-            report = json.load(f)
-    except FileNotFoundError as error:
-        raise ReportError(f"There is no {path}. {hint}") from error
-    except ValueError as error:
-        raise ReportError(f"{path} is no JSON file: {error}. {hint}") from error
-    found = report.get("format") if isinstance(report, dict) else None
-    if found != FORMAT:
-        raise ReportError(f"{path} has the format {found!r}; it must be {FORMAT!r}. {hint}")
-    return report
-
-
-def render(report: Dict) -> str:
-    """
-    Returns:
-        the page, from what :func:`load_report` returned.
-    """
-    loader = PackageLoader("oanet_d2.report", "template")
+    report = _load(os.path.join(folder, JSON_NAME))
     environment = Environment(
-        loader=loader,
+        loader=PackageLoader("oanet_d2.report", "template"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(number=_number, signed=_signed, pair=_pair)
-    style, script = (
-        Markup(loader.get_source(environment, name)[0]) for name in ("style.css", "script.js")
-    )
-    score, ranked = report["compared"]
-    rows = report["overlaps"]
     page = environment.get_template("report.html").render(
-        report=report,
-        metrics=METRICS,
-        order_names=ORDER_NAMES,
-        score=score,
-        ranked=ranked,
-        classes=class_rows(report),
-        kinds=kind_columns(report),
-        overlaps=rows[:ROWS_AT_FIRST],
-        more_overlaps=rows[ROWS_AT_FIRST:],
-        style=style,
-        script=script,
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        report=report, metrics=METRICS, classes=class_rows(report), kinds=kind_columns(report)
     )
-    return page.strip() + "\n"
+    path = os.path.join(folder, "report.html")
+    write_atomically(path, page.strip() + "\n")
+    return path
+
+
+def _load(path: str) -> Dict:
+    hint = (
+        "Evaluate again, with TEST.ORDERS that hold 'score' and MODEL.OANET.ORDER: "
+        "train_net.py --eval-only MODEL.WEIGHTS ... OUTPUT_DIR ..."
+    )
+    if not os.path.isfile(path):
+        raise ReportError(f"There is no {path}. {hint}")
+    with open(path, encoding="utf-8") as f:
+        report = json.load(f)
+    found = report.get("format")
+    if found != FORMAT:
+        raise ReportError(f"{path} has the format {found!r}; it must be {FORMAT!r}. {hint}")
+    return report
 
 
 def class_rows(report: Dict) -> List[Dict]:

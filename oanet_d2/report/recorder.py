@@ -1,10 +1,15 @@
+import base64
+import io
 import json
 import os
 from collections import Counter
-from typing import Any, Dict, List, Tuple
+from pathlib import Path
+from typing import Dict, List, Tuple
 
+import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
@@ -14,23 +19,27 @@ from ..evaluation.panoptic import orderings_of
 from ..files import write_atomically
 from ..painting.masks import BoxedMasks
 from ..painting.metrics import CLEAR_SHARE, class_quality, closure, occluded_pairs
-from ..visualization import PanopticSeg, changed_pixels
-from .pictures import data_uri, draw_segments, labels, resized, shrunk
+from ..visualization import PANEL_SIDE, PanopticSeg, changed_pixels, draw_panels, side_by_side
 
 __all__ = ["FORMAT", "JSON_NAME", "ReportRecorder"]
 
-FORMAT = "oanet_d2 report, 2"
+FORMAT = "oanet_d2 report, 3"
 JSON_NAME = os.path.join("report", "evaluation.json")
 # Images where the second of the compared orders loses most against the first, where it gains most,
 # and where the order of the ground truth would gain most over it.
-SECTIONS = LOST, WON, STILL_WRONG = "lost", "won", "still_wrong"
+SECTIONS = ("lost", "won", "still_wrong")
+FOLDERS = {"won": "pictures", "still_wrong": "pictures_still_wrong"}
 MAX_PAIRS = 5  # of an image
+
+# As the JSON has it, but for its pictures; and the ground truth and the two results.
+Case = Tuple[Dict, List[PanopticSeg]]
 
 
 class ReportRecorder:
     """
     Collects, over an evaluation, what the report shows, and writes it as one JSON file, pictures
-    included. :func:`write_report` makes the page of it.
+    included. :func:`write_report` makes the page of it. The images where an order gains also become
+    PNGs, in `pictures/` and `pictures_still_wrong/`.
     """
 
     def __init__(
@@ -45,7 +54,7 @@ class ReportRecorder:
         """
         self.dataset_name = dataset_name
         self.metadata = MetadataCatalog.get(dataset_name)
-        self.path = os.path.join(output_dir, JSON_NAME)
+        self.folder = Path(output_dir)
         self.max_cases = max_cases
         self.compared = compared
         self.reset()
@@ -54,7 +63,7 @@ class ReportRecorder:
         self._outcomes: Counter = Counter()
         self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
         self._right: Counter = Counter()  # (the same, order) -> pairs
-        self._cases: Dict[str, List[Dict]] = {section: [] for section in SECTIONS}
+        self._cases: Dict[str, List[Case]] = {section: [] for section in SECTIONS}
 
     def add(
         self,
@@ -78,41 +87,41 @@ class ReportRecorder:
         segments_info, class_of = input["segments_info"], classes.tolist()
         ids = torch.from_numpy(truth).to(masks.device)
         position = {name: order.argsort().tolist() for name, order in orders.items()}
-        pairs = []
+        pairs: List[Dict] = []
         for front, behind, kind, pixels in occluded_pairs(masks, classes, ids, segments_info):
             right = [name for name, x in position.items() if x[front] < x[behind]]
             key = class_of[front], class_of[behind], kind
             self._overlaps[key] += 1
             self._right.update((key, name) for name in right)
-            pairs.append((*key, pixels, right))
+            pairs.append({**self._named(*key), "pixels": pixels, "right": right})
 
         before, after = self.compared
         gain = correct[after] - correct[before]
         self._outcomes["better" if gain > 0 else "worse" if gain < 0 else "same"] += 1
-        sections = [(LOST, -gain, self.compared), (WON, gain, self.compared)]
+        sections = [("lost", -gain, self.compared), ("won", gain, self.compared)]
         if "oracle" in results:
-            sections.append((STILL_WRONG, correct["oracle"] - correct[after], (after, "oracle")))
+            sections.append(("still_wrong", correct["oracle"] - correct[after], (after, "oracle")))
         for section, pixels, shown in sections:
-            cases = self._cases[section]
-            full = len(cases) >= self.max_cases
-            if pixels <= 0 or self.max_cases == 0 or (full and pixels < cases[-1]["pixels"]):
-                continue
-            maps = [(truth, segments_info), *(results[order] for order in shown)]
-            case = {
-                "file_name": input["file_name"],
-                "pixels": pixels,
-                "share": pixels / truth.size,
-                "orders": shown,
-                "maps": [(shrunk(torch.as_tensor(x).cpu().numpy()), info) for x, info in maps],
-                "pairs": [p for p in pairs if len({order in p[4] for order in shown}) == 2],
-            }
-            cases.append(case)
-            cases.sort(key=lambda x: (-x["pixels"], x["file_name"]))
-            del cases[self.max_cases :]
+            if pixels > 0:
+                one_is_right = [p for p in pairs if len({x in p["right"] for x in shown}) == 2]
+                case = {
+                    # Images in different subfolders may have one name.
+                    "file_name": os.path.relpath(input["file_name"], self.metadata.image_root),
+                    "pixels": pixels,
+                    "share": pixels / truth.size,
+                    "orders": shown,
+                    "pairs": sorted(one_is_right, key=lambda p: -p["pixels"])[:MAX_PAIRS],
+                }
+                maps = [(truth, segments_info), *(results[order] for order in shown)]
+                kept: Case = (case, [(_shrunk(ids), info) for ids, info in maps])
+                self._cases[section] = self._greatest([*self._cases[section], kept])
+
+    def _greatest(self, cases: List[Case]) -> List[Case]:
+        return sorted(cases, key=lambda x: (-x[0]["pixels"], x[0]["file_name"]))[: self.max_cases]
 
     def save(self, results: Dict, counts: Dict[str, Counter]):
         """
-        Write the JSON. All processes must call this; the main one's arguments count.
+        Write the JSON and the PNGs. All processes must call this; the main one's arguments count.
 
         Args:
             results: from :meth:`PanopticEvaluator.evaluate`.
@@ -145,52 +154,68 @@ class ReportRecorder:
             "cases": {},
         }
         for section in SECTIONS:
-            cases = [x for part in parts for x in part[3][section]]
-            cases.sort(key=lambda x: (-x["pixels"], x["file_name"]))
-            content["cases"][section] = [self._drawn(x) for x in cases[: self.max_cases]]
-        write_atomically(self.path, json.dumps(content))
+            described, pictures = [], {}
+            cases = self._greatest([x for part in parts for x in part[3][section]])
+            for rank, (case, maps) in enumerate(cases, start=1):
+                panels = self._panels(case, *maps)
+                uris = map(_data_uri, panels.values())
+                named = dict(zip(("photo", "truth", "before", "after"), uris))
+                described.append({**case, "pictures": named})
+                pictures[f"{rank:02d}_{Path(case['file_name']).stem}.png"] = side_by_side(panels)
+            content["cases"][section] = described
+            if section in FOLDERS:
+                _replace_pictures(self.folder / FOLDERS[section], pictures)
+        write_atomically(str(self.folder / JSON_NAME), json.dumps(content))
 
     def _classes(self, counts: Dict[str, Counter]) -> List[Dict]:
         quality = {order: class_quality(x) for order, x in counts.items()}
         some = counts[self.compared[0]]
-        classes = []
-        for isthing, group in ((True, "thing"), (False, "stuff")):
-            for index in self.metadata.get(f"{group}_dataset_id_to_contiguous_id").values():
-                key = isthing, index
-                pq = {order: x[key][0] if key in x else None for order, x in quality.items()}
-                if any(x is not None for x in pq.values()):
-                    name = self.metadata.get(f"{group}_classes")[index]
-                    segments = int(some[key, "tp"] + some[key, "fn"])  # the same in every order
-                    classes.append(
-                        {"name": name, "isthing": isthing, "segments": segments, "pq": pq}
-                    )
-        return classes
+        rows = []
+        for key in sorted(set().union(*quality.values())):
+            isthing, index = key
+            names = self.metadata.thing_classes if isthing else self.metadata.stuff_classes
+            pq = {order: x[key][0] if key in x else None for order, x in quality.items()}
+            segments = some[key, "tp"] + some[key, "fn"]  # the same in every order
+            rows.append({"name": names[index], "isthing": isthing, "segments": segments, "pq": pq})
+        return rows
 
     def _named(self, front: int, behind: int, kind: str) -> Dict[str, str]:
         names = self.metadata.thing_classes
         return {"front": names[front], "behind": names[behind], "kind": kind}
 
-    def _drawn(self, case: Dict) -> Dict[str, Any]:
-        """
-        A case as the JSON has it: class names for ids, pictures for maps.
-        """
-        truth, before, after = case["maps"]
-        changed = changed_pixels(before, after)
-        photo = resized(read_image(case["file_name"], "RGB"))
-        pictures = {"photo": photo, "truth": draw_segments(photo, truth, self.metadata)}
-        for name, panoptic_seg in (("before", before), ("after", after)):
-            pictures[name] = draw_segments(photo, panoptic_seg, self.metadata, changed)
-        pairs = sorted(case["pairs"], key=lambda p: -p[3])[:MAX_PAIRS]
-        return {
-            **{key: case[key] for key in ("pixels", "share", "orders")},
-            "file_name": self._shown_name(case["file_name"]),
-            "pairs": [{**self._named(*p[:3]), "pixels": p[3], "right": p[4]} for p in pairs],
-            "pictures": {name: data_uri(rgb) for name, rgb in pictures.items()},
-            "before": labels(before, self.metadata),
-            "after": labels(after, self.metadata),
-        }
+    def _panels(self, case: Dict, truth, before, after) -> Dict[str, np.ndarray]:
+        image = read_image(os.path.join(self.metadata.image_root, case["file_name"]), "RGB")
+        image = cv2.resize(image, truth[0].shape[::-1], interpolation=cv2.INTER_AREA)
+        results = {"ground truth": truth, **dict(zip(case["orders"], (before, after)))}
+        return draw_panels(image, results, self.metadata, changed_pixels(before, after))
 
-    def _shown_name(self, path: str) -> str:
-        # Images in different subfolders may have one name.
-        name = os.path.relpath(path, self.metadata.image_root)
-        return os.path.basename(path) if name.startswith(os.pardir) else name
+
+def _shrunk(ids) -> np.ndarray:
+    """(H, W) ids with a longer side of PANEL_SIDE pixels at most."""
+    ids = torch.as_tensor(ids).cpu().numpy().astype(np.int32)
+    scale = min(1, PANEL_SIDE / max(ids.shape))
+    size = [max(1, round(scale * n)) for n in ids.shape[::-1]]
+    return cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST)
+
+
+def _encoded(rgb: np.ndarray, **options) -> bytes:
+    with io.BytesIO() as out:
+        Image.fromarray(rgb).save(out, **options)
+        return out.getvalue()
+
+
+def _data_uri(rgb: np.ndarray) -> str:
+    content = _encoded(rgb, format="WEBP", quality=85, method=1)
+    return "data:image/webp;base64," + base64.b64encode(content).decode()
+
+
+def _replace_pictures(folder: Path, pictures: Dict[str, np.ndarray]) -> None:
+    """Write PNGs instead of those that an earlier evaluation wrote. Other files there stay."""
+    manifest = folder / "written.txt"
+    earlier = manifest.read_text("utf-8").splitlines() if manifest.is_file() else []
+    for name in earlier:
+        (folder / name).unlink(missing_ok=True)
+    if earlier or pictures:
+        write_atomically(str(manifest), "\n".join(pictures))
+    for name, rgb in pictures.items():
+        write_atomically(str(folder / name), _encoded(rgb, format="PNG"))

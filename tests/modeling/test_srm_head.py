@@ -3,10 +3,9 @@ import math
 import pytest
 import torch
 
-from oanet_d2.modeling import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
+from oanet_d2.modeling import SpatialRankingHead, build_srm_head
 from oanet_d2.modeling.grid import GridTruth
-from oanet_d2.modeling.srm_head import build_instance_tensor
-from tests.conftest import box_mask, load_config, make_grid_instances
+from tests.conftest import box_mask, make_grid_instances
 
 
 def make_head(**kwargs):
@@ -34,36 +33,27 @@ def unequal_images():
 
 
 def test_instance_tensor_by_hand():
-    masks = torch.tensor(
-        [
-            [[1, 1, 0], [1, 1, 0]],  # class 2
-            [[0, 1, 1], [0, 0, 0]],  # class 0, competes with the first in one cell
-            [[0, 0, 0], [0, 1, 1]],  # class 2 again: the channel is the union
-        ],
-        dtype=torch.bool,
-    )
-    tensor = build_instance_tensor(masks, torch.tensor([2, 0, 2]), num_classes=3)
+    masks = [
+        [[1, 1, 0], [1, 1, 0]],  # class 2
+        [[0, 1, 1], [0, 0, 0]],  # class 0, competes with the first in one cell
+        [[0, 0, 0], [0, 1, 1]],  # class 2 again: the channel is the union
+    ]
+    head = make_head(num_blocks=0)  # the predictor alone, which leaves the tensor as it is
+    head.predictor.weight.data = torch.eye(3)[:, :, None, None]
+    found = head(make_grid_instances(torch.tensor(masks).bool(), [2, 0, 2]))
     expected = [[[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 1]]]
-    assert torch.equal(tensor, torch.tensor(expected, dtype=torch.float32))
-    none = build_instance_tensor(masks[:0], torch.zeros(0, dtype=torch.int64), num_classes=4)
-    assert none.shape == (4, 2, 3) and not none.any()
+    assert torch.equal(found, torch.tensor(expected).float())
+    assert not head(nothing()).any()
 
 
-def test_is_registered_and_reads_its_keys():
-    cfg = load_config(
-        "OcclusionScenes/oanet_R_18.yaml",
-        *["MODEL.SRM_HEAD.NAME", "SpatialRankingHead", "MODEL.SRM_HEAD.KERNEL_SIZE", "7"],
-        *["MODEL.SRM_HEAD.NUM_BLOCKS", "3", "MODEL.SRM_HEAD.CONV_DIM", "24"],
-        *["MODEL.SRM_HEAD.LOSS_WEIGHT", "0.3"],
-    )
-    head = build_srm_head(cfg, {})
-    assert type(head) is SRM_HEAD_REGISTRY.get("SpatialRankingHead")
-    convolutions = [m for m in head.blocks if isinstance(m, torch.nn.Conv2d)]
+def test_reads_its_keys(tiny_cfg):
+    tiny_cfg.MODEL.SRM_HEAD.NAME, tiny_cfg.MODEL.SRM_HEAD.LOSS_WEIGHT = "SpatialRankingHead", 0.3
+    tiny_cfg.MODEL.SRM_HEAD.KERNEL_SIZE, tiny_cfg.MODEL.SRM_HEAD.NUM_BLOCKS = 7, 3
+    head = build_srm_head(tiny_cfg, {})
     # k x 1, then 1 x k
-    assert [c.kernel_size for c in convolutions] == [(7, 1), (1, 7)] * 3
-    assert {c.out_channels for c in convolutions} == {24}
-    assert head.loss_weight == 0.3
-    assert head(nothing((6, 9))).shape == (cfg.MODEL.ROI_HEADS.NUM_CLASSES, 6, 9)
+    assert [x.kernel_size for x in head.blocks] == [(7, 1), (1, 7)] * 3
+    assert {x.out_channels for x in head.blocks} == {8} and head.loss_weight == 0.3
+    assert head(nothing((6, 9))).shape == (8, 6, 9)
 
 
 def test_one_block_sees_a_k_by_k_neighbourhood():
@@ -76,23 +66,6 @@ def test_one_block_sees_a_k_by_k_neighbourhood():
     assert torch.equal(seen, box_mask(5, 5, 10, 10, (15, 15)))
 
 
-def test_loss_by_hand():
-    """Stuff (3 is the first stuff class) and void do not count."""
-    logits = torch.zeros(3, 2, 2)
-    logits[:, 0, 0] = torch.tensor([0.0, 0.0, math.log(2.0)])  # p(2) = 1/2
-    loss = make_head().map_loss([logits], [truth(torch.tensor([[2, 0], [3, -1]]))])
-    # p(0) = 1/3 in cell (0, 1)
-    assert loss.item() == pytest.approx((math.log(2) + math.log(3)) / 2, rel=1e-6)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 8)])
-def test_void_cells_do_not_change_the_loss(size):
-    categories = torch.full(size, -1)
-    categories[0, 0] = 1
-    loss = make_head().map_loss([torch.zeros(3, *size)], [truth(categories)])
-    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)
-
-
 def test_losses_are_over_all_images_and_weighted():
     head = make_head(loss_weight=0.5)
     for parameter in head.parameters():
@@ -100,7 +73,7 @@ def test_losses_are_over_all_images_and_weighted():
     head.predictor.bias.data[2] = math.log(2.0)  # p = (1/4, 1/4, 1/2) everywhere
     instances = [make_grid_instances(box_mask(0, 0, 2, 1, (2, 2))[None], [c]) for c in (2, 0)]
     targets = [truth(torch.tensor(c)) for c in ([[2, 2], [3, -1]], [[0, -1], [-1, 4]])]
-    losses = head.losses(instances, targets)
+    losses = head.losses(instances, targets, [])
     assert set(losses) == {"loss_srm"}
     expected = 0.5 * (2 * math.log(2) + math.log(4)) / 3
     assert losses["loss_srm"].item() == pytest.approx(expected, rel=1e-6)
@@ -109,27 +82,22 @@ def test_losses_are_over_all_images_and_weighted():
 def test_an_image_gives_the_same_in_any_batch():
     torch.manual_seed(0)
     head, images = make_head(), unequal_images()
-    together = head.order_inputs([x for x, _ in images])
+    together = head.order_inputs([x for x, _ in images], [])
     for (instances, _), found in zip(images, together):
         assert found.masks is instances.masks and found.pair_margins is None
         assert found.classes is instances.classes and found.scores is instances.scores
-        tensor = build_instance_tensor(instances.masks, instances.classes, 3)
-        logits = head.predictor(head.blocks(tensor[None]))[0]
-        torch.testing.assert_close(found.score_map, logits.exp() / logits.exp().sum(0))
-        (alone,) = head.order_inputs([instances])
-        assert torch.equal(found.score_map, alone.score_map)
-        assert head.order_inputs([instances], with_score_map=False)[0].score_map is None
+        assert torch.equal(found.score_map, head(instances).softmax(0))
     # The loss is a mean over the cells of all images that show a thing.
     counts = [((t.categories >= 0) & (t.categories < 3)).sum() for _, t in images]
-    alone = [head.losses([x], [t])["loss_srm"] for x, t in images]
+    alone = [head.losses([x], [t], [])["loss_srm"] for x, t in images]
     expected = sum(c * loss for c, loss in zip(counts, alone)) / sum(counts)
-    torch.testing.assert_close(head.losses(*map(list, zip(*images)))["loss_srm"], expected)
+    torch.testing.assert_close(head.losses(*map(list, zip(*images)), [])["loss_srm"], expected)
 
 
 @pytest.mark.parametrize("category", [-1, 3])
 def test_loss_without_a_thing_is_zero_and_still_has_gradients(category):
     head = make_head()
-    loss = head.losses([nothing()], [truth(torch.full((4, 4), category))])["loss_srm"]
+    loss = head.losses([nothing()], [truth(torch.full((4, 4), category))], [])["loss_srm"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
@@ -152,10 +120,10 @@ def test_learns_who_lies_on_top_from_masks_alone():
     for _ in range(60):
         instances, categories = scene()
         optimizer.zero_grad()
-        head.losses([instances], [truth(categories)])["loss_srm"].backward()
+        head.losses([instances], [truth(categories)], [])["loss_srm"].backward()
         optimizer.step()
     instances, categories = scene()
-    predicted = head.order_inputs([instances])[0].score_map.argmax(0)
+    predicted = head(instances).argmax(0)
     thing = categories >= 0
     assert torch.equal(predicted[thing], categories[thing])
 

@@ -1,5 +1,4 @@
 import re
-from bisect import bisect_right
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 
@@ -49,40 +47,25 @@ def ours(p, order, masks=None):
     return combine(masks, p.scores, p.classes, order, p.semantic, **p.limits)
 
 
-def detectron2s(p, scores, masks, classes, least_score):
-    instances = SimpleNamespace(pred_masks=masks, scores=scores, pred_classes=classes)
-    overlap, area, _ = p.limits.values()
-    return combine_semantic_and_instance_outputs(instances, p.semantic, overlap, area, least_score)
-
-
 @settings(max_examples=400)
 @given(predictions, st.sampled_from([1, 85, 86, 1000]))
 def test_order_by_score_equals_detectron2_bit_for_bit(p, step):
     """However many labels of stuff there are: 0 to 3 of these steps."""
     p.semantic *= step
-    least_score = p.limits["instances_score_thresh"]
-    expected_seg, expected_info = detectron2s(p, p.scores, p.masks, p.classes, least_score)
+    p.pred_masks, p.pred_classes = p.masks, p.classes
+    expected_seg, expected_info = combine_semantic_and_instance_outputs(
+        p, p.semantic, *p.limits.values()
+    )
     seg, info = ours(p, torch.argsort(-p.scores))
     assert seg.dtype == expected_seg.dtype
     assert torch.equal(seg, expected_seg) and info == expected_info
 
 
-@settings(max_examples=300)
-@given(predictions)
-def test_any_order_equals_detectron2_where_scores_say_the_same(p):
-    painted = p.order[p.scores[p.order] >= p.limits["instances_score_thresh"]]
-    falling = torch.arange(len(painted), 0, -1).float()
-    expected_seg, expected = detectron2s(p, falling, p.masks[painted], p.classes[painted], 0)
-    for segment in (s for s in expected if s["isthing"]):
-        segment["instance_id"] = painted[segment["instance_id"]].item()
-        segment["score"] = p.scores[segment["instance_id"]].item()
-    seg, info = ours(p, p.order)
-    assert torch.equal(seg, expected_seg) and info == expected
-
-
-@given(predictions, st.sampled_from([1, 300]))
-def test_boxed_or_full_on_a_device_or_a_cpu_is_the_same_picture(p, step):
+@given(predictions, st.sampled_from([1, 300]), st.sampled_from([*(i / 7 for i in range(15)), 0.1, 0.3]))
+def test_boxed_or_full_on_a_device_or_a_cpu_is_the_same_picture(p, step, overlap_threshold):
+    """Also at thresholds where rounding decides."""
     p.semantic *= step
+    p.limits["overlap_threshold"] = overlap_threshold
     seg, info = ours(p, p.order)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fusion, "_paint_on_cpu", fusion._paint_on_device)
@@ -91,42 +74,26 @@ def test_boxed_or_full_on_a_device_or_a_cpu_is_the_same_picture(p, step):
         assert torch.equal(seg, other_seg) and info == other_info
 
 
-@settings(max_examples=200)
-@given(st.integers(1, 200), st.floats(0, 2))
-def test_the_most_pixels_that_may_be_taken(area, threshold):
-    """As Detectron2 divides. Among the thresholds are those where rounding decides."""
-    shares = [taken / area for taken in range(area + 1)]
-    for limit in (threshold, *shares):
-        assert fusion._most_taken(area, limit) == bisect_right(shares, limit) - 1
-
-
-class OnDevice(TorchFunctionMode):
-    """
-    Counts what makes the host wait for a GPU: reading numbers, and results of unknown size. Refuses
-    double precision, which not every device has.
-    """
+class Waits(TorchFunctionMode):
+    """Counts what makes the host wait for a GPU: reading numbers, and results of unknown size."""
 
     WAITS = "tolist item __bool__ __int__ nonzero masked_select unique_consecutive".split()
-    waits = 0
+    count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.waits += getattr(func, "__name__", "") in self.WAITS
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), func
-        return result
+        self.count += getattr(func, "__name__", "") in self.WAITS
+        return func(*args, **(kwargs or {}))
 
 
 def test_on_a_device_the_host_does_not_wait_for_every_instance(monkeypatch):
     monkeypatch.setattr(fusion, "_paint_on_cpu", fusion._paint_on_device)
-    waits = []
+    counts = []
     for n in (3, 60):
         p = random_prediction(0, n)
-        p.semantic *= 200  # more labels than the CPU's table of bytes holds
-        with OnDevice() as counter:
+        with Waits() as waits:
             ours(p, p.order)
-        waits.append(counter.waits)
-    assert 0 < waits[0] == waits[1] < 12
+        counts.append(waits.count)
+    assert 0 < counts[0] == counts[1] < 12
 
 
 def two_everywhere(order, overlap_threshold=0.5):
@@ -136,10 +103,11 @@ def two_everywhere(order, overlap_threshold=0.5):
     return ours(p, torch.tensor(order).long())
 
 
-@pytest.mark.parametrize("threshold", [1.0, 2.0])
-def test_an_instance_without_a_visible_pixel_is_no_segment(threshold):
-    seg, info = two_everywhere([1, 0], threshold)
-    assert [s["instance_id"] for s in info] == [1] and (seg == 1).all()
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("threshold", [0.5, 1.0, 2.0])
+def test_the_order_decides_and_who_has_no_visible_pixel_is_no_segment(order, threshold):
+    seg, info = two_everywhere(order, threshold)
+    assert [s["instance_id"] for s in info] == order[:1] and (seg == 1).all()
 
 
 @pytest.mark.parametrize("order", [[0, 0], [1], [0, 1, 1], [0, 2], [-1, 0], []], ids=str)

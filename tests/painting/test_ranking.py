@@ -5,12 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oanet_d2.painting.ranking import (
-    OrderInputs,
-    mean_scores,
-    order_from_margins,
-    overlap_margins,
-)
+from oanet_d2.painting.ranking import OrderInputs, mean_scores, order_from_margins, overlap_margins
 
 PERSON, TIE = 0, 1
 # A person of 8 cells, a tie on 2 of them; the person is the more confident.
@@ -33,10 +28,8 @@ def order(rule, scores=SCORES, classes=CLASSES, masks=MASKS, score_map=SCORE_MAP
 def test_eq_3_by_hand():
     """Eq. 4 as printed has m = 0 inside and 1 outside, by which the tie would score 0."""
     # person: (6 * 1.0 + 2 * 0.4) / 8, tie: (0.6 + 0.6) / 2
-    means = mean_scores(SCORE_MAP, MASKS, CLASSES)
+    means = mean_scores(OrderInputs(SCORES, CLASSES, MASKS, SCORE_MAP))
     torch.testing.assert_close(means, torch.tensor([6.8 / 8, 0.6]))
-    empty = torch.zeros_like(MASKS)
-    assert mean_scores(SCORE_MAP, empty, CLASSES).tolist() == [0, 0]
 
 
 def test_the_rules_disagree_where_the_paper_says_they_should():
@@ -44,38 +37,16 @@ def test_the_rules_disagree_where_the_paper_says_they_should():
     assert order("srm_mean") == [0, 1]  # 0.85 > 0.6: the mean is diluted by uncontested cells
     assert order("srm_overlap") == [1, 0]  # 0.6 > 0.4 where they meet
     # two cells, 0.6 - 0.4 each, for the tie
-    margins = overlap_margins(SCORE_MAP, MASKS, CLASSES)
+    margins = overlap_margins(OrderInputs(SCORES, CLASSES, MASKS, SCORE_MAP))
     torch.testing.assert_close(margins, torch.tensor([[0.0, -0.4], [0.4, 0.0]]))
-
-
-def test_pairs_of_one_class_are_told_apart_by_pair_margins_alone():
-    persons = torch.tensor([PERSON, PERSON])
-    assert order("srm_overlap", classes=persons) == [0, 1]
-    assert order("srm_overlap", SCORES.flip(0), persons) == [1, 0]
-    assert order("srm_mean", SCORES.flip(0), persons, MASKS[[0, 0]]) == [1, 0]
-    behind = torch.tensor([[0.0, -0.5], [0.5, 0.0]])
-    assert order("srm_pairs", classes=persons, pairs=behind) == [1, 0]
-    assert order("srm_pairs", SCORES.flip(0), persons, pairs=-behind) == [0, 1]
-    # nothing to compare: the score
-    assert order("srm_pairs", SCORES.flip(0), pairs=torch.zeros(2, 2)) == [1, 0]
 
 
 def test_a_rule_names_what_it_misses():
     with pytest.raises(ValueError, match="srm_pairs.*SRM_HEAD.NAME.*PairwiseRankingHead"):
         order("srm_pairs")
     for rule in ("srm_mean", "srm_overlap"):
-        with pytest.raises(ValueError, match="score map.*OANET.ORDER"):
+        with pytest.raises(ValueError, match="score map.*MAP_LOSS_WEIGHT"):
             order(rule, score_map=None)
-
-
-def test_inputs_of_some_instances():
-    margins, classes = torch.arange(9.0).reshape(3, 3), torch.tensor([4, 5, 6])
-    inputs = OrderInputs(torch.arange(3.0), classes, MASKS[[0, 1, 1]], SCORE_MAP, margins)
-    some = inputs[torch.tensor([2, 0])]
-    assert (some.scores.tolist(), some.classes.tolist()) == ([2, 0], [6, 4])
-    assert torch.equal(some.masks, MASKS[[1, 0]]) and some.score_map is SCORE_MAP
-    assert some.pair_margins.tolist() == [[8, 6], [2, 0]]
-    assert OrderInputs(SCORES, CLASSES, MASKS)[torch.tensor([1])].pair_margins is None
 
 
 def test_a_cycle_is_broken_at_its_weakest_link():
@@ -96,28 +67,14 @@ def slow_order_from_margins(margins, scores):
     return result
 
 
-@given(st.integers(1, 8), st.data())
-def test_order_equals_slow_reference(n, data):
+@given(st.integers(1, 8), st.integers(0, 2**31 - 1))
+def test_order_equals_slow_reference(n, seed):
+    generator = torch.Generator().manual_seed(seed)
     # eighths, so that sums are often equal
-    numbers = data.draw(st.lists(st.integers(-16, 16), min_size=n * n, max_size=n * n))
-    upper = torch.tensor(numbers).reshape(n, n).float().triu(1) / 8
-    scores = torch.tensor(data.draw(st.permutations([i / 10 for i in range(n)])))
-    margins = upper - upper.t()
+    upper = torch.randint(-16, 17, (n, n), generator=generator).triu(1) / 8
+    scores, margins = torch.randperm(n, generator=generator) / 10, upper - upper.t()
     expected = slow_order_from_margins(margins, scores)
     assert order_from_margins(margins, scores).tolist() == expected
-
-
-@given(st.permutations(range(7)), st.data())
-def test_comparisons_without_contradiction_are_all_kept(true_order, data):
-    """Any subset of comparisons that some order satisfies is satisfied by the result."""
-    margins, kept = torch.zeros(7, 7), []
-    for first, second in itertools.combinations(true_order, 2):
-        if data.draw(st.booleans()):
-            margins[first, second], margins[second, first] = 1, -1
-            kept.append((first, second))
-    result = order_from_margins(margins, torch.rand(7)).tolist()
-    assert sorted(result) == list(range(7))
-    assert all(result.index(first) < result.index(second) for first, second in kept)
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(0, 9))
@@ -139,13 +96,17 @@ def test_rules_against_plain_loops(seed, n):
         return sum((score_map[classes[a], y, x] - score_map[classes[b], y, x]) for y, x in cells)
 
     assert order("score", *instances) == sorted(range(n), key=lambda i: -scores[i].item())
-    means = mean_scores(score_map, masks, classes)
+    inputs = OrderInputs(*instances, score_map)
+    means = mean_scores(inputs)
     torch.testing.assert_close(means, torch.tensor([mean(i) for i in range(n)]))
     ranked = order("srm_mean", *instances, score_map)
     assert all(means[a] >= means[b] for a, b in itertools.pairwise(ranked))
-    margins = overlap_margins(score_map, masks, classes)
+    margins = overlap_margins(inputs)
     expected = torch.tensor([[margin(a, b) for b in range(n)] for a in range(n)]).reshape(n, n)
     torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
     expected_order = slow_order_from_margins(margins, scores)
     assert order("srm_overlap", *instances, score_map) == expected_order
     assert order("srm_pairs", *instances, None, margins) == expected_order
+    # of some instances
+    pairs = OrderInputs(*instances, None, margins)[torch.arange(n).flip(0)].order("srm_pairs")
+    assert [n - 1 - i for i in pairs.tolist()] == expected_order
