@@ -66,7 +66,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.OANET = CN()
     # The rule that orders the instances before painting: "score" (detection score, as Panoptic
     # FPN), "srm_mean" (the paper's Eq. 3), "srm_overlap" (who wins inside each overlap on the score
-    # map), "srm_pairs" (the comparison of pairs), or a rule of your own in RANKING_RULE_REGISTRY.
+    # map), "srm_pairs" (the comparison of pairs), "smaller_first", "lower_first" (in the image), or a
+    # rule of your own in RANKING_RULE_REGISTRY.
     cfg.MODEL.OANET.ORDER = "srm_pairs"
     # Where no instance is painted: True: a pixel whose best semantic class is a thing stays void.
     # False: it takes its best stuff class, as in the paper.
@@ -93,8 +94,9 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.ALLOW_PICKLE = False
 
     # ---------------------------------------------------------------- evaluation
-    # Painting orders to compare on the same predictions: rules as in MODEL.OANET.ORDER, and "oracle"
-    # (the order that the ground truth gives). The result is OUTPUT_DIR/orderings.json.
+    # Painting orders to compare on the same predictions: rules as in MODEL.OANET.ORDER, "oracle" (the
+    # order that the ground truth gives), and "class_order" (which class lies on which in the training
+    # annotations). The result is OUTPUT_DIR/orderings.json.
     cfg.TEST.ORDERS = ()
     # The most pictures of each kind: where MODEL.OANET.ORDER gains over "score", where "oracle" gains
     # over it, and each kind of case in the report.

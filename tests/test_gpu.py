@@ -22,7 +22,7 @@ from oanet_d2.modeling.false_positives import with_false_positives
 from oanet_d2.modeling.grid import GridInstances, ground_truth_on_grid
 from oanet_d2.modeling.pair_head import EVIDENCE
 from oanet_d2.painting import BoxedMasks, combine
-from oanet_d2.painting.matching import match_to_segments, oracle_order, visible_margins
+from oanet_d2.painting.matching import match_to_segments, visible_margins
 from oanet_d2.painting.semantic import resized_semantic_labels
 from tests.conftest import make_grid_instances, make_input, random_scene
 
@@ -117,7 +117,7 @@ def painting(to):
     results = [pasted.full(), pasted.cached().select([2, 0]).full()]
     for x in (masks, BoxedMasks.from_masks(masks), pasted):
         matched = match_to_segments(x, classes, ids, segments)
-        order = oracle_order(x, scores, classes, ids, segments)
+        order = order_from_margins(visible_margins(x, matched, ids), scores)
         fused = combine(x, scores, classes, order, labels, **LIMITS)
         results += [matched, visible_margins(x, matched, ids), order, fused]
     return results

@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +8,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oanet_d2.painting import BoxedMasks
-from oanet_d2.painting.matching import match_to_segments, oracle_order, visible_margins
+from oanet_d2.painting.matching import match_to_segments, overlapping_regions, visible_margins
+from oanet_d2.painting.ranking import order_from_margins
 from tests.conftest import box_mask, random_scene, thing
 
 PERSON, TIE, CAR = 0, 1, 2
@@ -99,13 +101,25 @@ def random_predictions(seed, n, size):
 
 @given(seeds, st.integers(0, 7), st.sampled_from([(30, 40), (17, 90), (64, 5)]))
 def test_boxed_masks_are_counted_as_full_ones(seed, n, size):
-    boxed, scores, *truth = random_predictions(seed, n, size)
+    boxed, _, *truth = random_predictions(seed, n, size)
     full = boxed.full()
     matched = match_to_segments(full, *truth)
     assert torch.equal(match_to_segments(boxed, *truth), matched)
     margins = visible_margins(full, matched, truth[1])
     assert torch.equal(visible_margins(boxed, matched, truth[1]), margins)
-    assert torch.equal(oracle_order(boxed, scores, *truth), oracle_order(full, scores, *truth))
+
+
+@given(seeds, st.integers(0, 9))
+def test_regions_that_overlap(seed, n):
+    """Every pair of pixels of two regions, against the pixels of the image."""
+    masks, *_ = random_predictions(seed, n, (30, 40))
+    image, found = np.arange(30 * 40).reshape(30, 40), {}
+    for a, b, in_a, in_b in overlapping_regions(masks.regions):
+        found[a, b] = image[masks.regions[a]][in_a]
+        assert np.array_equal(found[a, b], image[masks.regions[b]][in_b]) and found[a, b].size > 0
+    for a, b in itertools.combinations(range(n), 2):
+        shared = np.intersect1d(image[masks.regions[a]], image[masks.regions[b]])
+        assert np.array_equal(found.get((a, b), np.array([])).ravel(), shared)
 
 
 class Largest(TorchDispatchMode):
@@ -121,9 +135,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_oracle_of_boxed_masks_does_not_hold_all_images_at_once():
-    arguments = random_predictions(0, 40, (100, 150))
+    masks, _, *truth = random_predictions(0, 40, (100, 150))
     with Largest() as largest:
-        oracle_order(*arguments)
+        visible_margins(masks, match_to_segments(masks, *truth), truth[1])
     assert largest.numel <= 2 * 100 * 150  # the two coordinates that a mask is sampled at
 
 
@@ -131,8 +145,10 @@ def test_the_oracle_puts_what_is_shown_first_and_else_the_confident():
     person, tie, car = box_mask(0, 0, 6, 6), box_mask(2, 2, 6, 4), box_mask(1, 1, 5, 5)
     ids = torch.where(tie, 2, torch.where(person, 1, 0))  # there is no car
     truth = torch.tensor([PERSON, TIE, CAR]), ids, [thing(1, PERSON), thing(2, TIE)]
+    masks = torch.stack([person, tie, car])
+    margins = visible_margins(masks, match_to_segments(masks, *truth), ids)
     for scores in itertools.permutations([0.9, 0.8, 0.7]):
-        order = oracle_order(torch.stack([person, tie, car]), torch.tensor(scores), *truth)
+        order = order_from_margins(margins, torch.tensor(scores))
         assert order.tolist() == [1, 0, 2]
 
 

@@ -95,7 +95,13 @@ def test_rules_against_plain_loops(seed, n):
         cells = (masks[a] & masks[b]).nonzero().tolist()
         return sum((score_map[classes[a], y, x] - score_map[classes[b], y, x]) for y, x in cells)
 
-    assert order("score", *instances) == sorted(range(n), key=lambda i: -scores[i].item())
+    def by(key):
+        return sorted(range(n), key=lambda i: (key(i), -scores[i].item()))
+
+    assert order("score", *instances) == by(lambda i: 0)
+    assert order("smaller_first", *instances) == by(lambda i: masks[i].sum().item())
+    rows = [masks[i].any(1).nonzero()[:, 0].tolist() or [3] for i in range(n)]
+    assert order("lower_first", *instances) == by(lambda i: -max(rows[i]))
     inputs = OrderInputs(*instances, score_map)
     means = mean_scores(inputs)
     torch.testing.assert_close(means, torch.tensor([mean(i) for i in range(n)]))
