@@ -9,8 +9,7 @@ __all__ = ["add_oanet_config", "load_config"]
 def add_oanet_config(cfg: CfgNode) -> None:
     """
     Add OANet's keys to a Detectron2 config, with their defaults. Detectron2's own keys keep their
-    meaning: `MODEL.ROI_HEADS.NUM_CLASSES` is the number of thing classes everywhere, and
-    `MODEL.PANOPTIC_FPN.COMBINE.*` steer the fusion.
+    meaning: `MODEL.PANOPTIC_FPN.COMBINE.*`, for example, steer the fusion.
 
     Args:
         cfg: changed in place.
@@ -18,7 +17,7 @@ def add_oanet_config(cfg: CfgNode) -> None:
     CN = CfgNode
 
     # ---------------------------------------------------------------- classes
-    # 0: follow the dataset, see `oanet_d2.complete_config`. (Detectron2's defaults are COCO's.)
+    # 0: follow the dataset, see `oanet_d2.complete_config`.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
 
@@ -33,28 +32,23 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # ---------------------------------------------------------------- ranking head
     cfg.MODEL.SRM_HEAD = CN()
     # "PairwiseRankingHead" compares every two instances that overlap. "SpatialRankingHead" is the
-    # paper's spatial ranking module, with its score map.
+    # paper's, with its score map.
     cfg.MODEL.SRM_HEAD.NAME = "PairwiseRankingHead"
-    # Weight of the head's loss.
     cfg.MODEL.SRM_HEAD.LOSS_WEIGHT = 1.0
     # Pixels of the network's input per cell of the head's grid.
     cfg.MODEL.SRM_HEAD.STRIDE = 4
-    # The instances that it learns from: "detections", as inference gives them, with their duplicates
-    # and mistakes; or "gt", the ground truth. In inference it always sees detections.
+    # The instances that it learns from: "detections", as inference gives them, or "gt".
     cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "detections"
-    # For "gt": the probability that a mask gets a made-up false positive beside it, a moved and
-    # stretched copy with a lower score. 0: ground truth as it is, with scores of 1 (the paper).
+    # For "gt": the probability that a mask gets a false positive beside it, a moved and stretched
+    # copy with a lower score. 0: ground truth as it is, with scores of 1 (the paper).
     cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 1.0
     # The feature map that the head may look at.
     cfg.MODEL.SRM_HEAD.IN_FEATURE = "p2"
-    # Width and number of the score map's large-kernel blocks (k x 1, then 1 x k), and k in cells. The
-    # paper leaves them open.
+    # Width and number of the score map's large-kernel blocks (k x 1, then 1 x k), and k in cells.
     cfg.MODEL.SRM_HEAD.CONV_DIM = 64
     cfg.MODEL.SRM_HEAD.NUM_BLOCKS = 2
     cfg.MODEL.SRM_HEAD.KERNEL_SIZE = 15
-
-    # For "PairwiseRankingHead":
-    cfg.MODEL.SRM_HEAD.PAIRS = CN()
+    cfg.MODEL.SRM_HEAD.PAIRS = CN()  # of "PairwiseRankingHead"
     # What the comparison knows about a pair, besides the two classes. "geometry" and "score_map"
     # come from masks alone, "semantic" and "features" from the image.
     cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "semantic", "features")
@@ -72,10 +66,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # Where no instance is painted: True: a pixel whose best semantic class is a thing stays void.
     # False: it takes its best stuff class, as in the paper.
     cfg.MODEL.OANET.KEEP_THINGS_FREE = True
-    # What results hold beyond "panoptic_seg" and the instances' boxes, scores and classes:
-    # "pred_masks", N x H x W, for evaluators of instances, and "sem_seg", classes x H x W, for
-    # evaluators of semantic segmentation. PanopticFPN gives both. They take most of the time and
-    # memory after the network, so set this to () where only "panoptic_seg" is of interest. The
+    # Which of PanopticFPN's outputs at full resolution results hold beside "panoptic_seg". They take
+    # most of the time and memory after the network: set this to () where nobody needs them. The
     # semantic labels then differ only where two classes are equal up to rounding.
     cfg.MODEL.OANET.OUTPUTS = ("pred_masks", "sem_seg")
 
@@ -83,35 +75,30 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # True: only the ranking head learns. Everything else is frozen and in evaluation mode.
     cfg.MODEL.OANET.TRAIN_SRM_ONLY = False
     # The share of the iterations, at the end, in which the ranking head learns alone, from a network
-    # that stands still. Before, the network learns without it. The learning rate starts again for
-    # the last part and falls to 0; WARMUP_ITERS and STEPS belong to the part before.
-    # 0: both learn at once.
+    # that stands still and has learned without it. The learning rate starts again for this part and
+    # falls to 0; WARMUP_ITERS and STEPS belong to the part before. 0: both learn at once.
     cfg.SOLVER.SRM_ONLY_SHARE = 0.0
-    # "SGD" (Detectron2's) or "ADAMW", which learns a network from scratch in fewer iterations.
+    # "SGD" (Detectron2's) or "ADAMW", which learns from scratch in fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # True: unpickle whatever a checkpoint holds, which can run any code. Leave this False unless you
-    # trust the file. Model zoo files and Detectron2's own load without it.
+    # True: unpickle whatever a checkpoint holds, which can run any code. Model zoo files and
+    # Detectron2's own load without it.
     cfg.MODEL.ALLOW_PICKLE = False
 
     # ---------------------------------------------------------------- evaluation
-    # Painting orders to compare on the same predictions: rules as in MODEL.OANET.ORDER, "oracle" (the
-    # order that the ground truth gives), and "class_order" (which class lies on which in the training
-    # annotations). The result is OUTPUT_DIR/orderings.json.
+    # Painting orders to compare on the same predictions, in OUTPUT_DIR/orderings.json: rules as in
+    # MODEL.OANET.ORDER; "oracle", the order that the ground truth gives; "class_order", which class
+    # lies on which in the training annotations.
     cfg.TEST.ORDERS = ()
-    # The most pictures of each kind: where MODEL.OANET.ORDER gains over "score", where "oracle" gains
-    # over it, and each kind of case in the report.
-    cfg.TEST.ORDER_PICTURES = 12
-
-    # True: an evaluation writes its panoptic results in the COCO panoptic format, as panopticapi and
-    # evaluation servers take them: OUTPUT_DIR/inference/panoptic.json and PNGs in panoptic/.
+    cfg.TEST.ORDER_PICTURES = 12  # the most of each kind that an evaluation and its report show
+    # True: an evaluation writes OUTPUT_DIR/inference/panoptic.json and PNGs in panoptic/, the COCO
+    # panoptic format that panopticapi and evaluation servers take.
     cfg.TEST.SAVE_PANOPTIC = False
 
     # ---------------------------------------------------------------- data
     # Panoptic datasets to register, by name. Each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,
     # if there is one, INSTANCES_JSON: the arguments of `oanet_d2.register_panoptic`.
     cfg.DATASETS.PANOPTIC = CN(new_allowed=True)
-    # The synthetic scenes (occlusion_scenes_{train,val}*), drawn at their first use: how many, the
-    # side of the square images in pixels, and the seed.
+    # The synthetic scenes, drawn at their first use. IMAGE_SIZE: the side of the squares in pixels.
     cfg.DATASETS.OCCLUSION_SCENES = CN()
     cfg.DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES = 4000
     cfg.DATASETS.OCCLUSION_SCENES.VAL_IMAGES = 200
@@ -137,7 +124,6 @@ def load_config(config_file: Union[str, os.PathLike], opts: Sequence = ()) -> Cf
         cfg.merge_from_file(os.fspath(config_file), allow_unsafe=False)
     except Exception as error:  # yaml, yacs and Detectron2 raise many kinds
         raise ValueError(f"config {config_file}: {_reason(error)}") from error
-    opts = list(opts)
     if len(opts) % 2:
         raise ValueError(f"overrides are KEY VALUE in turn; {opts[-1]!r} has no value.")
     for key, value in zip(opts[::2], opts[1::2]):

@@ -109,7 +109,7 @@ class OANetTrainer(DefaultTrainer):
         ours = [hooks.RunConfig(), self.guard]
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # a subclass may build another loader
-            ours.append(hooks.DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
+            ours.append(hooks.DataOrder(stream))
         first_phase = hooks.network_iterations(self.cfg)
         if first_phase < self.max_iter:
             ours.append(hooks.TwoPhases(first_phase))

@@ -61,19 +61,12 @@ def test_same_losses_as_the_oanet(srm_cfg):
     [
         ("TRAIN_MASKS", "detections", "TRAIN_MASKS is 'detections'.*'gt'"),
         ("PAIRS.EVIDENCE", ("geometry", "semantic"), "PAIRS.EVIDENCE.*'semantic'.*'geometry'"),
-        ("PAIRS.EVIDENCE", ("features",), "PAIRS.EVIDENCE.*'features'.*'geometry'"),
     ],
 )
 def test_refuses_what_needs_an_image(srm_cfg, key, value, words):
     srm_cfg.merge_from_list([f"MODEL.SRM_HEAD.{key}", value])
     with pytest.raises(ValueError, match=words):
         build_model(srm_cfg)
-
-
-def test_evidence_is_for_pairs_only(srm_cfg):
-    srm_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("semantic", "features")
-    srm_cfg.MODEL.SRM_HEAD.NAME = "SpatialRankingHead"
-    build_model(srm_cfg)
 
 
 def test_predicts_nothing(srm_cfg):

@@ -99,12 +99,6 @@ def test_ground_truth_smaller_than_a_cell_keeps_one(box, cell, background):
     assert truth.segments_info == training_input["panoptic_seg"][1]
 
 
-def test_a_mask_without_a_pixel_stays_empty():
-    masks = torch.zeros(1, 30, 45, dtype=torch.bool)
-    instances = make_instances((30, 45), [[0, 0, 9, 9]], [0], masks)
-    assert not ground_truth_on_grid(instances, 8).masks.any()
-
-
 @given(seeds, st.sampled_from([1, 4, 8]), st.integers(0, 4))
 def test_detections_are_what_detectron2_pastes(seed, stride, n):
     generator = torch.Generator().manual_seed(seed)

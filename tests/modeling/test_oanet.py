@@ -1,5 +1,4 @@
 import copy
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,11 +9,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from oanet_d2 import OANet
-from tests.conftest import load_config, make_input, panoptic_fpn_cfg
+from tests.conftest import make_input, panoptic_fpn_cfg
 
 PERSON, TIE, TABLE = 0, 1, 3
 SIZE = (64, 96)
+STUFF = ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7]
 
 # name -> images of a batch: (boxes, classes, stuff)
 EDGE_BATCHES = {
@@ -22,7 +21,6 @@ EDGE_BATCHES = {
     "no instance": [([], [], 2)],
     "no stuff": [([[0, 0, 96, 64]], [PERSON], None)],
     "nothing labelled": [([], [], None)],
-    "one class": [([[8, 8, 40, 60], [20, 8, 60, 60]], [PERSON, PERSON], 1)],
     "smaller than a cell": [([[9, 9, 10, 10]], [TIE], 1)],
     "images without a thing": [([], [], 2), ([[8, 8, 40, 60]], [PERSON], 2)],
     "two sizes": [([[8, 8, 40, 60]], [PERSON], 2), ([[8, 8, 90, 60]], [TABLE], 3)],
@@ -94,9 +92,6 @@ def assert_same_panoptic(a, b):
     assert a["panoptic_seg"][1] == b["panoptic_seg"][1]
 
 
-# ---------------------------------------------------------------- training
-
-
 @pytest.mark.parametrize("train_masks", ["gt", "detections"])
 @pytest.mark.parametrize("head", ["SpatialRankingHead", "PairwiseRankingHead"])
 @pytest.mark.parametrize("name", EDGE_BATCHES)
@@ -133,36 +128,25 @@ def test_learns_from_what_it_detects(tiny_cfg):
     assert all(part.training for part in model.modules())  # detecting puts the modes back
 
 
+def test_void_and_padding_are_no_labels_whatever_the_ignore_value(tiny_cfg):
+    losses = []
+    for value in (255, -1, 99):
+        tiny_cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
+        batch = make_batch("two sizes")
+        for x in batch:
+            x["sem_seg"][:9] = value
+        losses.append(train_step(seeded_model(tiny_cfg), batch)["loss_sem_seg"])
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
 def test_the_ranking_loss_changes_nothing_but_the_ranking(tiny_cfg):
-    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"
     tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "score_map", "semantic", "features")
     model = seeded_model(tiny_cfg).train()
     with EventStorage():
         losses = model(make_batch())
     (losses["loss_srm"] + losses["loss_srm_pairs"]).backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert touched == {n for n, _ in model.named_parameters() if n.startswith("srm_head.")}
-
-
-@pytest.mark.parametrize("name", ["two sizes", "no stuff"])
-def test_void_and_padding_are_no_labels_whatever_the_ignore_value(tiny_cfg, name):
-    losses = []
-    for value in (255, -1, 99):
-        tiny_cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
-        batch = make_batch(name)
-        for x in batch:
-            x["sem_seg"][x["sem_seg"] == 255] = value
-        losses.append(train_step(seeded_model(tiny_cfg), batch)["loss_sem_seg"])
-    assert losses[0] == losses[1] == losses[2] > 0
-
-
-@pytest.mark.parametrize("stride", [2, 8])
-def test_the_maps_follow_the_stride(tiny_cfg, stride):
-    """p2 has 4 pixels per cell; the ranking grid may be finer or coarser."""
-    tiny_cfg.MODEL.SRM_HEAD.STRIDE = stride
-    tiny_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"
-    losses = train_step(seeded_model(tiny_cfg), make_batch("two sizes"))
-    assert torch.isfinite(losses["loss_srm_pairs"]) and losses["loss_srm_pairs"] > 0
+    assert touched and all(n.startswith("srm_head.") for n in touched)
 
 
 def test_phase_network_leaves_the_ranking_head_alone(tiny_cfg):
@@ -197,6 +181,7 @@ def test_phase_ranking_leaves_the_network_alone(tiny_cfg, train_masks):
 
 
 def test_autocast(tiny_cfg):
+    """The ranking stays in single precision."""
     model, ranked, others = unsure_model(tiny_cfg), [], []
     for name, part in model.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
@@ -204,19 +189,13 @@ def test_autocast(tiny_cfg):
             part.register_forward_hook(lambda *x, seen=seen: seen.append(x[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         losses = train_step(model, make_batch("two sizes"))
-        results = infer(model, unequal_batch())
+        assert any(len(x["instances"]) > 1 for x in infer(model, unequal_batch()))
     assert all(torch.isfinite(x) for x in losses.values())
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert set(ranked) == {torch.float32} and torch.bfloat16 in others
-    assert any(len(x["instances"]) > 1 for x in results)
-    assert all(torch.isfinite(x["sem_seg"]).all() for x in results)
 
-
-# ---------------------------------------------------------------- inference
 
 DETECTIONS = {
     "no instance": ([], [], []),
-    "one": ([[8, 8, 40, 60]], [PERSON], [0.9]),
     "one class": ([[8, 8, 40, 60], [20, 8, 60, 60]], [PERSON, PERSON], [0.9, 0.8]),
     "empty box": ([[50, 50, 50, 50], [8, 8, 40, 60], [20, 20, 28, 44]], [3, 0, 1], [0.9, 0.8, 0.7]),
     "none confident": ([[8, 8, 40, 60]], [PERSON], [0.1]),
@@ -228,8 +207,7 @@ def test_infers_on_edge_cases(tiny_cfg, name):
     model = seeded_model(tiny_cfg)
     for mask_value in (0.9, 0.1):
         with_detections(model, *DETECTIONS[name], mask_value)
-        for order in ("score", "srm_mean", "srm_overlap", "srm_pairs"):
-            model.order = order
+        for model.order in ("score", "srm_mean", "srm_overlap", "srm_pairs"):
             # The output is twice as large as the input.
             inputs = {**make_input(SIZE, [], []), "height": 128, "width": 192}
             (result,) = infer(model, [inputs])
@@ -313,7 +291,7 @@ def test_outputs_and_fusion_inputs(tiny_cfg, outputs):
     model = unsure_model(tiny_cfg)
     inputs = unequal_batch()
     inputs[1].update(height=50, width=130)
-    for order in ("score", "srm_mean", "srm_overlap", "srm_pairs"):
+    for order in ("score", "srm_overlap", "srm_pairs"):
         model.order = everything.order = order
         results = infer(model, inputs, return_fusion_inputs=True)
         for x, whole in zip(results, infer(everything, inputs)):
@@ -336,48 +314,26 @@ def test_eight_threads_share_a_model(tiny_cfg):
     model, batch = unsure_model(tiny_cfg), unequal_batch()
 
     def call(i):
-        inputs = batch[i % 3 :] if i % 2 else [batch[i % 3]]
-        with torch.no_grad():
-            if i % 4 < 2:
-                return model(copy.deepcopy(inputs))
-            return model.inference(copy.deepcopy(inputs), return_fusion_inputs=True)
+        return infer(model, batch[i % 3 :] if i % 2 else [batch[i % 3]], return_fusion_inputs=i < 6)
 
     expected = [call(i) for i in range(12)]
     before = [dict(vars(part)) for part in model.modules()]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(8) as threads:
-            results = list(threads.map(call, [*range(12)] * 2))
-    finally:
-        sys.setswitchinterval(interval)
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(call, [*range(12)] * 2))
     for a, b in zip(results, expected * 2):
         for x, y in zip(a, b):
-            assert set(x) == set(y)
             assert_same_panoptic(x, y)
             assert torch.equal(x["instances"].scores, y["instances"].scores)
             assert torch.equal(x["instances"].pred_masks, y["instances"].pred_masks)
     for part, attributes in zip(model.modules(), before):
-        assert vars(part).keys() == attributes.keys()
         assert all(value is attributes[name] for name, value in vars(part).items())
 
 
-# ---------------------------------------------------------------- Panoptic FPN
-
-
-@pytest.fixture
-def zoo_convention(tiny_cfg):
-    tiny_cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = "stuff"
-    tiny_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 7
-    # Its semantic head knows no thing classes.
-    tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "score_map", "features")
-    return tiny_cfg
-
-
-def test_order_by_score_equals_panoptic_fpn(zoo_convention):
+def test_order_by_score_equals_panoptic_fpn(tiny_cfg):
     """With its weights and its convention: the same output, bit for bit."""
-    zoo_convention.MODEL.OANET.ORDER = "score"
-    theirs, ours = unsure_model(panoptic_fpn_cfg(zoo_convention)), unsure_model(zoo_convention)
+    tiny_cfg.merge_from_list([*STUFF, "MODEL.OANET.ORDER", "score"])
+    tiny_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry", "score_map", "features")
+    theirs, ours = unsure_model(panoptic_fpn_cfg(tiny_cfg)), unsure_model(tiny_cfg)
     loaded = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert loaded.unexpected_keys == []
     head = {f"srm_head.{x}" for x in ours.srm_head.state_dict()}
@@ -396,9 +352,6 @@ def test_order_by_score_equals_panoptic_fpn(zoo_convention):
     assert torch.equal(raw[0][0].pred_masks, their_raw[0][0].pred_masks)
 
 
-# ---------------------------------------------------------------- configs
-
-STUFF = ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7]
 SPATIAL = ["MODEL.SRM_HEAD.NAME", "SpatialRankingHead"]
 NO_MAP = ["MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT", 0.0]
 
@@ -409,26 +362,17 @@ NO_MAP = ["MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT", 0.0]
         (["MODEL.OANET.ORDER", "oracle"], ["MODEL.OANET.ORDER", "'oracle'", "srm_overlap"]),
         (["TEST.ORDERS", "('oracle', 'best')"], ["TEST.ORDERS", "'best'"]),
         (SPATIAL, ["MODEL.OANET.ORDER", "'srm_pairs'", "'PairwiseRankingHead'"]),
-        (
-            [*SPATIAL, "MODEL.OANET.ORDER", "srm_mean", "TEST.ORDERS", "('srm_pairs',)"],
-            ["TEST.ORDERS", "'srm_pairs'", "'PairwiseRankingHead'"],
-        ),
-        ([*NO_MAP, "MODEL.OANET.ORDER", "srm_mean"], ["OANET.ORDER", "MAP_LOSS_WEIGHT"]),
         ([*NO_MAP, "TEST.ORDERS", "('srm_overlap',)"], ["TEST.ORDERS", "MAP_LOSS_WEIGHT"]),
         ([*NO_MAP, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", "('score_map',)"], ["MAP_LOSS_WEIGHT", "0"]),
         (["MODEL.SRM_HEAD.PAIRS.EVIDENCE", "('depth',)"], ["EVIDENCE", "'depth'", "'score_map'"]),
         (STUFF, ["EVIDENCE", "'semantic'", "SUPERVISION", "'things_and_stuff'"]),
         (["MODEL.SEM_SEG_HEAD.SUPERVISION", "all"], ["SUPERVISION", "'all'", "things_and_stuff"]),
-        (
-            ["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead", "MODEL.OANET.ORDER", "score"],
-            ["SEM_SEG_HEAD.NAME", "'SemSegFPNHead'", "'OANetSemSegFPNHead'"],
-        ),
+        (["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"], ["'SemSegFPNHead'", "'OANetSemSegFPNHead'"]),
         (["MODEL.MASK_ON", False], ["MODEL.MASK_ON", "False", "True"]),
         (["MODEL.OANET.OUTPUTS", "('masks',)"], ["OANET.OUTPUTS", "'masks'", "'pred_masks'"]),
         (["MODEL.SRM_HEAD.IN_FEATURE", "p9"], ["SRM_HEAD.IN_FEATURE", "'p9'", "'p2'"]),
         (["MODEL.SRM_HEAD.TRAIN_MASKS", "pred"], ["TRAIN_MASKS", "'pred'", "'detections'"]),
         (["MODEL.SRM_HEAD.STRIDE", 3], ["SRM_HEAD.STRIDE", "3", "4"]),
-        (["MODEL.SRM_HEAD.STRIDE", 0], ["SRM_HEAD.STRIDE", "0"]),
     ],
     ids=str,
 )
@@ -443,15 +387,3 @@ def test_a_feature_that_no_head_looks_at_need_not_exist(tiny_cfg):
     tiny_cfg.merge_from_list([*SPATIAL, "MODEL.OANET.ORDER", "srm_mean"])
     tiny_cfg.MODEL.SRM_HEAD.IN_FEATURE = "p9"
     assert torch.isfinite(train_step(build_model(tiny_cfg), make_batch())["loss_srm"])
-
-
-@pytest.mark.parametrize("config", ["oanet_R_50_1x.yaml", "oanet_R_101_3x.yaml"])
-def test_coco_configs_train_and_infer(config):
-    model = build_model(load_config(f"COCO-PanopticSegmentation/{config}"))
-    assert isinstance(model, OANet)
-    assert model.sem_seg_head.predictor.out_channels == 133
-    boxes = [[8, 8, 40, 60], [20, 20, 28, 44]]
-    inputs = [make_input((64, 64), boxes, [0, 27], 1, num_things=80)]
-    losses = train_step(model, inputs)
-    assert all(torch.isfinite(x) for x in losses.values())
-    assert infer(model, inputs)[0]["sem_seg"].shape == (54, 64, 64)
