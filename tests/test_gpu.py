@@ -122,7 +122,6 @@ def painting(to):
 def with_mistakes(to):
     real = GridInstances(*map(to, vars(make_grid_instances(*scene()[:3])).values()))
     found = with_false_positives(real, CLASSES, 1.0)
-    assert len(found.masks) == len(found.boxes) == len(found.scores) > NUM
     return found.masks[:NUM], found.classes[:NUM], found.boxes[:NUM]  # the others are random
 
 
@@ -156,8 +155,7 @@ DEVICES = [
 
 @pytest.fixture(autouse=True)
 def single_precision(monkeypatch):
-    """cuDNN would round the factors of convolutions."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it rounds
 
 
 @pytest.fixture
