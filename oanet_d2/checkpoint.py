@@ -1,6 +1,8 @@
+import codecs
 import os
 import pickle
 import re
+from collections import OrderedDict
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 from urllib.parse import urlparse
 
@@ -111,7 +113,7 @@ class OANetCheckpointer(DetectionCheckpointer):
         try:
             if not self.allow_pickle and filename.endswith(".pkl"):
                 with open(filename, "rb") as f:
-                    _ArrayUnpickler(f, encoding="latin1").load()  # then Detectron2 may read it
+                    _PickleCheck(f, encoding="latin1").load()  # then Detectron2 may read it
             elif filename.endswith(".pyth"):
                 self._torch_load(filename)
             checkpoint = super()._load_file(filename)
@@ -151,21 +153,61 @@ class OANetCheckpointer(DetectionCheckpointer):
             )
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    # What pickles of NumPy arrays and scalars, bytes and ordered dicts refer to.
-    harmless = re.compile(
-        r"numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
-        r"|collections\.OrderedDict|_codecs\.encode|__builtin__\.bytes"
-    )
-
-    def find_class(self, module: str, name: str):
-        if not self.harmless.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
-        return super().find_class(module, name)
-
-
 def first_not_finite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
     """
     The first name whose tensor holds NaN or infinite numbers, or None.
     """
     return next((name for name, x in tensors if not torch.isfinite(x).all()), None)
+
+
+def _refuse(what: str):
+    raise pickle.UnpicklingError(f"GLOBAL {what} is not allowed")  # as torch says it
+
+
+# NumPy's own classes trust what a pickle says, and make objects out of any bytes. The check unpickles
+# into these instead, which take nothing but numbers.
+class _Dtype:
+    def __init__(self, code, align=False, copy=True):
+        if not re.fullmatch(r"[biufc]\d+", code):
+            _refuse(f"numpy.dtype({code!r})")
+
+    def __setstate__(self, state):
+        if state[1] not in ("<", ">", "|", "=") or state[2:] != (None, None, None, -1, -1, 0):
+            _refuse("numpy.dtype")
+
+
+class _Array:
+    def __setstate__(self, state):
+        _, shape, dtype, _, _ = state
+        if not isinstance(dtype, _Dtype) or any(n < 0 for n in shape):
+            _refuse("numpy.ndarray")
+
+
+def _reconstruct(cls, shape, code):
+    if cls is not _Array or shape != (0,) or code not in ("b", b"b"):
+        _refuse("numpy.ndarray")
+    return _Array()
+
+
+def _scalar(dtype, data):
+    if not isinstance(dtype, _Dtype):
+        _refuse("numpy.generic")
+
+
+# Everything that pickles of NumPy arrays and scalars (protocols 0 to 4) and ordered dicts refer to.
+_GLOBALS = {
+    "collections.OrderedDict": OrderedDict,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
+    **{f"numpy.{core}.multiarray._reconstruct": _reconstruct for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    "_codecs.encode": codecs.encode,  # protocols 0 to 2 have no bytes
+    "__builtin__.bytes": bytes,
+}
+
+
+class _PickleCheck(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if f"{module}.{name}" not in _GLOBALS:
+            _refuse(f"{module}.{name}")
+        return _GLOBALS[f"{module}.{name}"]

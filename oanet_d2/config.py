@@ -72,7 +72,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.OANET = CN()
     # The rule that orders the instances before painting: "score" (detection score, as Panoptic
     # FPN), "srm_mean" (the paper's Eq. 3), "srm_overlap" (who wins inside each overlap on the score
-    # map), "srm_pairs" (the comparison of pairs), or your own in RANKING_RULE_REGISTRY.
+    # map), "srm_pairs" (the comparison of pairs), "smaller_first", "lower_first" (in the image), or a
+    # rule of your own in RANKING_RULE_REGISTRY.
     cfg.MODEL.OANET.ORDER = "srm_pairs"
     # Where no instance is painted: True: a pixel whose best semantic class is a thing stays void.
     # False: it takes its best stuff class, as in the paper.
@@ -97,7 +98,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
 
     # ---------------------------------------------------------------- evaluation
     # Painting orders to compare on the same predictions, in OUTPUT_DIR/orderings.json: rules as in
-    # MODEL.OANET.ORDER, and "oracle", the order that the ground truth gives.
+    # MODEL.OANET.ORDER; "oracle", the order that the ground truth gives; "class_order", which class
+    # lies on which in the training annotations.
     cfg.TEST.ORDERS = ()
     cfg.TEST.ORDER_PICTURES = 12  # the most of each kind that an evaluation and its report show
     # True: an evaluation writes OUTPUT_DIR/inference/panoptic.json and PNGs in panoptic/, the COCO

@@ -27,6 +27,7 @@ from .evaluation import (
     PanopticFiles,
     PanopticPictures,
     build_instance_evaluator,
+    count_class_margins,
     orderings_of,
     orderings_table,
     write_orderings,
@@ -195,7 +196,10 @@ class OANetTrainer(DefaultTrainer):
             compared, most = ("score", model.order), cfg.TEST.ORDER_PICTURES
             has_report = _has_report(cfg)
             report = ReportRecorder(dataset_name, folder, most, compared) if has_report else None
-            evaluators.append(PanopticEvaluator(model, cfg.TEST.ORDERS, report))
+            by_class = None
+            if "class_order" in cfg.TEST.ORDERS:
+                by_class = count_class_margins(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+            evaluators.append(PanopticEvaluator(model, cfg.TEST.ORDERS, report, by_class))
         metadata = MetadataCatalog.get(dataset_name)
         has_instances = metadata.json_file and metadata.thing_classes
         if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
