@@ -150,7 +150,7 @@ class DivergenceGuard(HookBase):
         self._batch = inputs[0]
 
     def _check(self, model, inputs, losses: Dict[str, torch.Tensor]):
-        if model.training and not sum(losses.values()).isfinite():
+        if model.training and not torch.as_tensor(sum(losses.values())).isfinite():
             bad = [f"{name} is {x.item()}" for name, x in losses.items() if not x.isfinite()]
             raise FloatingPointError(", ".join(bad) + ".")
 

@@ -69,7 +69,7 @@ class TrainingStream(IterableDataset):
         self.batch_size = batch_size
         self.groups = groups
         self.rank = comm.get_rank()  # which a worker process may not know
-        self.seed: int = self.sampler._seed
+        self.seed: int = vars(sampler)["_seed"]
         self.first_batch = 0
 
     def batches(self) -> Iterator[List[int]]:
