@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from oanet_d2.data.occlusion_scenes import write_split
-from tests.conftest import REPOSITORY, SMALLEST, load_config
-
-sys.path.insert(0, str(REPOSITORY / "demo"))  # as for `python demo/demo.py`
+from tests.conftest import SMALLEST, load_config
 
 
 @pytest.fixture(scope="session")
