@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from oanet_d2.checkpoint import CheckpointError
 from oanet_d2.data.occlusion_scenes import write_split
-from tests.conftest import SMALLEST, load_config, make_input, registered, scenes_paths, trainer_of
+from tests.conftest import make_input, registered, scenes_paths, trainer_of, training_cfg
 
 # Every anchor and every proposal is sampled, whatever the random numbers; no statistics of a batch.
 DETERMINISTIC = [
@@ -21,7 +21,8 @@ DETERMINISTIC = [
 
 
 def demo_model(seed):
-    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", *SMALLEST, *DETERMINISTIC)
+    cfg = training_cfg("occlusion_scenes_train", "")
+    cfg.merge_from_list(DETERMINISTIC)
     torch.manual_seed(seed)
     return build_model(cfg).train()
 
@@ -35,17 +36,11 @@ def gradients(model, rank):
     return {n.replace("module.", "", 1): p.grad for n, p in model.named_parameters()}
 
 
-def scenes_cfg(name, folder, *opts):
-    """Six iterations; in the last three the ranking head learns alone."""
-    return load_config(
-        "OcclusionScenes/oanet_R_18.yaml",
-        *SMALLEST,
-        *["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
-        *["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.NUM_WORKERS", "0"],
-        *["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"],
-        *["MODEL.SRM_HEAD.TRAIN_MASKS", "gt", "SOLVER.SRM_ONLY_SHARE", "0.5"],
-        *["SOLVER.WEIGHT_DECAY", "0.1", "OUTPUT_DIR", str(folder / "out")],
-    )
+def scenes_cfg(name, folder):
+    """In the last three of six iterations the ranking head learns alone."""
+    cfg = training_cfg(name, folder / "out", share="0.5")
+    cfg.MODEL.SRM_HEAD.TRAIN_MASKS, cfg.SOLVER.WEIGHT_DECAY = "gt", 0.1
+    return cfg
 
 
 def train_in_process(scenes, folder):

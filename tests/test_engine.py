@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oanet_d2.engine import OANetTrainer
-from tests.conftest import AfterStep, panoptic_fpn_cfg, trainer_of
+from tests.conftest import after_step, panoptic_fpn_cfg, trainer_of
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_first_the_network_learns_then_only_the_ranking(cfg, optimizer):
         state = trainer.model.state_dict()
         states[trainer.iter] = {name: tensor.clone() for name, tensor in state.items()}
 
-    trainer.register_hooks([AfterStep(i, copy) for i in (0, 2, 5)])
+    trainer.register_hooks([after_step(i, copy) for i in (0, 2, 5)])
     trainer.train()
     for first, last, parts in (
         (0, 2, {"backbone", "proposal_generator", "roi_heads", "sem_seg_head"}),

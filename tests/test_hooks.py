@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oanet_d2.checkpoint import CheckpointError
-from tests.conftest import AfterStep, trainer_of
+from tests.conftest import after_step, trainer_of
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_diverged_training_says_where_and_keeps_the_batch(train_cfg, part, spo
         weights.update({k: v.clone() for k, v in trainer.model.named_parameters()})
 
     trainer.model.get_submodule(part).register_forward_hook(spoil)
-    trainer.register_hooks([AfterStep(3, copy)])
+    trainer.register_hooks([after_step(3, copy)])
     with pytest.raises(FloatingPointError) as error:
         trainer.train()
     message = str(error.value)
@@ -61,7 +61,7 @@ def test_weights_that_are_not_finite_never_get_into_a_checkpoint(train_cfg, step
     def spoil():
         trainer.model.sem_seg_head.predictor.bias.data[0] = math.inf
 
-    trainer.register_hooks([AfterStep(step, spoil)])
+    trainer.register_hooks([after_step(step, spoil)])
     trainer._hooks.insert(0, trainer._hooks.pop())  # before the checkpoint of that step
     with pytest.raises(FloatingPointError, match=words):
         trainer.train()
@@ -80,6 +80,6 @@ def test_a_full_disk_is_what_the_error_says(train_cfg, monkeypatch):
         monkeypatch.setattr("detectron2.utils.events.JSONWriter.write", full)
 
     trainer = trainer_of(train_cfg)
-    trainer.register_hooks([AfterStep(2, fill)])
+    trainer.register_hooks([after_step(2, fill)])
     with pytest.raises(CheckpointError, match="model_0000003.pth cannot be written: .*No space"):
         trainer.train()

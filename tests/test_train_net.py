@@ -53,12 +53,12 @@ def train_net(subprocess_env, datasets_root, tmp_path):
 
 def test_trains_in_two_processes_and_evaluates_again_in_one(train_net, tmp_path):
     files = tmp_path / "orderings.json", tmp_path / "report.html"
-    text = train_net("--num-gpus", "2", "--dist-url", "auto", "SOLVER.MAX_ITER", "4")
-    assert str(files[1]) in text
+    train_net("--num-gpus", "2", "--dist-url", "auto", "SOLVER.MAX_ITER", "4")
     first = json.loads(files[0].read_text())
     assert first["images"] == 4 and {"score", "srm_pairs", "oracle"} <= set(first["orderings"])
     assert first["seconds"]["train"] > 0 and first["seconds"]["eval"] > 0
-    files[1].unlink()
+    for file in files:
+        file.unlink()
     train_net("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
     assert json.loads(files[0].read_text())["orderings"] == first["orderings"]
     assert files[1].exists()
