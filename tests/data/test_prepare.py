@@ -13,16 +13,13 @@ from tests.conftest import REPOSITORY
 
 
 def prepare(monkeypatch, name, source):
-    """
-    Run datasets/prepare_<name>.py. By split and image: the class of every pixel, "" for void, and the
-    class and whole mask of every thing.
-    """
+    """By split and image: the class of every pixel ("": void); class and whole mask of every thing."""
     script, out, found = f"{REPOSITORY}/datasets/prepare_{name}.py", source / "out", {}
     monkeypatch.setattr(sys, "argv", [script, "--source", str(source), "--output", str(out)])
     runpy.run_path(script, run_name="__main__")
     for split in ("train", "val"):
-        jsons = out / f"panoptic_{split}.json", out / f"instances_{split}.json"
         folder = out / f"panoptic_{split}"
+        jsons = out / f"panoptic_{split}.json", out / f"instances_{split}.json"
         assert check(out / "images" / split, jsons[0], folder, jsons[1]) == []
         coco, things = (json.loads(x.read_text()) for x in jsons)
         names = {c["id"]: c["name"] for c in coco["categories"]}
@@ -31,9 +28,10 @@ def prepare(monkeypatch, name, source):
             classes = np.full(ids.shape, "", dtype=object)
             for s in image["segments_info"]:
                 classes[ids == s["id"]] = names[s["category_id"]]
-            shown = [x for x in things["annotations"] if x["image_id"] == image["image_id"]]
-            masks = [(names[x["category_id"]], coco_mask.decode(x["segmentation"])) for x in shown]
-            found[split, image["file_name"]] = classes, masks
+            found[split, image["file_name"]] = classes, [
+                (names[x["category_id"]], coco_mask.decode(x["segmentation"]))
+                for x in things["annotations"] if x["image_id"] == image["image_id"]
+            ]
     return found
 
 
@@ -58,26 +56,25 @@ def test_street_fashion(tmp_path, monkeypatch):
     names = ["background", "person", "footwear", "", "bag", "outerwear", "tie"]
     expected = np.array(names, dtype=object)[labels]
     expected[120:140, 70:90] = "person"
-    person = ~np.isin(expected, ["background", "bag"])
     for classes, masks in found.values():
         assert (classes == expected).all()
         assert sorted(c for c, _ in masks) == sorted([*names[1:3], *names[4:], "footwear"])
-        assert (dict(masks)["person"] == person).all() and dict(masks)["footwear"].sum() == 200
+        assert (dict(masks)["person"] == ~np.isin(expected, ["background", "bag"])).all()
+        assert dict(masks)["footwear"].sum() == 200
 
 
 def test_facades(tmp_path, monkeypatch):
     shown = [  # class; left, top, right, bottom
-        *[("car", 200, 280, 300, 350), ("street", 0, 300, 200, 416), ("window", 10, 10, 12, 12)],
-        *[("window", 60, 60, 80, 80), ("window", 50, 50, 100, 100), ("facade", 0, 0, 250, 310)],
-        *[("balcony-fence", 40, 90, 110, 120), ("vegetation", 90, 0, 130, 110)],
-        ("street", 200, 300, 416, 416),
+        *[("street", 0, 300, 200, 416), ("car", 200, 280, 300, 350), ("street", 200, 300, 416, 416)],
+        *[("window", 60, 60, 80, 80), ("window", 50, 50, 100, 100), ("window", 10, 10, 12, 12)],
+        *[("balcony-fence", 40, 90, 110, 120), ("vegetation", 90, 0, 130, 110), ("facade", 0, 0, 250, 310)],
     ]
     listed = ["facade", *sorted({c for c, *_ in shown})]  # the first one has no annotation
     coco = {"categories": [{"id": i, "name": c} for i, c in enumerate(listed)], "annotations": []}
     for c, *box in shown:
         x0, y0, x1, y1 = (2 * v for v in box)
-        annotation = {"image_id": 0, "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]}
-        coco["annotations"].append({**annotation, "category_id": listed.index(c, 1)})
+        polygon = {"segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]}
+        coco["annotations"].append({"image_id": 0, "category_id": listed.index(c, 1), **polygon})
     for folder, name in ("train", "4_scaled_0"), ("valid/images", "2_scaled_0"), ("test", "4_scaled_1"):
         path = tmp_path / folder / f"{name}.rf.a.jpg"
         path.parent.mkdir(parents=True)
@@ -85,11 +82,9 @@ def test_facades(tmp_path, monkeypatch):
         coco["images"] = [{"id": 0, "file_name": path.name}]
         (tmp_path / folder[:5] / "_annotations.coco.json").write_text(json.dumps(coco))
     found = prepare(monkeypatch, "facades", tmp_path)
-    files = ("train", "2_scaled_0"), ("val", "4_scaled_0"), ("val", "4_scaled_1")
-    assert list(found) == [(split, f"{name}.rf.a.png") for split, name in files]
+    assert [f"{s} {f[:10]}" for s, f in found] == ["train 2_scaled_0", "val 4_scaled_0", "val 4_scaled_1"]
     expected = np.full((416, 416), "", dtype=object)
-    order = ("street", "facade", "window", "balcony-fence", "vegetation", "car")
-    for c in order:
+    for c in "street facade window balcony-fence vegetation car".split():
         for x0, y0, x1, y1 in [box for name, *box in shown if name == c and box[3] > 12]:
             expected[y0:y1, x0:x1] = c
     expected[50:110, 90:100] = expected[90:110, 90:110] = ""  # is the tree before or behind them?
