@@ -5,6 +5,7 @@ The order of the training data: an endless stream that can be entered anywhere.
 import random
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from detectron2.data import (
+    DatasetFromList,
     build_batch_data_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -119,7 +121,8 @@ class TrainingStream(IterableDataset):
 
 def build_train_loader(cfg, mapper):
     """
-    Detectron2's `build_detection_train_loader`, of a :class:`TrainingStream`.
+    Detectron2's `build_detection_train_loader`, of a :class:`TrainingStream`. With
+    `INPUT.COPY_PASTE` the mapper gets all images, too, as `others`.
 
     Returns:
         DataLoader whose `dataset` is the stream.
@@ -127,13 +130,16 @@ def build_train_loader(cfg, mapper):
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
+    groups = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = [int(x["width"] > x["height"]) for x in dicts]
+    if cfg.INPUT.COPY_PASTE > 0:
+        dicts = DatasetFromList(dicts, copy=False)  # which workers share
+        mapper = partial(mapper, others=dicts)
     # Detectron2 makes the samples and the sampler of the config.
     indexed = build_detection_train_loader(
         cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
     ).dataset
-    groups = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = [int(x["width"] > x["height"]) for x in dicts]
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     stream = TrainingStream(indexed.dataset, indexed.sampler, batch_size, groups)
     if stream.seed < 0:  # newer versions of Detectron2 hand SEED -1 on: a random seed

@@ -1,0 +1,218 @@
+from functools import partial
+from graphlib import TopologicalSorter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+from oanet_d2.data import PanopticDatasetMapper
+from oanet_d2.data.copy_paste import cut_out, paste
+from oanet_d2.data.training_stream import build_train_loader
+from tests.data.conftest import make_mapper
+from tests.data.test_dataset_mapper import augmentations, scenes, write_scene
+
+BLUE = 200  # of a source's pixels; images of `write_scene` have no blue
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("image"), tmp_path_factory.mktemp("source")
+
+
+def write_source(folder, size, rectangles, masks):
+    Image.new("RGB", size[::-1], (0, 0, BLUE)).save(folder / "blue.png")
+    d = write_scene(folder, size, rectangles, masks)
+    return {**d, "file_name": str(folder / "blue.png")}
+
+
+def mapped(seed, mapper, *args):
+    np.random.seed(seed)
+    return mapper(*args)
+
+
+def tensors(sample):
+    found = [sample["panoptic_seg"][0], sample["panoptic_category"], sample["sem_seg"]]
+    instances = sample["instances"]
+    found += [instances.gt_boxes.tensor, instances.gt_classes]
+    polygons, (h, w) = isinstance(instances.gt_masks, PolygonMasks), instances.image_size
+    masks = instances.gt_masks
+    return [*found, (BitMasks.from_polygon_masks(masks, h, w) if polygons else masks).tensor]
+
+
+def paint(ids, masks, segments):
+    """Paint whole masks so that whoever is seen on another comes later; a cycle is an error."""
+    below = {i: [] for i in segments}
+    for mask, i in zip(masks, segments):
+        for upper in set(ids[mask].tolist()) & set(segments) - {i}:
+            below[upper].append(i)
+    painted, mask_of = ids.clone(), dict(zip(segments, masks))
+    for i in TopologicalSorter(below).static_order():
+        painted[mask_of[i]] = i
+    return painted
+
+
+@given(st.data(), *[st.sampled_from([None, "polygon", "rle"])] * 2, st.booleans())
+def test_whole_masks_paint_the_panoptic_map(folders, data, masks, source_masks, stuff_only):
+    """For every pair of scenes, after every augmentation, with masks of every kind."""
+    size, rectangles = data.draw(scenes())
+    d = write_scene(folders[0], size, rectangles, masks)
+    source = write_source(folders[1], *data.draw(scenes()), source_masks)
+    if masks is None and data.draw(st.booleans()):
+        for segment in [*d["segments_info"], *source["segments_info"]]:
+            segment["category_id"] = 1  # all of one class
+    steps = data.draw(augmentations(resize=masks != "polygon"))
+    make = partial(make_mapper, True, steps, stuff_only=stuff_only)
+    make = partial(make, instance_mask_format="polygon" if masks == "polygon" else "bitmask")
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    plain, sample = mapped(seed, make(), d), mapped(seed, make(copy_paste=1.0), d, [source])
+    for x, y in zip(tensors(plain), tensors(mapped(seed, make(), d, [source]))):
+        assert torch.equal(x, y)  # with probability 0
+    blind = mapped(seed, make(copy_paste=1.0, read_image=False), d, [source])
+    assert "image" not in blind and blind["panoptic_seg"][1] == sample["panoptic_seg"][1]
+    for x, y, z in zip(tensors(plain), tensors(sample), tensors(blind)):
+        assert torch.equal(y, z) and x.dtype == y.dtype and x.shape[1:] == y.shape[1:]
+
+    # The image says what was pasted where, and nothing else has changed.
+    before, (ids, segments) = plain["panoptic_seg"][0], sample["panoptic_seg"]
+    pasted = sample["image"][2] == BLUE
+    assert torch.equal(sample["image"][:, ~pasted], plain["image"][:, ~pasted])
+    assert torch.equal(ids[~pasted], before[~pasted]) and (ids[pasted] > len(rectangles)).all()
+    if not pasted.any():
+        assert segments == plain["panoptic_seg"][1]
+        return
+    assert [s["id"] for s in segments] == [i for i in ids.unique().tolist() if i > 0]
+    category, labels = torch.full_like(ids, -1), torch.full_like(ids, 255)
+    for s in segments:
+        category[ids == s["id"]] = s["category_id"] + (0 if s["isthing"] else 6)
+        labels[ids == s["id"]] = 0 if s["isthing"] else s["category_id"]
+    assert torch.equal(sample["panoptic_category"], category)
+    if stuff_only:
+        assert torch.equal(sample["sem_seg"], labels)
+
+    # Instances keep their whole masks, or go with their segments.
+    visible = set(before.unique().tolist())
+    own = [i for i, (_, kind, _) in enumerate(rectangles, 1) if kind == "thing" and i in visible]
+    if masks is not None:
+        own = (plain["instances"].gt_classes + 1).tolist()  # the hidden ones, too
+    new = [s for s in segments if s["id"] > len(rectangles)]
+    assert all(s["isthing"] and not s["iscrowd"] for s in new)
+    kept = [k for k, i in enumerate(own) if i not in visible or (ids == i).any()]
+    boxes, classes, whole = tensors(sample)[3:]
+    assert torch.equal(whole[: len(kept)], tensors(plain)[5][kept])
+    expected = plain["instances"].gt_classes[kept].tolist() + [s["category_id"] for s in new]
+    assert classes.tolist() == expected
+    assert torch.equal(boxes, BitMasks(whole).get_bounding_boxes().tensor)
+
+    # Where crowds and stuff lay over a whole mask before, instances alone do not paint the map.
+    seen = [k for k in kept if own[k] in visible]
+    of_things = torch.isin(before, torch.tensor([own[k] for k in seen]))
+    unclear = tensors(plain)[5].any(0) & ~of_things & ~pasted
+    chosen = [n for n, k in enumerate(kept) if own[k] in visible] + [*range(len(kept), len(whole))]
+    painted = paint(ids, whole[chosen], [own[k] for k in seen] + [s["id"] for s in new])
+    assert torch.equal(painted[~unclear], ids[~unclear])
+
+
+SQUARE = (40, 50), [(1, "stuff", (0, 0, 50, 40)), (2, "thing", (15, 10, 35, 30))]
+
+
+@pytest.mark.parametrize("masks", [None, "rle"])
+def test_both_ways_round_scaled_and_flipped(folders, masks):
+    """A square near a square: in front of it, or behind it and before the stuff."""
+    d, source = (write_scene(folder, *SQUARE, masks) for folder in folders)
+    pixels = np.full((40, 50, 3), 100, dtype=np.uint8)
+    pixels[:, 25:] = BLUE
+    Image.fromarray(pixels).save(source["file_name"])
+    ways, flips, sides = set(), set(), []
+    for seed in range(40):
+        sample = mapped(seed, make_mapper(copy_paste=1.0), d, [source])
+        ids, whole = sample["panoptic_seg"][0], sample["instances"].gt_masks.tensor
+        if len(whole) < 2:  # it hides the other, or would be hidden
+            continue
+        own, new = whole
+        assert own.sum() == 20 * 20 and sample["instances"].gt_classes.tolist() == [1, 1]
+        rows, columns = new.any(1), new.any(0)
+        assert torch.equal(new, rows[:, None] & columns) and rows.sum() == columns.sum()
+        sides.append(int(rows.sum()))
+        shown = set(ids[own & new].tolist())
+        ways |= shown
+        assert shown <= {2, 3} and len(shown) < 2
+        assert (ids[new & ~own] == 3).all() and (ids[own & ~new] == 2).all()
+        blue = sample["image"][2, rows][:, columns][ids[rows][:, columns] == 3]
+        if {100, BLUE} <= set(blue.tolist()):
+            flips.add(int(blue[0]))
+    assert ways == {2, 3} and flips == {100, BLUE}
+    assert min(sides) < 14 and max(sides) > 24 and max(sides) <= 0.7 * 40
+
+
+@pytest.mark.parametrize(
+    "rectangles, masks",
+    [([], None), ([(3, "crowd", (5, 5, 20, 20))], None), ([(3, "crowd", (5, 5, 20, 20))], "rle"),
+     ([(3, "thing", (5, 5, 20, 20)), (4, "stuff", (8, 8, 30, 14))], "polygon"),
+     ([(3, "thing", (5, 5, 20, 20)), (4, "stuff", (5, 15, 30, 30))], "rle")],
+)  # fmt: skip
+def test_crowds_and_what_is_covered_are_not_pasted(folders, rectangles, masks):
+    source = write_source(folders[1], (30, 30), rectangles, masks)
+    assert all(mapped(seed, cut_out, source, (20, 20), "RGB") == [] for seed in range(5))
+
+
+def test_unequal_sizes_and_an_image_without_instances(folders):
+    d = write_scene(folders[0], (9, 64), [(7, "crowd", (0, 0, 30, 9))], "rle")
+    source = write_source(folders[1], (64, 21), [(5, "thing", (3, 2, 18, 60))], "polygon")
+    sample = mapped(0, make_mapper(copy_paste=1.0), d, [source])
+    assert len(sample["instances"]) == 1 and sample["image"].shape == (3, 9, 64)
+    whole = sample["instances"].gt_masks.tensor[0]
+    assert torch.equal(whole, sample["panoptic_seg"][0] == 2)
+    assert torch.equal(whole, sample["image"][2] == BLUE)
+    Path(source["file_name"]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"blue\.png"):
+        mapped(0, make_mapper(copy_paste=1.0), d, [source])
+    Image.new("RGB", (64, 21)).save(source["file_name"])
+    with pytest.raises(ValueError, match=r"blue\.png.*64 x 21"):
+        mapped(0, make_mapper(copy_paste=1.0), d, [source])
+
+
+coordinates = st.floats(-8, 38, allow_nan=False, width=32)
+polygon = st.lists(coordinates, min_size=6, max_size=12).map(lambda x: x[: len(x) // 2 * 2])
+
+
+@given(st.lists(polygon, min_size=1, max_size=3))
+def test_polygons_become_detectron2s_bitmasks(polygons):
+    """Also those that leave the image."""
+    masks = PolygonMasks([polygons])
+    instances = Instances((20, 30), gt_masks=masks, gt_boxes=masks.get_bounding_boxes())
+    instances.gt_classes = torch.tensor([0])
+    expected = BitMasks.from_polygon_masks(masks, 20, 30).tensor
+    sample = {"instances": instances, "segments_info": []}
+    corner = np.ones((1, 1), dtype=bool)
+    paste([(corner, None, 3)], sample, np.zeros((20, 30), dtype=np.int64))
+    assert torch.equal(sample["instances"].gt_masks.tensor[:1], expected)
+    assert isinstance(sample["instances"].gt_boxes, Boxes)
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pastes_depend_on_the_place_alone(train_cfg, sampler, workers):
+    """A resumed training sees the same ones; without images they are the same, too."""
+    train_cfg.INPUT.COPY_PASTE, train_cfg.DATALOADER.SAMPLER_TRAIN = 0.5, sampler
+    train_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"
+    found = []
+    for architecture, first in (("OANet", 0), ("OANet", 4), ("SRMFromAnnotations", 4)):
+        train_cfg.MODEL.META_ARCHITECTURE = architecture
+        train_cfg.DATALOADER.NUM_WORKERS = workers if first else 0
+        loader = build_train_loader(train_cfg, PanopticDatasetMapper(train_cfg, is_train=True))
+        loader.dataset.seed, loader.dataset.first_batch = 7, first
+        found.append([x for batch in islice(loader, 8 - first) for x in batch])
+    for whole, resumed, blind in zip(found[0][8:], *found[1:]):
+        assert torch.equal(whole["image"], resumed["image"]) and "image" not in blind
+        for x, y, z in zip(*map(tensors, (whole, resumed, blind))):
+            assert torch.equal(x, y) and torch.equal(x, z)
+    plain = {x["image_id"]: len(x["annotations"]) for x in loader.dataset.samples._dataset}
+    pasted = sum(len(x["instances"]) > plain[x["image_id"]] for x in found[0])
+    assert 0 < pasted < 16
