@@ -7,7 +7,7 @@ Random numbers come from NumPy's global state, the same with and without images.
 """
 
 from functools import partial
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from pycocotools import mask as mask_util
 from scipy.optimize import linear_sum_assignment
 
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, polygons_to_bitmask
+from detectron2.structures import BitMasks, Boxes, Instances, polygons_to_bitmask
 
 from ..painting.masks import BoxedMasks, Region
 from ..painting.matching import visible_margins
@@ -63,11 +63,11 @@ def cut_out(source: Dict, size: Tuple[int, int], image_format: Optional[str]) ->
     found = []
     for i in np.random.permutation(len(things))[: 3 * MOST]:  # so that the time has a limit
         mask = (ids == things[i]["id"]).view(np.uint8)
-        x, y, w, h = cv2.boundingRect(mask)
-        region = slice(y, y + h), slice(x, x + w)
+        box, category_id = cv2.boundingRect(mask), things[i]["category_id"]
+        mask = mask[_region(box)]
         with naming(f"annotations of {source['file_name']}"):
-            if _is_whole((x, y, w, h), mask[region], things[i]["category_id"], source):
-                found.append((region, mask[region], things[i]["category_id"]))
+            if _is_whole(box, mask, category_id, source):
+                found.append((_region(box), mask, category_id))
         if len(found) == MOST:
             break
     image = None
@@ -82,23 +82,29 @@ def cut_out(source: Dict, size: Tuple[int, int], image_format: Optional[str]) ->
         scale = min(scale, *(LONGEST * a / b for a, b in zip(size, mask.shape)))
         h, w = (max(round(scale * side), 1) for side in mask.shape)
         step = np.random.choice([1, -1])
-        mask = cv2.resize(mask, (w, h), interpolation=cv2.INTER_NEAREST)[:, ::step] > 0
+        mask = cv2.resize(mask, (w, h), interpolation=cv2.INTER_NEAREST)[:, ::step]
+        tight = _region(cv2.boundingRect(mask.copy()))  # thin parts may be lost
         pixels = None
         if image is not None:
             smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
             pixels = cv2.resize(image[region], (w, h), interpolation=smooth)
-            pixels = pixels.reshape(h, w, -1)[:, ::step]
-        cutouts.append(Cutout(mask, pixels, category_id))
+            pixels = pixels.reshape(h, w, -1)[:, ::step][tight]
+        cutouts.append(Cutout(mask[tight] > 0, pixels, category_id))
     return cutouts
 
 
-def _is_whole(box: Tuple[int, ...], mask: np.ndarray, category_id: int, source: Dict) -> bool:
+def _region(rect: Sequence[int]) -> Region:
+    x, y, w, h = rect
+    return slice(y, y + h), slice(x, x + w)
+
+
+def _is_whole(box: Sequence[int], mask: np.ndarray, category_id: int, source: Dict) -> bool:
     """
     Whether an annotation has the class, the box and the area of a visible mask: what is hidden of
     an instance shrinks at least one of them.
     """
-    if not mask.any() or "annotations" not in source:
-        return mask.any()
+    if mask.size == 0 or "annotations" not in source:
+        return mask.size > 0
     size = source["height"], source["width"]
     wholes = [
         mask_util.merge(mask_util.frPyObjects(x["segmentation"], *size))
@@ -126,12 +132,12 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
         ids: (H, W) int64 segment ids. Changed in place.
     """
     instances, segments_info = sample["instances"], sample["segments_info"]
-    size, number = ids.shape, len(instances)
-    regions = _regions(instances)
-    masks = [_mask_in(instances.gt_masks, i, region) for i, region in enumerate(regions)]
+    size, number = instances.image_size, len(instances)
+    regions, masks = _regions_and_masks(instances)
+    boxed = BoxedMasks(regions, lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu"))
     classes = instances.gt_classes.tolist()
     own = _segments_of(masks, regions, classes, ids, segments_info)
-    margins = visible_margins(_boxed(masks, regions, size), torch.tensor(own), torch.from_numpy(ids))
+    margins = visible_margins(boxed, torch.tensor(own), torch.from_numpy(ids))
     # Where nothing decides, chance does.
     order = order_from_margins(margins, torch.from_numpy(np.random.rand(number))).tolist()
 
@@ -139,9 +145,9 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
         seen = [i for i in order if own[i] > 0]
         beside = seen[np.random.randint(len(seen))] if seen else None
         near = [slice(0, n) for n in size] if beside is None else regions[beside]
-        centers = [np.random.uniform(x.start, x.stop) for x in near]
-        first = [int(np.clip(c - n / 2, 0, m - n)) for c, n, m in zip(centers, mask.shape, size)]
-        region = tuple(slice(a, a + n) for a, n in zip(first, mask.shape))
+        (h, w), centers = mask.shape, [np.random.uniform(x.start, x.stop) for x in near]
+        y, x = (int(np.clip(c - n / 2, 0, m - n)) for c, n, m in zip(centers, mask.shape, size))
+        region = _region((x, y, w, h))
         place = 0 if beside is None or np.random.rand() < 0.5 else order.index(beside) + 1
         front = [i for i in order[:place] if own[i] > 0]
         hidden = np.zeros(size, dtype=bool)
@@ -152,9 +158,8 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
             continue
         order.insert(place, len(own))
         own.append(len(segments_info) + 1)
-        segments_info.append(
-            {"id": own[-1], "category_id": category_id, "isthing": True, "iscrowd": 0}
-        )
+        segment = {"id": own[-1], "category_id": category_id, "isthing": True, "iscrowd": 0}
+        segments_info.append(segment)
         ids[region][visible] = own[-1]
         if pixels is not None:
             image = sample["image"].numpy().transpose(1, 2, 0)
@@ -167,36 +172,34 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
         return
     present = np.bincount(ids.ravel(), minlength=len(segments_info) + 1) > 0
     sample["segments_info"] = [s for s in segments_info if present[s["id"]]]
-    kept = [i for i, segment in enumerate(own) if segment < 0 or present[segment]]
+    kept = [i for i, id in enumerate(own) if id < 0 or present[id]]
     boxes = [[x.start, y.start, x.stop, y.stop] for y, x in regions]
+    whole = torch.zeros(len(kept), *size, dtype=torch.bool)
+    for full, i in zip(whole, kept):
+        full[regions[i]] = torch.from_numpy(masks[i])
     sample["instances"] = Instances(
         size,
         gt_boxes=Boxes(np.array(boxes)[kept]),
         gt_classes=torch.tensor(classes)[kept],
-        gt_masks=BitMasks(_boxed(masks, regions, size).select(kept).full()),
+        gt_masks=BitMasks(whole),
     )
 
 
-def _boxed(masks: List[np.ndarray], regions: List[Region], size: Tuple[int, int]) -> BoxedMasks:
-    return BoxedMasks(regions, lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu"))
-
-
-def _regions(instances: Instances) -> List[Region]:
-    """The boxes, grown to whole pixels in the image: those of polygons have fractions."""
+def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndarray]]:
+    """Every mask in its box, which is grown to whole pixels: boxes of polygons have fractions."""
     height, width = instances.image_size
     boxes = instances.gt_boxes.tensor.double().numpy()
     boxes = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1)
-    boxes = boxes.clip(0, [width, height, width, height]).astype(int).tolist()
-    return [(slice(y0, y1), slice(x0, x1)) for x0, y0, x1, y1 in boxes]
-
-
-def _mask_in(masks: Union[BitMasks, PolygonMasks], i: int, region: Region) -> np.ndarray:
-    if isinstance(masks, BitMasks):
-        return masks.tensor[i].numpy()[region]
-    rows, columns = region
-    corner = np.array([columns.start, rows.start])
-    moved = [(p.reshape(-1, 2) - corner).ravel() for p in masks.polygons[i]]
-    return polygons_to_bitmask(moved, rows.stop - rows.start, columns.stop - columns.start)
+    regions, masks = [], []
+    for i, corners in enumerate(boxes.clip(0, [width, height, width, height]).astype(int)):
+        x0, y0, x1, y1 = corners.tolist()
+        regions.append((slice(y0, y1), slice(x0, x1)))
+        if isinstance(instances.gt_masks, BitMasks):
+            masks.append(instances.gt_masks.tensor[i].numpy()[regions[i]])
+        else:
+            moved = [p - np.resize(corners[:2], len(p)) for p in instances.gt_masks.polygons[i]]
+            masks.append(polygons_to_bitmask(moved, y1 - y0, x1 - x0))
+    return regions, masks
 
 
 def _segments_of(masks, regions, classes: List[int], ids, segments_info: List[Dict]) -> List[int]:

@@ -199,7 +199,7 @@ class PanopticDatasetMapper(DatasetMapper):
         if len(others) > 0 and np.random.rand() < self.copy_paste:
             source = others[np.random.randint(len(others))]
             image_format = self.image_format if self.read_image else None
-            paste(cut_out(source, positions.shape, image_format), dataset_dict, positions)
+            paste(cut_out(source, image.shape[:2], image_format), dataset_dict, positions)
         self._add_labels(dataset_dict, positions)
         return dataset_dict
 
