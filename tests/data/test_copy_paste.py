@@ -38,12 +38,12 @@ def mapped(seed, mapper, *args):
 
 
 def tensors(sample):
-    found = [sample["panoptic_seg"][0], sample["panoptic_category"], sample["sem_seg"]]
-    instances = sample["instances"]
-    found += [instances.gt_boxes.tensor, instances.gt_classes]
-    polygons, (h, w) = isinstance(instances.gt_masks, PolygonMasks), instances.image_size
+    instances, maps = sample["instances"], (sample["panoptic_category"], sample["sem_seg"])
     masks = instances.gt_masks
-    return [*found, (BitMasks.from_polygon_masks(masks, h, w) if polygons else masks).tensor]
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+    found = sample["panoptic_seg"][0], *maps, instances.gt_boxes.tensor, instances.gt_classes
+    return [*found, masks.tensor]
 
 
 def paint(ids, masks, segments):
@@ -88,13 +88,13 @@ def test_whole_masks_paint_the_panoptic_map(folders, data, masks, source_masks, 
         assert segments == plain["panoptic_seg"][1]
         return
     assert [s["id"] for s in segments] == [i for i in ids.unique().tolist() if i > 0]
-    category, labels = torch.full_like(ids, -1), torch.full_like(ids, 255)
+    of_segment = {0: (-1, 255)}
     for s in segments:
-        category[ids == s["id"]] = s["category_id"] + (0 if s["isthing"] else 6)
-        labels[ids == s["id"]] = 0 if s["isthing"] else s["category_id"]
-    assert torch.equal(sample["panoptic_category"], category)
-    if stuff_only:
-        assert torch.equal(sample["sem_seg"], labels)
+        isthing, c = s["isthing"], s["category_id"]
+        of_segment[s["id"]] = (c if isthing else c + 6), (0 if isthing else c)
+    category, labels = torch.tensor([of_segment[i] for i in ids.flatten().tolist()]).T
+    assert torch.equal(sample["panoptic_category"].flatten(), category)
+    assert not stuff_only or torch.equal(sample["sem_seg"].flatten(), labels)
 
     # Instances keep their whole masks, or go with their segments.
     visible = set(before.unique().tolist())
@@ -151,15 +151,37 @@ def test_both_ways_round_scaled_and_flipped(folders, masks):
     assert min(sides) < 14 and max(sides) > 24 and max(sides) <= 0.7 * 40
 
 
+OF_CLASS_0 = [(3, "thing", (5, 5, 20, 20)), (4, "stuff", (5, 5, 20, 12))]
+CROWD = [(3, "crowd", (5, 5, 20, 20))]
+
+
 @pytest.mark.parametrize(
-    "rectangles, masks",
-    [([], None), ([(3, "crowd", (5, 5, 20, 20))], None), ([(3, "crowd", (5, 5, 20, 20))], "rle"),
-     ([(3, "thing", (5, 5, 20, 20)), (4, "stuff", (8, 8, 30, 14))], "polygon"),
-     ([(3, "thing", (5, 5, 20, 20)), (4, "stuff", (5, 15, 30, 30))], "rle")],
+    "rectangles, masks, expected",
+    [([], None, []), (CROWD, None, []), (CROWD, "rle", []), (OF_CLASS_0, None, [0]),
+     (OF_CLASS_0, "polygon", []), (OF_CLASS_0, "rle", []),
+     ([*OF_CLASS_0, (5, "thing", (22, 22, 25, 25))], "rle", [2]),
+     ([*OF_CLASS_0, (5, "thing", (5, 12, 20, 17))], "polygon", [2])],
 )  # fmt: skip
-def test_crowds_and_what_is_covered_are_not_pasted(folders, rectangles, masks):
+def test_crowds_and_what_is_covered_are_not_pasted(folders, rectangles, masks, expected):
     source = write_source(folders[1], (30, 30), rectangles, masks)
-    assert all(mapped(seed, cut_out, source, (20, 20), "RGB") == [] for seed in range(5))
+    for seed in range(5):
+        found = mapped(seed, cut_out, source, (20, 20), "RGB")
+        assert [x.category_id for x in found] == expected
+    for x in source["segments_info"] + source.get("annotations", []):
+        x["category_id"] = 0
+    assert len(cut_out(source, (20, 20), None)) == len(expected)
+
+
+def test_pixels_belong_to_their_mask(folders):
+    """A triangle stays one, and shows no pixel from beside it."""
+    source = write_scene(folders[1], (64, 64), [(9, "thing", (0, 0, 1, 1))], None)
+    ids = np.tril(np.full((64, 64), 9)).astype(np.uint8)
+    Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=2)).save(source["pan_seg_file_name"])
+    Image.fromarray(np.stack([ids * 20] * 3, axis=2)).save(source["file_name"])
+    for seed in range(10):
+        (cutout,) = mapped(seed, cut_out, source, (64, 64), "RGB")
+        assert 0.45 < cutout.mask.mean() < 0.6
+        assert cutout.pixels[cutout.mask].mean() > 170 > 40 > cutout.pixels[~cutout.mask].mean()
 
 
 def test_unequal_sizes_and_an_image_without_instances(folders):
