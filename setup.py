@@ -35,5 +35,6 @@ setup(
         "test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis", "playwright"],
         "lint": ["ruff", "mypy"],
         "cityscapes": ["cityscapesscripts"],
+        "timm": ["timm>=1.0.9"],  # other backbones
     },
 )

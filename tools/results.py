@@ -6,10 +6,10 @@ their seed. A run is the OUTPUT_DIR of a training, or of an evaluation, with TES
     python tools/results.py output/seed_1 output/seed_2 output/seed_3
 """
 
-import argparse
 import json
 import math
 import statistics
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Dict, List, Sequence
 
@@ -20,23 +20,16 @@ from tabulate import tabulate
 from oanet_d2.painting.metrics import METRICS, closure
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_PICTURES = 2  # of each kind
 
 
 def fill_region(page: Path, name: str, text: str) -> None:
-    """
-    Replace what stands in a page between the line "<!-- `name` fills this in -->" and the next
-    "<!-- end -->".
-
-    Raises:
-        ValueError: the page has no such region.
-    """
-    begin, end = f"<!-- {name} fills this in -->\n", "<!-- end -->"
-    before, mark, rest = page.read_text().partition(begin)
-    _, end_mark, after = rest.partition(end)
-    if not mark or not end_mark:
-        raise ValueError(f"{page} has no line {begin.strip()!r} with an {end!r} after it.")
-    page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+    """Replace what is between "<!-- `name` fills this in -->" and the next "<!-- end -->"."""
+    begin, end = f"<!-- {name} fills this in -->", "<!-- end -->"
+    before, found, rest = page.read_text().partition(begin)
+    if not found:
+        raise ValueError(f"{page} has no line {begin!r}.")
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def markdown_table(headers: Sequence[str], rows: List[List[str]]) -> str:
@@ -44,10 +37,8 @@ def markdown_table(headers: Sequence[str], rows: List[List[str]]) -> str:
 
 
 def read_run(folder: Path) -> Dict:
-    """orderings.json of a run, with its config as "config"."""
     run = json.loads((folder / "orderings.json").read_text())
-    run["config"] = yaml.safe_load((folder / "config.yaml").read_text())
-    return run
+    return {**run, "config": yaml.safe_load((folder / "config.yaml").read_text())}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -73,20 +64,11 @@ def runs_table(runs: List[Dict], best: str) -> str:
         score, this, oracle = (orderings[x]["PQ_th"] for x in ("score", best, "oracle"))
         numbers = [orderings[best]["PQ"], this - score, oracle - this]
         rows.append([str(run["config"]["SEED"]), *(f"{x:.1f}" for x in numbers)])
-    headers = ["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle"]
-    return markdown_table(headers, rows)
-
-
-def copy_pictures(folder: Path, target: Path, prefix: str) -> None:
-    """The first pictures of an evaluation, as JPEG."""
-    for i, path in enumerate(sorted(folder.glob("*.png"))[:NUM_PICTURES], start=1):
-        Image.open(path).convert("RGB").save(target / f"{prefix}_{i}.jpg", quality=90)
+    return markdown_table(["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle"], rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with orderings.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args()
@@ -101,9 +83,10 @@ def main():
     fill_region(args.root / "docs" / "RESULTS.md", "tools/results.py", "\n\n".join(text))
     short = orders_table(runs, ["PQ", "PQ_th", "PQ_st"], ["score", best, "oracle"])
     fill_region(args.root / "README.md", "tools/results.py", f"{short}\n\n{about}")
-    pictures = args.root / "docs" / "pictures"
-    copy_pictures(args.runs[0] / "pictures", pictures, "right")
-    copy_pictures(args.runs[0] / "pictures_still_wrong", pictures, "wrong")
+    for folder, prefix in (("pictures", "right"), ("pictures_still_wrong", "wrong")):
+        for i, path in enumerate(sorted((args.runs[0] / folder).glob("*.png"))[:2], start=1):
+            picture = args.root / "docs" / "pictures" / f"{prefix}_{i}.jpg"
+            Image.open(path).convert("RGB").save(picture, quality=90)
 
 
 if __name__ == "__main__":

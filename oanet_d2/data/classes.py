@@ -11,6 +11,7 @@ from PIL import Image
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 
+from ..modeling.timm_backbone import follow_timm_input
 from .register import register_from_config
 
 __all__ = ["complete_config"]
@@ -19,8 +20,8 @@ __all__ = ["complete_config"]
 def complete_config(cfg) -> None:
     """
     Register the datasets that the config describes (`DATASETS.PANOPTIC`), and fill in what follows
-    from its datasets: class counts that are 0, and an IGNORE_VALUE that is no class. Call it before the
-    config is frozen.
+    from its datasets: class counts that are 0, and an IGNORE_VALUE that is no class. The input follows
+    a backbone of timm (:func:`follow_timm_input`). Call it before the config is frozen.
 
     Args:
         cfg (CfgNode): changed in place. A second call changes nothing.
@@ -28,6 +29,7 @@ def complete_config(cfg) -> None:
     Raises:
         ValueError: a value of the config is wrong, or its datasets differ in their classes.
     """
+    follow_timm_input(cfg)
     _check_values(cfg)
     register_from_config(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]

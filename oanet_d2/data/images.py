@@ -64,7 +64,9 @@ def read_header(file_name: str, segment_ids: bool = False) -> Tuple[Tuple[int, i
                 f"it is a {image.format} of PIL's mode {image.mode}; segment ids are kept in a PNG "
                 "of mode RGB, as R + 256 * G + 256**2 * B."
             )
-        return (image.height, image.width), orientation if orientation in range(2, 9) else 1
+        if not isinstance(orientation, int) or orientation not in range(2, 9):
+            orientation = 1
+        return (image.height, image.width), orientation
 
 
 def read_image(file_name: str, format: str) -> np.ndarray:

@@ -1,13 +1,11 @@
-"""
-The order of the training data: an endless stream that can be entered anywhere.
-"""
+"""The order of the training data: an endless stream that can be entered anywhere."""
 
 import random
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import numpy as np
 import torch
@@ -21,56 +19,45 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
-__all__ = ["TrainingStream", "build_train_loader", "derived_seed", "random_numbers_of"]
+__all__ = ["TrainingStream", "build_train_loader", "derived_seed"]
 
-# What tells the random numbers of a sample from those of a step.
-_OF_SAMPLES = 1
+_OF_SAMPLES = 1  # tells the random numbers of a sample from those of a step
 
 
 def derived_seed(*key: int) -> int:
-    """
-    A seed in [0, 2**32) for a key of non-negative integers. Seeds of keys that are close have
-    nothing in common. (Trailing zeros of a key do not count.)
-    """
+    """A seed in [0, 2**32) for non-negative integers. Close keys have unlike seeds."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 @contextmanager
 def random_numbers_of(*key: int) -> Iterator[None]:
     """
-    Within this context the random numbers of Python, NumPy and torch (on the CPU) depend on
-    `derived_seed(*key)` alone. Afterwards they go on as if nothing had happened.
+    In this context the random numbers of Python, NumPy and torch (on the CPU) depend on the key
+    alone. Afterwards they go on as if nothing had happened.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derived_seed(*key)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
 
 
 class TrainingStream(IterableDataset):
     """
     The training samples of this process, in the order of one of Detectron2's samplers. A sample and
-    its augmentations depend on its place and on the sampler's seed, not on the number of workers. So
-    a training that is resumed at the right place sees what it would have seen.
+    its augmentations depend on its place and on the seed, not on the number of workers. So a training
+    that is resumed at the right place sees what it would have seen.
 
     Attributes:
-        first_batch (int): the batch to begin with. Read when an iteration starts.
+        seed (int): of the order, one for all processes.
+        first_batch (int): the batch to begin with. Both are read when an iteration starts.
     """
 
-    def __init__(
-        self,
-        samples: Dataset,
-        sampler: Sampler,
-        batch_size: int,
-        groups: Optional[Sequence[int]] = None,
-    ):
+    def __init__(self, samples: Dataset, sampler: Sampler, batch_size: int, groups: Sequence[int]):
         """
         Args:
             samples: training inputs by index.
@@ -84,36 +71,28 @@ class TrainingStream(IterableDataset):
         self.batch_size = batch_size
         self.groups = groups
         self.rank = comm.get_rank()  # which a worker process may not know
+        self.seed: int = vars(sampler)["_seed"]
         self.first_batch = 0
-
-    @property
-    def seed(self) -> int:
-        """The seed of the order, one for all processes."""
-        return self.sampler._seed
-
-    @seed.setter
-    def seed(self, seed: int):
-        self.sampler._seed = seed
 
     def batches(self) -> Iterator[List[int]]:
         """
         The indices of every batch, from the very first on.
         """
+        self.sampler._seed = self.seed
         waiting: Dict[int, List[int]] = defaultdict(list)
         for index in self.sampler:
-            group = 0 if self.groups is None else self.groups[index]
-            waiting[group].append(index)
-            if len(waiting[group]) == self.batch_size:
-                yield waiting.pop(group)
+            batch = waiting[self.groups[index]]
+            batch.append(index)
+            if len(batch) == self.batch_size:
+                yield waiting.pop(self.groups[index])
 
     def __iter__(self):
         worker = get_worker_info()
         id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # A loader takes a batch of every worker in turn.
-        numbered = islice(enumerate(self.batches()), self.first_batch + id, None, workers)
-        for number, batch in numbered:
-            for i, index in enumerate(batch):
-                place = number * self.batch_size + i
+        own = islice(enumerate(self.batches()), self.first_batch + id, None, workers)
+        for number, batch in own:
+            for place, index in enumerate(batch, start=number * self.batch_size):
                 with random_numbers_of(_OF_SAMPLES, self.seed, self.rank, place):
                     sample = self.samples[index]
                 yield sample
@@ -121,27 +100,22 @@ class TrainingStream(IterableDataset):
 
 def build_train_loader(cfg, mapper):
     """
-    Detectron2's `build_detection_train_loader`, of a :class:`TrainingStream`. With
-    `INPUT.COPY_PASTE` the mapper gets all images, too, as `others`.
-
-    Returns:
-        DataLoader whose `dataset` is the stream.
+    Detectron2's `build_detection_train_loader`; its `dataset` is a :class:`TrainingStream`. For
+    `INPUT.COPY_PASTE` the mapper gets the whole dataset, too, as `others`.
     """
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    groups = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = [int(x["width"] > x["height"]) for x in dicts]
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
     if cfg.INPUT.COPY_PASTE > 0:
-        dicts = DatasetFromList(dicts, copy=False)  # which workers share
+        dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
         mapper = partial(mapper, others=dicts)
     # Detectron2 makes the samples and the sampler of the config.
-    indexed = build_detection_train_loader(
+    theirs = build_detection_train_loader(
         cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
     ).dataset
+    by_shape = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    groups = [int(by_shape and x["width"] > x["height"]) for x in dicts]
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    stream = TrainingStream(indexed.dataset, indexed.sampler, batch_size, groups)
+    stream = TrainingStream(theirs.dataset, theirs.sampler, batch_size, groups)
     if stream.seed < 0:  # newer versions of Detectron2 hand SEED -1 on: a random seed
         stream.seed = comm.shared_random_seed()
     return build_batch_data_loader(

@@ -1,3 +1,4 @@
+from .class_order import class_order, count_class_margins
 from .instances import build_instance_evaluator
 from .panoptic import PanopticEvaluator, orderings_of, orderings_table, write_orderings
 from .pictures import PanopticPictures
@@ -9,6 +10,8 @@ __all__ = [
     "PanopticPictures",
     "PanopticSubmission",
     "build_instance_evaluator",
+    "class_order",
+    "count_class_margins",
     "orderings_of",
     "orderings_table",
     "write_orderings",

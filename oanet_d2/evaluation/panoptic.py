@@ -14,12 +14,25 @@ from detectron2.utils import comm
 from ..data.images import naming
 from ..data.load import read_truth
 from ..files import write_atomically
-from ..painting.matching import oracle_order
-from ..painting.metrics import METRICS, correct_pixels, pq_averages, pq_counts, shared_pixels
+from ..painting.matching import match_to_segments, visible_margins
+from ..painting.metrics import (
+    KINDS,
+    METRICS,
+    correct_pixels,
+    occluded_pairs,
+    order_f1,
+    pq_averages,
+    pq_counts,
+    shared_pixels,
+)
+from ..painting.ranking import order_from_margins
+from .class_order import class_order
 
 __all__ = ["PanopticEvaluator", "orderings_of", "orderings_table", "write_orderings"]
 
-ORACLE = "oracle"
+# How often an order is right about two instances that overlap, in percent: all pairs, those of each
+# of KINDS, and the mean over the images of InstaOrder's F1.
+PAIR_METRICS = ("pairs", *(f"pairs, {kind}" for kind in KINDS), "order F1")
 Orderings = Dict[str, Dict[str, Optional[float]]]
 
 
@@ -30,16 +43,24 @@ class PanopticEvaluator(DatasetEvaluator):
     of images matter.
     """
 
-    def __init__(self, model: Any = None, orders: Sequence[str] = (), report: Optional[Any] = None):
+    def __init__(
+        self,
+        model: Any = None,
+        orders: Sequence[str] = (),
+        report: Optional[Any] = None,
+        class_margins: Any = None,
+    ):
         """
         Args:
             model: the OANet that is evaluated, needed for `orders`. It paints with its own thresholds.
-            orders: names of ranking rules, and "oracle".
+            orders: names of ranking rules, "oracle", and "class_order".
             report: a :class:`ReportRecorder` of some of the orders.
+            class_margins: (C, C) from :func:`count_class_margins`, for "class_order".
         """
         self.model = model
         self.orders = tuple(orders)
         self.report = report
+        self.class_margins = class_margins
         self.reset()
 
     def reset(self):
@@ -48,6 +69,9 @@ class PanopticEvaluator(DatasetEvaluator):
         self._counts: Dict[str, Counter] = {
             key: Counter() for key in ("panoptic_seg", *map(_key, self.orders))
         }
+        # (front class, behind class, kind), or that and an order that is right about it -> pairs
+        self._overlaps: Counter = Counter()
+        self._f1: Counter = Counter()  # order -> sum over the images; None -> images with a pair
         if self.report is not None:
             self.report.reset()
 
@@ -82,37 +106,78 @@ class PanopticEvaluator(DatasetEvaluator):
         masks = fusion_inputs.masks.select(painted.nonzero()[:, 0]).cached()
         instances = all_instances[painted]
         fusion_inputs = fusion_inputs._replace(masks=masks, instances=instances)
+        ids, scores = torch.from_numpy(truth).to(masks.device), instances.scores
+        matched = match_to_segments(masks, instances.pred_classes, ids, input["segments_info"])
+        margins = visible_margins(masks, matched, ids)
         orders = {}
         for name in self.orders:
-            if name == ORACLE:
-                ids = torch.from_numpy(truth).to(masks.device)
-                args = instances.scores, instances.pred_classes, ids, input["segments_info"]
-                orders[name] = oracle_order(masks, *args)
+            if name == "oracle":
+                orders[name] = order_from_margins(margins.to(scores.device), scores)
+            elif name == "class_order":
+                orders[name] = _restricted(class_order(order_inputs, self.class_margins), painted)
             else:
                 orders[name] = _restricted(order_inputs.order(name), painted)
         results = {name: self.model.combine(fusion_inputs, x) for name, x in orders.items()}
         correct = {name: self._count(_key(name), input, truth, x) for name, x in results.items()}
+        decided, overlapping = occluded_pairs(masks, instances.pred_classes, matched, margins)
+        pairs = self._count_pairs(decided, overlapping, instances.pred_classes.tolist(), orders)
         if self.report is not None:
-            self.report.add(input, truth, masks, instances.pred_classes, orders, results, correct)
+            self.report.add(input, truth, pairs, results, correct)
+
+    def _count_pairs(self, decided, overlapping: int, class_of: List[int], orders) -> List[Dict]:
+        position = {name: order.argsort().tolist() for name, order in orders.items()}
+        pairs: List[Dict] = []
+        for front, behind, kind, pixels in decided:
+            right = [name for name, x in position.items() if x[front] < x[behind]]
+            key = class_of[front], class_of[behind], kind
+            self._overlaps.update([key, *(key + (name,) for name in right)])
+            pairs.append({"key": key, "pixels": pixels, "right": right})
+        if pairs:
+            rights = Counter(name for pair in pairs for name in pair["right"])
+            self._f1[None] += 1
+            for name in orders:
+                f1 = order_f1(rights[name], len(pairs), overlapping)
+                self._f1[name] += f1  # type: ignore[assignment]
+        return pairs
 
     def evaluate(self):
         """
         Returns:
             dict: "panoptic_seg" -> the METRICS of the model's own result, and with `orders`
-            also "panoptic_seg/<order>" -> the METRICS and "evaluation" -> {"images", "seconds"}.
-            None on all processes but the main one.
+            also "panoptic_seg/<order>" -> the METRICS and PAIR_METRICS (NaN without a pair) and
+            "evaluation" -> {"images", "seconds"}. None on all processes but the main one.
         """
-        parts = comm.gather((self._images, self._counts))
+        parts = comm.gather((self._images, self._counts, self._overlaps, self._f1))
         counts: Dict[str, Counter] = {
-            key: sum((x[key] for _, x in parts), Counter()) for key in self._counts
+            key: sum((part[1][key] for part in parts), Counter()) for key in self._counts
         }
+        overlaps: Counter = sum((part[2] for part in parts), Counter())
+        f1: Counter = sum((part[3] for part in parts), Counter())
         results = {key: pq_averages(x) for key, x in counts.items()}
+        for order in self.orders:
+            values = [*_pair_accuracies(overlaps, order), _share(f1[order], f1[None])]
+            results[_key(order)].update(zip(PAIR_METRICS, values))
         if self.orders:
-            images, seconds = sum(n for n, _ in parts), time.perf_counter() - self._start
+            images, seconds = sum(part[0] for part in parts), time.perf_counter() - self._start
             results["evaluation"] = {"images": images, "seconds": seconds}
         if self.report is not None:
-            self.report.save(results, {order: counts[_key(order)] for order in self.orders})
+            of_orders = {order: counts[_key(order)] for order in self.orders}
+            self.report.save(results, of_orders, overlaps)
         return results if comm.is_main_process() else None
+
+
+def _pair_accuracies(overlaps: Counter, order: str) -> List[float]:
+    """In percent, over all pairs and over those of each kind."""
+    accuracies = []
+    for kinds in (KINDS, *((kind,) for kind in KINDS)):
+        keys = [key for key in overlaps if len(key) == 3 and key[2] in kinds]
+        right = sum(overlaps[key + (order,)] for key in keys)
+        accuracies.append(100 * _share(right, sum(overlaps[key] for key in keys)))
+    return accuracies
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def orderings_of(results: Dict) -> Orderings:
@@ -133,10 +198,12 @@ def orderings_of(results: Dict) -> Orderings:
 
 def orderings_table(orderings: Orderings) -> str:
     """
-    PQ, SQ and RQ for all classes, things and stuff, a row for each order.
+    PQ, SQ and RQ for all classes, things and stuff, the share of pairs in the right order, and the F1
+    of the occlusion order; a row for each painting order.
     """
-    rows = [[order, *(metrics[m] for m in METRICS)] for order, metrics in orderings.items()]
-    headers = ["order", *METRICS]
+    columns = [*METRICS, "pairs", "order F1"]
+    rows = [[order, *(metrics.get(m) for m in columns)] for order, metrics in orderings.items()]
+    headers = ["order", *columns]
     return tabulate(rows, headers, tablefmt="pipe", floatfmt=".1f", missingval="-")
 
 

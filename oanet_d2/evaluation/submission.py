@@ -105,7 +105,8 @@ class PanopticFiles(DatasetEvaluator):
         for x, output in zip(inputs, outputs):
             png = os.path.relpath(x["pan_seg_file_name"], self.metadata.panoptic_root)
             image = os.path.relpath(x["file_name"], self.metadata.image_root)
-            self._submission.add(*output["panoptic_seg"], x["image_id"], image, png)
+            ids, segments_info = output["panoptic_seg"]
+            self._submission.add(ids, segments_info, x["image_id"], image, png)
 
     def evaluate(self):
         parts = comm.gather((self._submission.images, self._submission.annotations))

@@ -10,9 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from .masks import BoxedMasks, Region
-from .ranking import order_from_margins
 
-__all__ = ["match_to_segments", "oracle_order", "overlapping_regions", "visible_margins"]
+__all__ = ["match_to_segments", "overlapping_regions", "visible_margins"]
 
 # (N, h, w) bool suits the small grids of training, on any device. Boxed masks suit full images.
 Masks = Union[BoxedMasks, torch.Tensor]
@@ -68,7 +67,8 @@ def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> t
 
     Returns:
         (N, N) antisymmetric float on ids' device: the pixels of the overlap of a and b that show a,
-        minus those that show b.
+        minus those that show b. :func:`order_from_margins` makes of them the oracle's order, an upper
+        bound for any rule.
     """
     if isinstance(masks, BoxedMasks):
         # NumPy, because PyTorch's overhead is most of the time of such small operations.
@@ -89,31 +89,6 @@ def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> t
     with torch.autocast(m.device.type, enabled=False):
         shown = own.float() @ m.float().t()
     return shown - shown.t()
-
-
-def oracle_order(
-    masks: Masks,
-    scores: torch.Tensor,
-    classes: torch.Tensor,
-    ids: torch.Tensor,
-    segments_info: List[Dict],
-) -> torch.Tensor:
-    """
-    The painting order that the ground truth gives, an upper bound for any rule. Of two overlapping
-    instances, the one whose segment owns more of the overlap goes first. The detection score decides
-    where neither owns any.
-
-    Args:
-        masks: N masks at the resolution of the ground truth. The masks of instances that will not
-            be painted should be empty, or these instances take the matches of others.
-        scores: (N,) float.
-        classes, ids, segments_info: see :func:`match_to_segments`.
-
-    Returns:
-        (N,) int64: a permutation, first painted first.
-    """
-    matched = match_to_segments(masks, classes, ids, segments_info)
-    return order_from_margins(visible_margins(masks, matched, ids).to(scores.device), scores)
 
 
 def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
@@ -139,13 +114,11 @@ def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
 
 def overlapping_regions(regions: List[Region]):
     """Yields two instances a < b whose regions overlap, and the overlap relative to each region."""
-    for b, (rows_b, columns_b) in enumerate(regions):
-        for a, (rows_a, columns_a) in enumerate(regions[:b]):
-            top, bottom = max(rows_a.start, rows_b.start), min(rows_a.stop, rows_b.stop)
-            left, right = max(columns_a.start, columns_b.start), min(columns_a.stop, columns_b.stop)
-            if top < bottom and left < right:
-                in_a, in_b = (
-                    (slice(top - r.start, bottom - r.start), slice(left - c.start, right - c.start))
-                    for r, c in ((rows_a, columns_a), (rows_b, columns_b))
-                )
-                yield a, b, in_a, in_b
+    edges = np.array([(r.start, c.start, r.stop, c.stop) for r, c in regions]).reshape(-1, 4)
+    starts = np.maximum(edges[:, None, :2], edges[:, :2])
+    stops = np.minimum(edges[:, None, 2:], edges[:, 2:])
+    a, b = np.nonzero(np.triu((starts < stops).all(axis=2), 1))
+    overlap = np.concatenate([starts[a, b], stops[a, b]], axis=1)
+    relative = [(overlap - np.tile(edges[i, :2], 2)).tolist() for i in (a, b)]
+    for i, j, in_a, in_b in zip(a.tolist(), b.tolist(), *relative):
+        yield i, j, *((slice(x[0], x[2]), slice(x[1], x[3])) for x in (in_a, in_b))

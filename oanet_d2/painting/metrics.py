@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from .masks import BoxedMasks
-from .matching import match_to_segments, overlapping_regions, visible_margins
+from .matching import overlapping_regions
 
 __all__ = ["CLEAR_SHARE", "KINDS", "METRICS", "class_quality", "closure", "correct_pixels"]
-__all__ += ["occluded_pairs", "pq_averages", "pq_counts", "shared_pixels"]
+__all__ += ["occluded_pairs", "order_f1", "pq_averages", "pq_counts", "shared_pixels"]
 
 METRICS = [metric + group for group in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")]
 # What two overlapping instances are to each other: both match a segment, of different classes or of
@@ -193,8 +193,8 @@ class OccludedPair(NamedTuple):
 
 
 def occluded_pairs(
-    masks: BoxedMasks, classes: torch.Tensor, ids: torch.Tensor, segments_info: List[Dict]
-) -> List[OccludedPair]:
+    masks: BoxedMasks, classes: torch.Tensor, matched: torch.Tensor, margins: torch.Tensor
+) -> Tuple[List[OccludedPair], int]:
     """
     The pairs that the ground truth decides clearly. An order is right about a pair if it has `front`
     before `behind`.
@@ -202,25 +202,37 @@ def occluded_pairs(
     Args:
         masks: N instances at the resolution of the ground truth, only those that are painted.
         classes: (N,) int64, contiguous thing classes.
-        ids: (H, W) integer, ground-truth segment ids.
-        segments_info: the ground truth's segments.
+        matched: (N,) int64 from :func:`match_to_segments`.
+        margins: (N, N) from :func:`visible_margins`.
+
+    Returns:
+        the pairs, and how many pairs overlap, decided or not.
     """
-    matched = match_to_segments(masks, classes, ids, segments_info)
-    margins = visible_margins(masks, matched, ids).tolist()
-    class_of, is_matched = classes.tolist(), (matched >= 0).tolist()
-    boxed = masks.numpy()
-    pairs = []
+    decided, class_of, is_matched = margins.tolist(), classes.tolist(), (matched >= 0).tolist()
+    boxed, pairs, overlapping = masks.numpy(), [], 0
     for a, b, in_a, in_b in overlapping_regions(masks.regions):
-        pixels = int(margins[a][b])
-        if pixels == 0:
-            continue
+        pixels = int(decided[a][b])
         overlap = np.count_nonzero(boxed[a][in_a] & boxed[b][in_b])
+        overlapping += overlap > 0
         if abs(pixels) > CLEAR_SHARE * overlap:
             kind = KINDS[int(class_of[a] == class_of[b])]
             if not (is_matched[a] and is_matched[b]):
                 kind = KINDS[2]
             pairs.append(OccludedPair(*((a, b) if pixels > 0 else (b, a)), kind, abs(pixels)))
-    return pairs
+    return pairs, overlapping
+
+
+def order_f1(right: int, decided: int, overlapping: int) -> float:
+    """
+    InstaOrder's F1 of the occlusion order of one image (Lee and Park, CVPR 2022), in percent. An order
+    says of every pair that overlaps who lies on whom.
+
+    Args:
+        right: pairs that the ground truth decides and the order has right.
+        decided: pairs that the ground truth decides, at least 1.
+        overlapping: pairs that overlap.
+    """
+    return 100 * 2 * right / (decided + overlapping)
 
 
 def _stuff(segment: Dict) -> Tuple[int, bool]:

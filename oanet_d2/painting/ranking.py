@@ -7,11 +7,13 @@ The first instance of the order is painted first and so lies on top, because pai
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Iterator, Optional, Tuple
 
 import numpy as np
 import torch
 from fvcore.common.registry import Registry
+
+from .masks import mask_extents
 
 __all__ = ["RANKING_RULE_REGISTRY", "OrderInputs", "mean_scores", "order_from_margins"]
 __all__ += ["overlap_margins"]
@@ -67,13 +69,28 @@ def score(inputs: OrderInputs) -> torch.Tensor:
 
 
 @RANKING_RULE_REGISTRY.register()
+def smaller_first(inputs: OrderInputs) -> torch.Tensor:
+    """
+    The instance with fewer pixels first, which needs no network. The detection score decides between
+    equals, as below.
+    """
+    return _by(inputs, inputs.masks.flatten(1).sum(1))
+
+
+@RANKING_RULE_REGISTRY.register()
+def lower_first(inputs: OrderInputs) -> torch.Tensor:
+    """
+    The instance that reaches further down first: on the ground it stands nearer.
+    """
+    return _by(inputs, -mask_extents(inputs.masks)[:, 3])
+
+
+@RANKING_RULE_REGISTRY.register()
 def srm_mean(inputs: OrderInputs) -> torch.Tensor:
     """
-    The paper's rule: by the mean ranking score of Eq. 3, highest first. The detection score decides
-    between equal means.
+    The paper's rule: by the mean ranking score of Eq. 3, highest first.
     """
-    by_score = score(inputs)
-    return by_score[torch.argsort(-mean_scores(inputs)[by_score], stable=True)]
+    return _by(inputs, -mean_scores(inputs))
 
 
 @RANKING_RULE_REGISTRY.register()
@@ -102,14 +119,9 @@ def srm_pairs(inputs: OrderInputs) -> torch.Tensor:
     return order_from_margins(inputs.pair_margins, inputs.scores)
 
 
-def _scores_of_classes(inputs: OrderInputs) -> torch.Tensor:
-    """(N, h * w) float, the channel of S of every instance, 0 outside of the instance."""
-    if inputs.score_map is None:
-        raise ValueError(
-            "The orders 'srm_mean' and 'srm_overlap' need the score map; set "
-            "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT to 1, so that it is trained, or leave the order out."
-        )
-    return (inputs.score_map[inputs.classes] * inputs.masks).flatten(1)
+def _by(inputs: OrderInputs, values: torch.Tensor) -> torch.Tensor:
+    by_score = score(inputs)
+    return by_score[torch.argsort(values[by_score], stable=True)]
 
 
 def mean_scores(inputs: OrderInputs) -> torch.Tensor:
@@ -127,8 +139,9 @@ def mean_scores(inputs: OrderInputs) -> torch.Tensor:
     Raises:
         ValueError: there is no score map.
     """
+    sums = [scores.sum() for scores, _ in _scores_of_instances(inputs)]
     areas = inputs.masks.flatten(1).sum(1)
-    return _scores_of_classes(inputs).sum(1) / areas.clamp(min=1)
+    return (torch.stack(sums) if sums else inputs.scores) / areas.clamp(min=1)
 
 
 def overlap_margins(inputs: OrderInputs) -> torch.Tensor:
@@ -145,10 +158,25 @@ def overlap_margins(inputs: OrderInputs) -> torch.Tensor:
     Raises:
         ValueError: there is no score map.
     """
-    scores, classes = _scores_of_classes(inputs), inputs.classes
-    own_class = scores @ inputs.masks.flatten(1).to(scores).t()  # [a, b]: S[cls_a] over a and b
+    classes, number = inputs.classes, len(inputs.classes)
+    own_class = inputs.scores.new_zeros(number, number)  # [a, b]: S[cls_a] over a and b
+    for a, (scores, region) in enumerate(_scores_of_instances(inputs)):
+        own_class[a] = inputs.masks[region].flatten(1).to(scores) @ scores.flatten()
     margins = own_class - own_class.t()
     return margins.masked_fill(classes[:, None] == classes[None, :], 0)
+
+
+def _scores_of_instances(inputs: OrderInputs) -> Iterator[Tuple[torch.Tensor, Tuple]]:
+    """The channel of S of every instance, 0 outside of its mask, and the region that it covers."""
+    if inputs.score_map is None:
+        raise ValueError(
+            "The orders 'srm_mean' and 'srm_overlap' need the score map; set "
+            "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT to 1, so that it is trained, or leave the order out."
+        )
+    extents = mask_extents(inputs.masks).tolist()
+    for mask, c, (left, top, right, bottom) in zip(inputs.masks, inputs.classes.tolist(), extents):
+        region = slice(None), slice(top, bottom), slice(left, right)
+        yield inputs.score_map[c][region[1:]] * mask[region[1:]], region
 
 
 def order_from_margins(margins: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,7 @@ from detectron2.utils import comm
 from ..data.images import read_image
 from ..evaluation.panoptic import orderings_of
 from ..files import write_atomically
-from ..painting.masks import BoxedMasks
-from ..painting.metrics import CLEAR_SHARE, class_quality, closure, occluded_pairs
+from ..painting.metrics import CLEAR_SHARE, class_quality, closure
 from ..visualization import PANEL_SIDE, PanopticSeg, changed_pixels, draw_panels, side_by_side
 
 __all__ = ["FORMAT", "JSON_NAME", "ReportRecorder"]
@@ -61,17 +60,13 @@ class ReportRecorder:
 
     def reset(self):
         self._outcomes: Counter = Counter()
-        self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
-        self._right: Counter = Counter()  # (the same, order) -> pairs
         self._cases: Dict[str, List[Case]] = {section: [] for section in SECTIONS}
 
     def add(
         self,
         input: Dict,
         truth: np.ndarray,
-        masks: BoxedMasks,
-        classes: torch.Tensor,
-        orders: Dict[str, torch.Tensor],
+        pairs: List[Dict],
         results: Dict[str, PanopticSeg],
         correct: Dict[str, int],
     ):
@@ -79,22 +74,12 @@ class ReportRecorder:
         Args:
             input: the dataset dict.
             truth: (H, W) ground-truth segment ids.
-            masks, classes: the N instances that are painted.
-            orders: order -> (N,) int64, first painted first. The compared two are among them.
-            results: order -> panoptic result.
+            pairs: those that overlap and that the ground truth decides: "key" (front class, behind
+                class, kind), "pixels" by which it does, and the orders that are "right".
+            results: order -> panoptic result. The compared two are among them.
             correct: order -> how many pixels have the right category.
         """
-        segments_info, class_of = input["segments_info"], classes.tolist()
-        ids = torch.from_numpy(truth).to(masks.device)
-        position = {name: order.argsort().tolist() for name, order in orders.items()}
-        pairs: List[Dict] = []
-        for front, behind, kind, pixels in occluded_pairs(masks, classes, ids, segments_info):
-            right = [name for name, x in position.items() if x[front] < x[behind]]
-            key = class_of[front], class_of[behind], kind
-            self._overlaps[key] += 1
-            self._right.update((key, name) for name in right)
-            pairs.append({**self._named(*key), "pixels": pixels, "right": right})
-
+        segments_info = input["segments_info"]
         before, after = self.compared
         gain = correct[after] - correct[before]
         self._outcomes["better" if gain > 0 else "worse" if gain < 0 else "same"] += 1
@@ -104,13 +89,17 @@ class ReportRecorder:
         for section, pixels, shown in sections:
             if pixels > 0:
                 one_is_right = [p for p in pairs if len({x in p["right"] for x in shown}) == 2]
+                most = sorted(one_is_right, key=lambda p: -p["pixels"])[:MAX_PAIRS]
                 case = {
                     # Images in different subfolders may have one name.
                     "file_name": os.path.relpath(input["file_name"], self.metadata.image_root),
                     "pixels": pixels,
                     "share": pixels / truth.size,
                     "orders": shown,
-                    "pairs": sorted(one_is_right, key=lambda p: -p["pixels"])[:MAX_PAIRS],
+                    "pairs": [
+                        {**self._named(*p["key"]), "pixels": p["pixels"], "right": p["right"]}
+                        for p in most
+                    ],
                 }
                 maps = [(truth, segments_info), *(results[order] for order in shown)]
                 kept: Case = (case, [(_shrunk(ids), info) for ids, info in maps])
@@ -119,20 +108,20 @@ class ReportRecorder:
     def _greatest(self, cases: List[Case]) -> List[Case]:
         return sorted(cases, key=lambda x: (-x[0]["pixels"], x[0]["file_name"]))[: self.max_cases]
 
-    def save(self, results: Dict, counts: Dict[str, Counter]):
+    def save(self, results: Dict, counts: Dict[str, Counter], overlaps: Counter):
         """
         Write the JSON and the PNGs. All processes must call this; the main one's arguments count.
 
         Args:
             results: from :meth:`PanopticEvaluator.evaluate`.
             counts: order -> sum of :func:`pq_counts`.
+            overlaps: "key" of the pairs, or that and an order that is right -> number.
         """
-        parts = comm.gather((self._outcomes, self._overlaps, self._right, self._cases))
+        parts = comm.gather((self._outcomes, self._cases))
         if not comm.is_main_process():
             return
         outcomes: Counter = sum((part[0] for part in parts), Counter())
-        overlaps: Counter = sum((part[1] for part in parts), Counter())
-        right: Counter = sum((part[2] for part in parts), Counter())
+        pairs = [(key, number) for key, number in overlaps.items() if len(key) == 3]
         orderings = orderings_of(results)
         content = {
             "format": FORMAT,
@@ -147,15 +136,15 @@ class ReportRecorder:
                 {
                     **self._named(*key),
                     "number": number,
-                    "right": {order: right[key, order] for order in orderings},
+                    "right": {order: overlaps[key + (order,)] for order in orderings},
                 }
-                for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0]))
+                for key, number in sorted(pairs, key=lambda x: (-x[1], x[0]))
             ],
             "cases": {},
         }
         for section in SECTIONS:
             described, pictures = [], {}
-            cases = self._greatest([x for part in parts for x in part[3][section]])
+            cases = self._greatest([x for part in parts for x in part[1][section]])
             for rank, (case, maps) in enumerate(cases, start=1):
                 panels = self._panels(case, *maps)
                 uris = map(_data_uri, panels.values())

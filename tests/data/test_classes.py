@@ -75,6 +75,33 @@ def test_detectron2s_separated_datasets_alone_are_refused():
         complete_config(cfg)
 
 
+def test_no_class_is_void():
+    """Things and stuff together are more than 255 classes, or the ignore value is one of a few."""
+    for value, expected in ((255, 255), (13, -1), (14, 14), (-1, -1), (0, -1)):
+        cfg = config("DATASETS.TRAIN", ("occlusion_scenes_train",))
+        cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
+        complete_config(cfg)
+        assert expected == cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+
+
+def test_a_dataset_without_things_has_a_class_that_is_never_detected(tmp_path):
+    dataset = Dataset(tmp_path)
+    dataset.panoptic["categories"] = dataset.panoptic["categories"][2:]
+    with registered("set_stuff", *dataset.paths()):
+        for supervision in ("things_and_stuff", "stuff"):
+            cfg = config("DATASETS.TRAIN", ("set_stuff",))
+            cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = supervision
+            complete_config(cfg)
+            assert counts(cfg) == (1, 2) and cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 1
+
+
+def test_what_cannot_predict_has_no_test_set():
+    cfg = config("DATASETS.TEST", ("occlusion_scenes_val",))
+    cfg.MODEL.META_ARCHITECTURE = "SRMFromAnnotations"
+    with pytest.raises(ValueError, match="DATASETS.TEST is .*occlusion_scenes_val"):
+        complete_config(cfg)
+
+
 def test_without_a_dataset_there_is_nothing_to_follow():
     cfg = config()
     complete_config(cfg)

@@ -1,7 +1,6 @@
 from functools import partial
 from graphlib import TopologicalSorter
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.data.copy_paste import cut_out, paste
@@ -123,32 +122,24 @@ SQUARE = (40, 50), [(1, "stuff", (0, 0, 50, 40)), (2, "thing", (15, 10, 35, 30))
 
 
 @pytest.mark.parametrize("masks", [None, "rle"])
-def test_both_ways_round_scaled_and_flipped(folders, masks):
-    """A square near a square: in front of it, or behind it and before the stuff."""
+def test_both_ways_round_and_scaled(folders, masks):
+    """A square near a square of its class: in front of it, or behind it and before the stuff."""
     d, source = (write_scene(folder, *SQUARE, masks) for folder in folders)
-    pixels = np.full((40, 50, 3), 100, dtype=np.uint8)
-    pixels[:, 25:] = BLUE
-    Image.fromarray(pixels).save(source["file_name"])
-    ways, flips, sides = set(), set(), []
+    ways, sides = set(), []
     for seed in range(40):
         sample = mapped(seed, make_mapper(copy_paste=1.0), d, [source])
         ids, whole = sample["panoptic_seg"][0], sample["instances"].gt_masks.tensor
         if len(whole) < 2:  # it hides the other, or would be hidden
             continue
         own, new = whole
-        assert own.sum() == 20 * 20 and sample["instances"].gt_classes.tolist() == [1, 1]
         rows, columns = new.any(1), new.any(0)
         assert torch.equal(new, rows[:, None] & columns) and rows.sum() == columns.sum()
         sides.append(int(rows.sum()))
         shown = set(ids[own & new].tolist())
         ways |= shown
-        assert shown <= {2, 3} and len(shown) < 2
+        assert own.sum() == 20 * 20 and shown <= {2, 3} and len(shown) < 2
         assert (ids[new & ~own] == 3).all() and (ids[own & ~new] == 2).all()
-        blue = sample["image"][2, rows][:, columns][ids[rows][:, columns] == 3]
-        if {100, BLUE} <= set(blue.tolist()):
-            flips.add(int(blue[0]))
-    assert ways == {2, 3} and flips == {100, BLUE}
-    assert min(sides) < 14 and max(sides) > 24 and max(sides) <= 0.7 * 40
+    assert ways == {2, 3} and min(sides) < 14 and 24 < max(sides) <= 0.7 * 40
 
 
 OF_CLASS_0 = [(3, "thing", (5, 5, 20, 20)), (4, "stuff", (5, 5, 20, 12))]
@@ -173,28 +164,27 @@ def test_crowds_and_what_is_covered_are_not_pasted(folders, rectangles, masks, e
 
 
 def test_pixels_belong_to_their_mask(folders):
-    """A triangle stays one, and shows no pixel from beside it."""
+    """A triangle stays one, is flipped at times, and shows no pixel from beside it."""
     source = write_scene(folders[1], (64, 64), [(9, "thing", (0, 0, 1, 1))], None)
     ids = np.tril(np.full((64, 64), 9)).astype(np.uint8)
     Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=2)).save(source["pan_seg_file_name"])
     Image.fromarray(np.stack([ids * 20] * 3, axis=2)).save(source["file_name"])
+    flips = set()
     for seed in range(10):
         (cutout,) = mapped(seed, cut_out, source, (64, 64), "RGB")
         assert 0.45 < cutout.mask.mean() < 0.6
         assert cutout.pixels[cutout.mask].mean() > 170 > 40 > cutout.pixels[~cutout.mask].mean()
+        flips.add(bool(cutout.mask[0, 0]))
+    assert flips == {True, False}
 
 
 def test_unequal_sizes_and_an_image_without_instances(folders):
     d = write_scene(folders[0], (9, 64), [(7, "crowd", (0, 0, 30, 9))], "rle")
     source = write_source(folders[1], (64, 21), [(5, "thing", (3, 2, 18, 60))], "polygon")
     sample = mapped(0, make_mapper(copy_paste=1.0), d, [source])
-    assert len(sample["instances"]) == 1 and sample["image"].shape == (3, 9, 64)
-    whole = sample["instances"].gt_masks.tensor[0]
+    (whole,) = sample["instances"].gt_masks.tensor
     assert torch.equal(whole, sample["panoptic_seg"][0] == 2)
-    assert torch.equal(whole, sample["image"][2] == BLUE)
-    Path(source["file_name"]).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"blue\.png"):
-        mapped(0, make_mapper(copy_paste=1.0), d, [source])
+    assert torch.equal(whole, sample["image"][2] == BLUE) and whole.shape == (9, 64)
     Image.new("RGB", (64, 21)).save(source["file_name"])
     with pytest.raises(ValueError, match=r"blue\.png.*64 x 21"):
         mapped(0, make_mapper(copy_paste=1.0), d, [source])
@@ -207,15 +197,13 @@ polygon = st.lists(coordinates, min_size=6, max_size=12).map(lambda x: x[: len(x
 @given(st.lists(polygon, min_size=1, max_size=3))
 def test_polygons_become_detectron2s_bitmasks(polygons):
     """Also those that leave the image."""
-    masks = PolygonMasks([polygons])
-    instances = Instances((20, 30), gt_masks=masks, gt_boxes=masks.get_bounding_boxes())
-    instances.gt_classes = torch.tensor([0])
-    expected = BitMasks.from_polygon_masks(masks, 20, 30).tensor
+    masks, classes = PolygonMasks([polygons]), torch.tensor([0])
+    boxes = masks.get_bounding_boxes()
+    instances = Instances((20, 30), gt_masks=masks, gt_boxes=boxes, gt_classes=classes)
     sample = {"instances": instances, "segments_info": []}
-    corner = np.ones((1, 1), dtype=bool)
-    paste([(corner, None, 3)], sample, np.zeros((20, 30), dtype=np.int64))
+    paste([(np.ones((1, 1), bool), None, 3)], sample, np.zeros((20, 30), dtype=np.int64))
+    expected = BitMasks.from_polygon_masks(masks, 20, 30).tensor
     assert torch.equal(sample["instances"].gt_masks.tensor[:1], expected)
-    assert isinstance(sample["instances"].gt_boxes, Boxes)
 
 
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])

@@ -26,7 +26,7 @@ from oanet_d2 import add_oanet_config
 from oanet_d2.data.check import check, check_datasets, format_report
 from oanet_d2.data.images import read_segment_ids
 from oanet_d2.evaluation import PanopticEvaluator, build_instance_evaluator
-from tests.conftest import registered
+from tests.conftest import load_config, registered
 from tests.data.conftest import SIZES, SKY, Dataset, make_mapper
 
 # Refused before the first iteration; refused when the file is read; taken.
@@ -389,6 +389,33 @@ def test_image_ids_of_two_types(dataset):
     """NumPy makes strings of all of them, and COCOeval would find no truth for the numbers."""
     dataset.panoptic["images"][1]["id"] = dataset.panoptic["annotations"][1]["image_id"] = "one"
     assert "image ids of two types" in kinds_of(dataset.paths())
+
+
+def test_an_empty_dataset(dataset):
+    dataset.panoptic["images"] = dataset.panoptic["annotations"] = []
+    paths = dataset.paths()[:3]
+    assert kinds_of(paths) == ["no annotated image"]
+    with registered("test_faults", *paths) as name:
+        assert paths[1] in sentence(look_at, name)
+
+
+def test_what_the_config_makes_of_a_sound_dataset(dataset, caplog):
+    """Nothing to learn from where empty images are left out; fewer detections than things."""
+    dataset.instances["annotations"] = []
+    with registered("test_faults", *dataset.paths()) as name:
+        cfg = load_config("OcclusionScenes/oanet_R_18.yaml", "TEST.DETECTIONS_PER_IMAGE", 0)
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+        check_datasets(cfg, [name])
+        assert "TEST.DETECTIONS_PER_IMAGE" in caplog.text
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+        assert "FILTER_EMPTY_ANNOTATIONS" in sentence(check_datasets, cfg, [name])
+
+
+def test_what_is_behind_a_url_is_not_looked_at(dataset):
+    paths = dataset.paths()
+    with registered("test_faults", "https://host/images", *paths[1:]) as name:
+        look_at(name)
 
 
 def test_a_dataset_of_links_is_taken(dataset):

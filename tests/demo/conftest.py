@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -8,22 +5,16 @@ import torch
 from detectron2.modeling import build_model
 
 from oanet_d2.data.occlusion_scenes import write_split
-from tests.conftest import REPOSITORY, SMALLEST, load_config
-
-sys.path.insert(0, str(REPOSITORY / "demo"))  # as for `python demo/demo.py`
+from tests.conftest import SMALLEST, load_config
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory):
     """A tiny network that finds much: config and checkpoint. No dataset lies beside them."""
     folder = tmp_path_factory.mktemp("tiny")
-    cfg = load_config(
-        "OcclusionScenes/oanet_R_18.yaml",
-        *SMALLEST,
-        *["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
-        *["INPUT.MIN_SIZE_TEST", "64", "TEST.DETECTIONS_PER_IMAGE", "12"],
-        *["MODEL.WEIGHTS", str(folder / "tiny.pth")],
-    )
+    opts = [*SMALLEST, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True", "INPUT.MIN_SIZE_TEST", "64"]
+    opts += ["TEST.DETECTIONS_PER_IMAGE", "12", "MODEL.WEIGHTS", str(folder / "tiny.pth")]
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", *opts)
     torch.manual_seed(0)
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     (folder / "tiny.yaml").write_text(cfg.dump())
@@ -54,5 +45,4 @@ def owners(panoptic_seg, segments_info):
 
 def files_in(folder):
     """Paths of the files in a folder, relative to it."""
-    folder = Path(folder)
     return sorted(str(x.relative_to(folder)) for x in folder.rglob("*") if x.is_file())

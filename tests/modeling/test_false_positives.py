@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from oanet_d2.modeling import false_positives
 from oanet_d2.modeling.false_positives import _moved, with_false_positives
-from tests.conftest import box_mask, make_grid_instances
+from oanet_d2.modeling.grid import ground_truth_on_grid
+from tests.conftest import box_mask, make_grid_instances, make_instances
 
 SIZE = (24, 32)
 CLASSES = 5
@@ -61,8 +62,14 @@ def test_moved_by_hand(monkeypatch):
     assert torch.equal(_moved(rectangles([[4, 6, 14, 11]]).masks), rectangles([[6, 7, 16, 12]]).masks)
 
 
-def test_a_copy_outside_the_image_is_left_out(monkeypatch):
-    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    monkeypatch.setattr(false_positives, "_MOVE", 5.0)
-    found = with_false_positives(rectangles([[0, 0, 3, 3], [20, 20, 31, 23]]), CLASSES, 1.0)
-    assert len(found.classes) == 3  # the first moves by 15 cells and stays inside
+def test_an_unmoved_copy_has_the_box_of_its_original(monkeypatch):
+    """Whatever the batch is padded to: both are shares of the image."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    for size, box in (((64, 96), [0, 0, 96, 64]), ((50, 70), [0, 0, 70, 50])):
+        real = ground_truth_on_grid(make_instances(size, [box, [16, 16, 48, 48]], [0, 1]), 4)
+        found = with_false_positives(real, CLASSES, 1.0)
+        assert torch.equal(found.masks[2:], real.masks)
+        assert real.boxes[0].tolist() == found.boxes[2].tolist() == [0, 0, 1, 1]
+        height, width = size
+        pixels = found.boxes[3] * torch.tensor([width, height] * 2)
+        assert (pixels - torch.tensor([16, 16, 48, 48])).abs().max() < 4  # in cells

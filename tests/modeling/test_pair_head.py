@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from detectron2.utils.events import EventStorage
 
 from oanet_d2.modeling import PairwiseRankingHead, SpatialRankingHead
-from oanet_d2.modeling.grid import GridTruth
+from oanet_d2.modeling.grid import GridTruth, ground_truth_on_grid
 from oanet_d2.modeling.pair_head import EVIDENCE
-from tests.conftest import box_mask, make_grid_instances, thing
+from tests.conftest import box_mask, make_grid_instances, make_instances, thing
 
 SIZE = (12, 12)
 CLASSES, CHANNELS = 3, 4
@@ -81,25 +81,6 @@ def pair_loss(head, *images):
     return head.losses(*map(list, zip(*images)), [{} for _ in images])["loss_srm_pairs"]
 
 
-def test_the_answer_does_not_depend_on_the_order_of_the_instances():
-    torch.manual_seed(0)
-    head, maps, n = make_head().eval(), [maps_of(SIZE)], 7
-    for parameter in head.network.compare.parameters():
-        parameter.data *= 5  # sure of itself
-    masks, classes, scores = boxes(0, n), torch.randint(CLASSES, (n,)).tolist(), torch.rand(n)
-    new = torch.randperm(n)
-    instances, _ = scene(masks, classes, scores)
-    permuted, _ = scene([masks[i] for i in new], [classes[i] for i in new], scores[new])
-    with torch.no_grad():
-        margins = head.order_inputs([instances], maps)[0].pair_margins
-        of_permuted = head.order_inputs([permuted], maps)[0].pair_margins
-    torch.testing.assert_close(of_permuted, margins[new][:, new], atol=1e-3, rtol=1e-3)
-    # They are antisymmetric, and as large as the overlap at most.
-    assert torch.equal(margins, -margins.t())
-    shared = torch.tensor([[(a & b).sum() for b in masks] for a in masks]).fill_diagonal_(0)
-    assert (margins.abs() <= shared).all() and (margins.abs() > 0.5 * shared).any()
-
-
 def test_loss_by_hand():
     """Over three images of unequal size, each with one pair."""
     head = prefer(make_head((), loss_weight=0.5), LOG_3)
@@ -115,16 +96,6 @@ def test_loss_by_hand():
     # and four shared cells, with P = 3/4 for the second
     margins = head.order_inputs([first[0]], [{}])[0].pair_margins
     torch.testing.assert_close(margins, torch.tensor([[0.0, -2.0], [2.0, 0.0]]))
-
-
-def test_a_batch_that_hardly_decides_anything_counts_for_less():
-    """120 shared cells show 60 of the one, 59 of the other and void; each has 132."""
-    image = scene([box_mask(0, 0, 11, 12, SIZE), box_mask(1, 0, 12, 12, SIZE)], [0, 1])
-    image[1].ids[:6, 1:11] = 1
-    image[1].ids[11, 10] = 0
-    # the first is shown, with P = 1/4
-    loss = pair_loss(prefer(make_head(()), LOG_3), image)
-    assert loss.item() == pytest.approx(math.sqrt(1 / 132) * math.log(4) / 0.1, rel=1e-5)
 
 
 def test_an_image_gives_the_same_in_any_batch():
@@ -251,3 +222,34 @@ def test_accuracy_of_the_decided_pairs_for_tensorboard():
         storage.step()
         pair_loss(head, *images)
         assert storage.latest()["srm/pair_accuracy"] == (0.5, 19)
+
+
+@pytest.mark.parametrize("iscrowd, loss", [(1, math.log(4 / 3)), (0, 0.0)])
+def test_an_instance_in_a_crowd_is_in_front_where_the_crowd_shows(iscrowd, loss):
+    """
+    A person (class 1), one of two in a segment of persons, covers a corner of a chair. Without the
+    crowd's mark the segment is the other person's.
+    """
+    persons = [box_mask(6, 0, 12, 4, SIZE), box_mask(4, 4, 9, 8, SIZE)]
+    instances, _ = scene([box_mask(0, 0, 6, 6, SIZE), persons[1], persons[0]], [0, 1, 1])
+    ids = torch.zeros(SIZE, dtype=torch.int64)
+    ids[instances.masks[0]] = 1
+    ids[persons[0] | persons[1]] = 2
+    segments = [thing(1, 0), thing(2, 1, iscrowd=iscrowd)]
+    image = instances, GridTruth(torch.zeros_like(ids), ids, segments)
+    assert pair_loss(prefer(make_head(()), LOG_3), image).item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_geometry_is_shares_of_the_image():
+    """Whatever else is in the batch: the sizes of both and of the overlap in an image 64 x 96."""
+    head, seen = make_head(("geometry",)).eval(), []
+    head.network.register_forward_pre_hook(lambda _, args: seen.append(args[1][-1, 0]))
+    pair = make_instances((64, 96), [[8, 8, 64, 56], [32, 24, 88, 64]], [0, 1])
+    pair = ground_truth_on_grid(pair, 4)
+    larger = make_instances((130, 180), [[8, 8, 64, 56], [32, 24, 88, 64]], [0, 1])
+    for batch in ([pair], [ground_truth_on_grid(larger, 4), pair]):
+        head.order_inputs(batch, [{} for _ in batch])
+        # 14 x 12, 14 x 10 and 8 x 8 of 24 x 16 cells
+        expected = torch.tensor([168.0, 140.0, 64.0]).div(384).sqrt()
+        torch.testing.assert_close(seen[-1][[6, 14, 26]], expected)
+    assert torch.equal(*seen)

@@ -12,7 +12,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from oanet_d2.painting import BoxedMasks
-from oanet_d2.painting.matching import match_to_segments
+from oanet_d2.painting.matching import match_to_segments, visible_margins
 from oanet_d2.painting.metrics import (
     KINDS,
     METRICS,
@@ -21,6 +21,7 @@ from oanet_d2.painting.metrics import (
     closure,
     correct_pixels,
     occluded_pairs,
+    order_f1,
     pq_averages,
     pq_counts,
     shared_pixels,
@@ -212,8 +213,13 @@ def test_closure_by_hand():
 
 
 def pairs_of(masks, classes, ids, segments):
-    boxed = BoxedMasks.from_masks(torch.stack(masks))
-    return sorted(occluded_pairs(boxed, torch.tensor(classes), ids, segments))
+    return sorted(all_pairs(torch.stack(masks), torch.tensor(classes), ids, segments)[0])
+
+
+def all_pairs(masks, classes, ids, segments):
+    boxed = BoxedMasks.from_masks(masks)
+    matched = match_to_segments(boxed, classes, ids, segments)
+    return occluded_pairs(boxed, classes, matched, visible_margins(boxed, matched, ids))
 
 
 def test_all_kinds_of_pairs_by_hand():
@@ -241,9 +247,15 @@ def test_two_in_a_crowd_are_no_pair_and_a_chair_before_the_crowd_is_one():
 
 
 def test_without_instances():
-    nothing = BoxedMasks.from_masks(torch.zeros(0, 10, 12, dtype=torch.bool))
-    ids = torch.zeros(10, 12, dtype=torch.int64)
-    assert occluded_pairs(nothing, torch.zeros(0, dtype=torch.int64), ids, []) == []
+    nothing, ids = torch.zeros(0, 10, 12, dtype=torch.bool), torch.zeros(10, 12, dtype=torch.int64)
+    assert all_pairs(nothing, torch.zeros(0, dtype=torch.int64), ids, []) == ([], 0)
+
+
+def test_f1_by_hand():
+    """Of four pairs that overlap the truth decides three, and the order has two of them right."""
+    precision, recall = 2 / 4, 2 / 3
+    expected = 100 * 2 * precision * recall / (precision + recall)
+    assert order_f1(2, 3, 4) == pytest.approx(expected)
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 6))
@@ -260,4 +272,7 @@ def test_pairs_against_slow_reference(seed, n):
         if -1 in (matched[front], matched[behind]):
             kind = NOTHING
         expected.append(OccludedPair(front, behind, kind, pixels))
-    assert pairs_of(list(masks), classes.tolist(), ids, segments) == sorted(expected)
+    pairs, overlapping = all_pairs(masks, classes, ids, segments)
+    assert sorted(pairs) == sorted(expected)
+    shared = (masks.flatten(1).float() @ masks.flatten(1).float().t()).triu(1)
+    assert overlapping == (shared > 0).sum()

@@ -8,14 +8,11 @@ SCRIPT = """
 import json, sys
 sys.modules.update(dict.fromkeys(["detectron2", "panopticapi", "pycocotools"]))
 import oanet_d2, torch
-from oanet_d2.painting import OrderInputs, combine, metrics
+from oanet_d2.painting import combine, metrics
 
-masks = torch.tensor([[[1, 1, 0]], [[0, 1, 0]]]).bool()
-inputs = OrderInputs(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), masks)
-inputs.pair_margins = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+masks, order = torch.tensor([[[1, 1, 0]], [[0, 1, 0]]]).bool(), torch.tensor([1, 0])
 limits = dict(overlap_threshold=0.5, stuff_area_thresh=1, instances_score_thresh=0.5)
-order, stuff = inputs.order("srm_pairs"), torch.tensor([[3, 3, 3]])
-seg, info = combine(masks, inputs.scores, inputs.classes, order, stuff, **limits)
+seg, info = combine(masks, torch.ones(2), torch.arange(2), order, torch.full((1, 3), 3), **limits)
 ours = [name for name in sys.modules if name.startswith("oanet_d2.")]
 print(json.dumps([oanet_d2.__all__, ours, seg.tolist(), [s["category_id"] for s in info]]))
 """

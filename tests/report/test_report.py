@@ -12,7 +12,6 @@ from PIL import Image
 
 from detectron2.data import DatasetCatalog
 
-from oanet_d2.painting import BoxedMasks
 from oanet_d2.painting.metrics import KINDS, METRICS
 from oanet_d2.report import ReportRecorder, write_report
 from oanet_d2.report.__main__ import main
@@ -27,19 +26,19 @@ def picture(case, name):
     return np.asarray(Image.open(io.BytesIO(b64decode(content))).convert("RGB")).astype(int)
 
 
+KEY = 0, 1, "different class"
+
+
 def add(report, path, size):
     """A thing lies on another one. By "score" the one behind is painted over it."""
     Image.new("RGB", size[::-1]).save(path)
     place = torch.arange(size[0] * size[1]).reshape(size) / (size[0] * size[1])
-    masks = BoxedMasks.from_masks(torch.stack([place < 0.5, place >= 0.25]))
     segments = [thing(1, 0, instance_id=0), thing(2, 1, instance_id=1)]
     after, before = (torch.where(place < x, 1, 2).int() for x in (0.5, 0.25))
     report.add(
         {"file_name": str(path), "segments_info": segments},
         after.numpy(),
-        masks,
-        torch.tensor([0, 1]),
-        {"score": torch.tensor([1, 0]), "srm_pairs": torch.tensor([0, 1])},
+        [{"key": KEY, "pixels": after.numel() // 4, "right": ["srm_pairs"]}],
         {"score": (before, segments), "srm_pairs": (after, segments)},
         {"score": int((before == after).sum()), "srm_pairs": after.numel()},
     )
@@ -54,7 +53,8 @@ def test_one_overlap_by_hand(scenes, tmp_path, size):
         add(report, tmp_path / f"{name}.png", size)
     metrics = {f"panoptic_seg/{x}": dict.fromkeys(METRICS, 50.0) for x in orders}
     counts = Counter({((True, 0), "tp"): 1, ((True, 0), "iou"): 0.75})
-    report.save({"evaluation": {}, **metrics}, dict.fromkeys(orders, counts))
+    overlaps = Counter({KEY: 3, (*KEY, "srm_pairs"): 3})
+    report.save({"evaluation": {}, **metrics}, dict.fromkeys(orders, counts), overlaps)
     content = read_json(tmp_path)
     front, behind = report.metadata.thing_classes[:2]
     pair = {"front": front, "behind": behind, "kind": "different class"}
