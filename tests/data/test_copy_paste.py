@@ -71,8 +71,7 @@ def test_whole_masks_paint_the_panoptic_map(folders, data, masks, source_masks, 
     make = partial(make, instance_mask_format="polygon" if masks == "polygon" else "bitmask")
     seed = data.draw(st.integers(0, 2**32 - 1))
     plain, sample = mapped(seed, make(), d), mapped(seed, make(copy_paste=1.0), d, [source])
-    for x, y in zip(tensors(plain), tensors(mapped(seed, make(), d, [source]))):
-        assert torch.equal(x, y)  # with probability 0
+    assert all(map(torch.equal, tensors(plain), tensors(mapped(seed, make(), d, [source]))))
     blind = mapped(seed, make(copy_paste=1.0, read_image=False), d, [source])
     assert "image" not in blind and blind["panoptic_seg"][1] == sample["panoptic_seg"][1]
     for x, y, z in zip(tensors(plain), tensors(sample), tensors(blind)):
@@ -105,8 +104,8 @@ def test_whole_masks_paint_the_panoptic_map(folders, data, masks, source_masks, 
     kept = [k for k, i in enumerate(own) if i not in visible or (ids == i).any()]
     boxes, classes, whole = tensors(sample)[3:]
     assert torch.equal(whole[: len(kept)], tensors(plain)[5][kept])
-    expected = plain["instances"].gt_classes[kept].tolist() + [s["category_id"] for s in new]
-    assert classes.tolist() == expected
+    assert torch.equal(classes[: len(kept)], plain["instances"].gt_classes[kept])
+    assert classes[len(kept) :].tolist() == [s["category_id"] for s in new]
     assert torch.equal(boxes, BitMasks(whole).get_bounding_boxes().tensor)
 
     # Where crowds and stuff lay over a whole mask before, instances alone do not paint the map.
@@ -118,28 +117,21 @@ def test_whole_masks_paint_the_panoptic_map(folders, data, masks, source_masks, 
     assert torch.equal(painted[~unclear], ids[~unclear])
 
 
-SQUARE = (40, 50), [(1, "stuff", (0, 0, 50, 40)), (2, "thing", (15, 10, 35, 30))]
-
-
 @pytest.mark.parametrize("masks", [None, "rle"])
-def test_both_ways_round_and_scaled(folders, masks):
+def test_both_ways_round(folders, masks):
     """A square near a square of its class: in front of it, or behind it and before the stuff."""
-    d, source = (write_scene(folder, *SQUARE, masks) for folder in folders)
-    ways, sides = set(), []
+    scene = (40, 50), [(1, "stuff", (0, 0, 50, 40)), (2, "thing", (15, 10, 35, 30))]
+    d, source = (write_scene(folder, *scene, masks) for folder in folders)
+    ways = set()
     for seed in range(40):
         sample = mapped(seed, make_mapper(copy_paste=1.0), d, [source])
         ids, whole = sample["panoptic_seg"][0], sample["instances"].gt_masks.tensor
-        if len(whole) < 2:  # it hides the other, or would be hidden
-            continue
-        own, new = whole
-        rows, columns = new.any(1), new.any(0)
-        assert torch.equal(new, rows[:, None] & columns) and rows.sum() == columns.sum()
-        sides.append(int(rows.sum()))
-        shown = set(ids[own & new].tolist())
-        ways |= shown
-        assert own.sum() == 20 * 20 and shown <= {2, 3} and len(shown) < 2
-        assert (ids[new & ~own] == 3).all() and (ids[own & ~new] == 2).all()
-    assert ways == {2, 3} and min(sides) < 14 and 24 < max(sides) <= 0.7 * 40
+        if len(whole) == 2:  # or it hides the other, or would be hidden
+            own, new = whole
+            ways.add(tuple(ids[own & new].unique().tolist()))
+            assert own.sum() == 20 * 20
+            assert (ids[new & ~own] == 3).all() and (ids[own & ~new] == 2).all()
+    assert {(2,), (3,)} <= ways <= {(), (2,), (3,)}
 
 
 OF_CLASS_0 = [(3, "thing", (5, 5, 20, 20)), (4, "stuff", (5, 5, 20, 12))]
@@ -149,7 +141,7 @@ CROWD = [(3, "crowd", (5, 5, 20, 20))]
 @pytest.mark.parametrize(
     "rectangles, masks, expected",
     [([], None, []), (CROWD, None, []), (CROWD, "rle", []), (OF_CLASS_0, None, [0]),
-     (OF_CLASS_0, "polygon", []), (OF_CLASS_0, "rle", []),
+     (OF_CLASS_0, "polygon", []),
      ([*OF_CLASS_0, (5, "thing", (22, 22, 25, 25))], "rle", [2]),
      ([*OF_CLASS_0, (5, "thing", (5, 12, 20, 17))], "polygon", [2])],
 )  # fmt: skip
@@ -164,18 +156,17 @@ def test_crowds_and_what_is_covered_are_not_pasted(folders, rectangles, masks, e
 
 
 def test_pixels_belong_to_their_mask(folders):
-    """A triangle stays one, is flipped at times, and shows no pixel from beside it."""
+    """A triangle stays one, scaled and flipped, and shows no pixel from beside it."""
     source = write_scene(folders[1], (64, 64), [(9, "thing", (0, 0, 1, 1))], None)
     ids = np.tril(np.full((64, 64), 9)).astype(np.uint8)
     Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=2)).save(source["pan_seg_file_name"])
     Image.fromarray(np.stack([ids * 20] * 3, axis=2)).save(source["file_name"])
-    flips = set()
-    for seed in range(10):
-        (cutout,) = mapped(seed, cut_out, source, (64, 64), "RGB")
-        assert 0.45 < cutout.mask.mean() < 0.6
-        assert cutout.pixels[cutout.mask].mean() > 170 > 40 > cutout.pixels[~cutout.mask].mean()
-        flips.add(bool(cutout.mask[0, 0]))
-    assert flips == {True, False}
+    cutouts = [mapped(seed, cut_out, source, (100, 128), "RGB")[0] for seed in range(20)]
+    for mask, pixels, _ in cutouts:
+        assert 0.45 < mask.mean() < 0.6 and pixels[mask].mean() > 170 > 40 > pixels[~mask].mean()
+    assert {bool(x.mask[0, 0]) for x in cutouts} == {True, False}
+    sides = [x.mask.shape[0] for x in cutouts]
+    assert min(sides) < 60 and max(sides) == 0.7 * 100
 
 
 def test_unequal_sizes_and_an_image_without_instances(folders):
@@ -207,22 +198,18 @@ def test_polygons_become_detectron2s_bitmasks(polygons):
 
 
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pastes_depend_on_the_place_alone(train_cfg, sampler, workers):
+def test_pastes_depend_on_the_place_alone(train_cfg, sampler):
     """A resumed training sees the same ones; without images they are the same, too."""
     train_cfg.INPUT.COPY_PASTE, train_cfg.DATALOADER.SAMPLER_TRAIN = 0.5, sampler
-    train_cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "gt"
     found = []
     for architecture, first in (("OANet", 0), ("OANet", 4), ("SRMFromAnnotations", 4)):
-        train_cfg.MODEL.META_ARCHITECTURE = architecture
-        train_cfg.DATALOADER.NUM_WORKERS = workers if first else 0
+        train_cfg.MODEL.META_ARCHITECTURE, train_cfg.DATALOADER.NUM_WORKERS = architecture, first // 2
         loader = build_train_loader(train_cfg, PanopticDatasetMapper(train_cfg, is_train=True))
         loader.dataset.seed, loader.dataset.first_batch = 7, first
         found.append([x for batch in islice(loader, 8 - first) for x in batch])
     for whole, resumed, blind in zip(found[0][8:], *found[1:]):
         assert torch.equal(whole["image"], resumed["image"]) and "image" not in blind
-        for x, y, z in zip(*map(tensors, (whole, resumed, blind))):
-            assert torch.equal(x, y) and torch.equal(x, z)
-    plain = {x["image_id"]: len(x["annotations"]) for x in loader.dataset.samples._dataset}
-    pasted = sum(len(x["instances"]) > plain[x["image_id"]] for x in found[0])
-    assert 0 < pasted < 16
+        assert all(map(torch.equal, tensors(whole), tensors(resumed)))
+        assert all(map(torch.equal, tensors(whole), tensors(blind)))
+    before = {x["image_id"]: len(x["annotations"]) for x in loader.dataset.samples._dataset}
+    assert 0 < sum(len(x["instances"]) > before[x["image_id"]] for x in found[0]) < 16
