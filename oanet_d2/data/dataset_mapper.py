@@ -1,5 +1,5 @@
 import copy
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import cv2
 import numpy as np
@@ -12,6 +12,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from .copy_paste import cut_out, paste
 from .images import naming, read_image, runs
 from .load import check_headers, read_truth
 
@@ -57,14 +58,16 @@ def segment_positions(numbers: np.ndarray) -> np.ndarray:
 
 def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarray:
     """
-    The panoptic category at every position, (1 + N,) int64. Thing class c is c, stuff class s (counted
-    from 1) is num_things + s - 1, void is -1. A crowd counts as its class.
+    The panoptic category of every id up to the greatest, int64. Thing class c is c, stuff class s
+    (counted from 1) is num_things + s - 1, void is -1. A crowd counts as its class.
 
     Args:
-        segments_info: N dicts with contiguous "category_id" and "isthing".
+        segments_info: dicts with "id", contiguous "category_id" and "isthing".
     """
-    offsets = [0 if s["isthing"] else num_things - 1 for s in segments_info]
-    return np.array([-1, *(s["category_id"] + x for s, x in zip(segments_info, offsets))])
+    categories = np.full(1 + max((s["id"] for s in segments_info), default=0), -1)
+    for s in segments_info:
+        categories[s["id"]] = s["category_id"] + (0 if s["isthing"] else num_things - 1)
+    return categories
 
 
 def visible_instances(segments_info: List[Dict], numbers: np.ndarray) -> Instances:
@@ -122,6 +125,7 @@ class PanopticDatasetMapper(DatasetMapper):
         stuff_only: bool,
         ignore_value: int,
         read_image: bool = True,
+        copy_paste: float = 0.0,
         **kwargs,
     ):
         """
@@ -131,6 +135,7 @@ class PanopticDatasetMapper(DatasetMapper):
                 from 1 on. False: panoptic categories.
             ignore_value: label of void in "sem_seg".
             read_image: False: no image file is opened, and there is no "image" in the result.
+            copy_paste: the probability that instances of another image are pasted.
             kwargs: see :class:`DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
@@ -138,6 +143,7 @@ class PanopticDatasetMapper(DatasetMapper):
         self.stuff_only = stuff_only
         self.ignore_value = ignore_value
         self.read_image = read_image
+        self.copy_paste = copy_paste
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
@@ -146,12 +152,14 @@ class PanopticDatasetMapper(DatasetMapper):
         ret["stuff_only"] = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
         ret["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         ret["read_image"] = cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations"
+        ret["copy_paste"] = cfg.INPUT.COPY_PASTE
         return ret
 
-    def __call__(self, dataset_dict):
+    def __call__(self, dataset_dict, others: Sequence[Dict] = ()):
         """
         Args:
             dataset_dict (dict): one image, as :func:`load_panoptic` returns it.
+            others: in training, images whose instances may be pasted, see :func:`cut_out`.
 
         Returns:
             dict: what OANet takes. In inference the ground truth stays a file name.
@@ -176,18 +184,23 @@ class PanopticDatasetMapper(DatasetMapper):
         image = aug_input.image
         if self.read_image:
             dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        annotations = dataset_dict.pop("annotations", None)
         if numbers is None:
-            dataset_dict.pop("annotations", None)
             return dataset_dict
 
         with naming(f"annotations of {file_name}"):
-            annotations = dataset_dict.pop("annotations", None)
             dataset_dict["instances"] = (
                 visible_instances(dataset_dict["segments_info"], aug_input.sem_seg)
                 if annotations is None
                 else self._annotated_instances(annotations, transforms, image.shape[:2])
             )
-            self._add_labels(dataset_dict, segment_positions(aug_input.sem_seg))
+        positions, listed = segment_positions(aug_input.sem_seg), dataset_dict["segments_info"]
+        dataset_dict["segments_info"] = [{**s, "id": i} for i, s in enumerate(listed, start=1)]
+        if len(others) > 0 and np.random.rand() < self.copy_paste:
+            source = others[np.random.randint(len(others))]
+            image_format = self.image_format if self.read_image else None
+            paste(cut_out(source, image.shape[:2], image_format), dataset_dict, positions)
+        self._add_labels(dataset_dict, positions)
         return dataset_dict
 
     def _annotated_instances(self, annotations: List[Dict], transforms, image_shape) -> Instances:
@@ -218,8 +231,7 @@ class PanopticDatasetMapper(DatasetMapper):
         return utils.filter_empty_instances(instances)
 
     def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:
-        listed = dataset_dict.pop("segments_info")
-        segments_info = [{**s, "id": i} for i, s in enumerate(listed, start=1)]
+        segments_info = dataset_dict.pop("segments_info")
         categories = labels = panoptic_categories(segments_info, self.num_things)
         if self.stuff_only:
             labels = np.maximum(categories - self.num_things + 1, 0)

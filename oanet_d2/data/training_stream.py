@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, Dict, Iterator, List, Sequence
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from detectron2.data import (
+    DatasetFromList,
     build_batch_data_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -97,9 +99,15 @@ class TrainingStream(IterableDataset):
 
 
 def build_train_loader(cfg, mapper):
-    """Detectron2's `build_detection_train_loader`; its `dataset` is a :class:`TrainingStream`."""
+    """
+    Detectron2's `build_detection_train_loader`; its `dataset` is a :class:`TrainingStream`. For
+    `INPUT.COPY_PASTE` the mapper gets the whole dataset, too, as `others`.
+    """
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
+    if cfg.INPUT.COPY_PASTE > 0:
+        dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
+        mapper = partial(mapper, others=dicts)
     # Detectron2 makes the samples and the sampler of the config.
     theirs = build_detection_train_loader(
         cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
