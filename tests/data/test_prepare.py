@@ -19,8 +19,8 @@ def prepare(monkeypatch, name, source):
     runpy.run_path(script, run_name="__main__")
     for split in ("train", "val"):
         folder, instances = out / f"panoptic_{split}", out / f"instances_{split}.json"
-        assert check(out / "images" / split, f"{folder}.json", folder, instances) == []
-        coco, things = (json.loads(open(x).read()) for x in (f"{folder}.json", instances))
+        assert check(out / "images" / split, folder.with_suffix(".json"), folder, instances) == []
+        coco, things = (json.loads(x.with_suffix(".json").read_text()) for x in (folder, instances))
         names = {c["id"]: c["name"] for c in coco["categories"]}
         for image in coco["annotations"]:
             ids = rgb2id(np.array(Image.open(folder / image["file_name"])))
