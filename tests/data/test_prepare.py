@@ -18,26 +18,23 @@ def prepare(monkeypatch, name, source):
     monkeypatch.setattr(sys, "argv", [script, "--source", str(source), "--output", str(out)])
     runpy.run_path(script, run_name="__main__")
     for split in ("train", "val"):
-        folder = out / f"panoptic_{split}"
-        jsons = out / f"panoptic_{split}.json", out / f"instances_{split}.json"
-        assert check(out / "images" / split, jsons[0], folder, jsons[1]) == []
-        coco, things = (json.loads(x.read_text()) for x in jsons)
+        folder, instances = out / f"panoptic_{split}", out / f"instances_{split}.json"
+        assert check(out / "images" / split, folder.with_suffix(".json"), folder, instances) == []
+        coco, things = (json.loads(x.with_suffix(".json").read_text()) for x in (folder, instances))
         names = {c["id"]: c["name"] for c in coco["categories"]}
         for image in coco["annotations"]:
             ids = rgb2id(np.array(Image.open(folder / image["file_name"])))
             classes = np.full(ids.shape, "", dtype=object)
             for s in image["segments_info"]:
                 classes[ids == s["id"]] = names[s["category_id"]]
-            found[split, image["file_name"]] = classes, [
-                (names[x["category_id"]], coco_mask.decode(x["segmentation"]))
-                for x in things["annotations"] if x["image_id"] == image["image_id"]
-            ]
+            shown = [x for x in things["annotations"] if x["image_id"] == image["image_id"]]
+            masks = [(names[x["category_id"]], coco_mask.decode(x["segmentation"])) for x in shown]
+            found[split, image["file_name"]] = classes, masks
     return found
 
 
 def test_street_fashion(tmp_path, monkeypatch):
-    for folder in ("photos", "annotations/pixel-level"):
-        (tmp_path / folder).mkdir(parents=True)
+    [(tmp_path / x).mkdir(parents=True) for x in ("photos", "annotations/pixel-level")]
     listed = np.array([["null", "skin", "shoes", "boots", "purse", "coat", "tie"]], dtype=object)
     savemat(tmp_path / "label_list.mat", {"label_list": listed})
     labels = np.zeros((416, 208), np.uint8)
