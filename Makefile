@@ -37,7 +37,7 @@ help:  ## print this
 setup: $(STAMP)  ## only make the environment
 
 demo: $(STAMP)  ## train and evaluate a small OANet on synthetic scenes with occlusion
-	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_R_18.yaml $(DEMO_OPTS) $(ARGS)
+	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_lite0.yaml $(DEMO_OPTS) $(ARGS)
 
 test: $(STAMP)  ## run the tests; they fail when less than 90 % of oanet_d2 is covered
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(or $(PYTEST_ARGS),$(COVERAGE))

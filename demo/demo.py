@@ -2,7 +2,7 @@
 """
 Segment pictures, a video or what a webcam sees, and look at it.
 
-    python demo/demo.py --config-file configs/OcclusionScenes/oanet_R_18.yaml \\
+    python demo/demo.py --config-file configs/OcclusionScenes/oanet_lite0.yaml \\
         --input pictures/ --output segmented/ --compare \\
         --opts MODEL.WEIGHTS output/occlusion_scenes/model_final.pth
 

@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from . import hooks
 from .checkpoint import CheckpointError, OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
-from .data.builtin import occlusion_scenes_root
+from .data.builtin import dataset_root
 from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
 from .data.training_stream import TrainingStream, build_train_loader
@@ -247,7 +247,7 @@ def prepare_datasets(cfg) -> None:
     for split, images in (("train", scenes.TRAIN_IMAGES), ("val", scenes.VAL_IMAGES)):
         if names & {f"occlusion_scenes_{split}", f"occlusion_scenes_{split}_visible"}:
             options = {"image_size": scenes.IMAGE_SIZE, "seed": scenes.SEED}
-            ensure_split(occlusion_scenes_root(), split, images, **options)
+            ensure_split(dataset_root("occlusion_scenes"), split, images, **options)
 
 
 def report_orderings(cfg, results: Dict) -> None:

@@ -54,19 +54,15 @@ def panoptic_fpn_cfg(cfg):
 def make_instances(size, boxes, classes, masks=None):
     """Ground truth for integer XYXY boxes in an image of `size`; masks default to filled boxes."""
     if masks is None:
-        masks = [box_mask(*box, size) for box in [*boxes, (0, 0, 0, 0)]]
-        masks = torch.stack(masks)[: len(boxes)]
-    return Instances(
-        size,
-        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
-        gt_classes=torch.tensor(classes, dtype=torch.int64),
-        gt_masks=BitMasks(masks),
-    )
+        masks = torch.stack([box_mask(*box, size) for box in [*boxes, (0, 0, 0, 0)]])[: len(boxes)]
+    instances = Instances(size, gt_classes=torch.tensor(classes, dtype=torch.int64))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_masks = BitMasks(masks)
+    return instances
 
 
 def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
     """A training input of filled boxes, later ones on top, before a stuff class (from 1) or void."""
-    generator = torch.Generator().manual_seed(seed)
     category = torch.full(size, -1 if stuff is None else num_things + stuff - 1)
     index, segments = torch.zeros(size, dtype=torch.int64), []
     if stuff is not None:
@@ -75,8 +71,9 @@ def make_input(size, boxes, classes, stuff=None, num_things=8, seed=0):
     for i, (box, c) in enumerate(zip(boxes, classes), start=1):
         mask = box_mask(*box, size)
         index[mask], category[mask] = i, c
+    image = np.random.default_rng(seed).integers(0, 256, (3, *size), np.uint8)
     return {
-        "image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8),
+        "image": torch.from_numpy(image),
         "height": size[0],
         "width": size[1],
         "instances": make_instances(size, boxes, classes),
@@ -117,8 +114,7 @@ def random_scene(seed, n, size=(6, 7), num_classes=2):
         ids[random_box()] = s["id"]
     masks = torch.stack([random_box() for _ in range(n)])
     classes = torch.from_numpy(rng.integers(0, num_classes, n))
-    scores = torch.from_numpy(rng.permutation(n) / 10 + 0.1)
-    return masks, classes, scores, ids, segments
+    return masks, classes, torch.from_numpy(rng.permutation(n) / 10 + 0.1), ids, segments
 
 
 @contextmanager
@@ -131,11 +127,9 @@ def registered(name, *paths):
         MetadataCatalog.remove(name)
 
 
-def scenes_paths(root, split):
-    """What `register_panoptic` takes, for a split of OcclusionScenes."""
-    names = (f"annotations/{kind}_{split}.json" for kind in ("panoptic", "instances"))
-    panoptic, instances = (root / name for name in names)
-    return root / split, panoptic, root / f"panoptic_{split}", instances
+def scenes_paths(root, split):  # as `register_panoptic` takes them
+    jsons = [root / f"annotations/{x}_{split}.json" for x in ("panoptic", "instances")]
+    return root / split, jsons[0], root / f"panoptic_{split}", jsons[1]
 
 
 @pytest.fixture(scope="session")
@@ -146,12 +140,10 @@ def subprocess_env():
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MB."""
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
         pytest.skip("needs to mount a file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.fixture(scope="session")

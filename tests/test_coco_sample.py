@@ -1,14 +1,13 @@
 """Real data from the folder beside the project, if there is one."""
 
 import pytest
-import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from oanet_d2.data.check import check
 from oanet_d2.engine import OANetTrainer
-from tests.conftest import REPOSITORY, load_config, registered
+from tests.conftest import REPOSITORY, load_config, registered, trainer_of
 
 DATA = REPOSITORY.parent / "shared" / "data"
 PATHS = [DATA / "coco_panoptic_sample" / x for x in ("val2017", "annotations", "panoptic_val2017")]
@@ -23,9 +22,8 @@ SMALL = """
     MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.RPN.POST_NMS_TOPK_TRAIN 100 DATALOADER.NUM_WORKERS 0
     INPUT.MIN_SIZE_TRAIN (256,) INPUT.MIN_SIZE_TEST 256 TEST.ORDERS ()
     SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.IMS_PER_BATCH 1 SOLVER.STEPS () SOLVER.MAX_ITER 100
-    SOLVER.OPTIMIZER ADAMW SOLVER.BASE_LR 0.002 SOLVER.WARMUP_ITERS 10
-    SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm
-    SOLVER.CLIP_GRADIENTS.CLIP_VALUE 10.0
+    SOLVER.OPTIMIZER ADAMW SOLVER.BASE_LR 0.002 SOLVER.CLIP_GRADIENTS.ENABLED True
+    SOLVER.WARMUP_ITERS 10 SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm SOLVER.CLIP_GRADIENTS.CLIP_VALUE 10.0
 """.split()
 
 
@@ -56,12 +54,11 @@ def test_learned_by_heart(tmp_path):
     with registered("test_coco_sample", *PATHS) as name:
         (image,) = DatasetCatalog.get(name)
         assert any(s["iscrowd"] for s in image["segments_info"]) and "annotations" not in image
-        data = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
-        opts = [*SMALL, *data, "OUTPUT_DIR", str(tmp_path)]
+        opts = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)"]
+        opts += [*SMALL, "OUTPUT_DIR", str(tmp_path)]
         cfg = load_config("COCO-PanopticSegmentation/oanet_R_50_1x.yaml", *opts)
         assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 133
-        torch.manual_seed(0)
-        trainer = OANetTrainer(cfg)
+        trainer = trainer_of(cfg)
         trainer.train()
         result = OANetTrainer.test(cfg, trainer.model)
     assert result["panoptic_seg"]["PQ"] > 30 and result["panoptic_seg"]["PQ_st"] > 20

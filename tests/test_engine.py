@@ -107,3 +107,21 @@ def test_optimizer_follows_the_config(tiny_cfg):
     tiny_cfg.SOLVER.OPTIMIZER = "LION"
     with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LION'.*'ADAMW'"):
         OANetTrainer.build_optimizer(tiny_cfg, model)
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+def test_gradients_are_clipped_after_they_are_unscaled(tiny_cfg, name):
+    """One step by a GradScaler leaves the optimizer with the gradient itself: its norm is below 10."""
+    tiny_cfg.SOLVER.OPTIMIZER = name
+    clip = tiny_cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "norm", 10.0
+    tiny_cfg.SOLVER.WEIGHT_DECAY, tiny_cfg.SOLVER.MOMENTUM = 0.0, 0.9
+    layer = torch.nn.Linear(100, 1, bias=False)
+    gradient = 0.1 * torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
+    optimizer = OANetTrainer.build_optimizer(tiny_cfg, layer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler.scale((layer.weight * gradient).sum()).backward()
+    scaler.step(optimizer)
+    state = optimizer.state[layer.weight]
+    found = state["momentum_buffer"] if name == "SGD" else state["exp_avg"] / (1 - 0.9)
+    torch.testing.assert_close(found, gradient)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """
-Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs that differ in
-their seed. A run is the OUTPUT_DIR of a training, or of an evaluation, with TEST.ORDERS.
+Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs: of one or several
+datasets, and for each of them trainings that differ in their seed. A run is the OUTPUT_DIR of a
+training, or of an evaluation, with TEST.ORDERS. The pictures are of OcclusionScenes.
 
     python tools/results.py output/seed_1 output/seed_2 output/seed_3
 """
@@ -11,14 +12,22 @@ import math
 import statistics
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence
 
 import yaml
 from PIL import Image
 from tabulate import tabulate
 
-from oanet_d2.painting.metrics import METRICS, closure
+from oanet_d2.painting.metrics import closure
 
+# Of orderings.json, and how a page calls them. "pairs" are pairs in the right order, in percent.
+COLUMNS = {
+    **{metric: metric for metric in ("PQ", "PQ_th", "PQ_st", "pairs")},
+    "pairs, different class": "different class",
+    "pairs, same class": "same class",
+    "pairs, one matches nothing": "one false",
+    "order F1": "order F1",
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,13 +57,17 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def orders_table(runs: List[Dict], metrics: Sequence[str], orders: Sequence[str]) -> str:
+def orders_rows(runs: List[Dict], metrics: Iterable[str], orders: Iterable[str]) -> List[List[str]]:
     rows = []
     for order in orders:
-        cells = [spread([run["orderings"][order][m] for run in runs]) for m in metrics]
-        closures = [closure(run["orderings"], order) for run in runs]
-        rows.append([order, *cells, spread([math.nan if x is None else x for x in closures], 3)])
-    return markdown_table(["order", *metrics, "closure"], rows)
+        cells = [spread([_number(run["orderings"][order][m]) for run in runs]) for m in metrics]
+        closures = [_number(closure(run["orderings"], order)) for run in runs]
+        rows.append([order, *cells, spread(closures, 3)])
+    return rows
+
+
+def _number(value: Optional[float]) -> float:
+    return math.nan if value is None else value
 
 
 def runs_table(runs: List[Dict], best: str) -> str:
@@ -67,26 +80,42 @@ def runs_table(runs: List[Dict], best: str) -> str:
     return markdown_table(["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle"], rows)
 
 
+def dataset_of(run: Dict) -> str:
+    return run["config"]["DATASETS"]["TEST"][0].removesuffix("_val")
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with orderings.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args()
-    runs = [read_run(folder) for folder in args.runs]
-    config = runs[0]["config"]
-    best = config["MODEL"]["OANET"]["ORDER"]
-    about = (
-        f"{len(runs)} trainings of {config['SOLVER']['MAX_ITER']} iterations that differ in their "
-        f"seed, each evaluated on {runs[0]['images']} images."
-    )
-    text = [orders_table(runs, METRICS, list(runs[0]["orderings"])), about, runs_table(runs, best)]
-    fill_region(args.root / "docs" / "RESULTS.md", "tools/results.py", "\n\n".join(text))
-    short = orders_table(runs, ["PQ", "PQ_th", "PQ_st"], ["score", best, "oracle"])
-    fill_region(args.root / "README.md", "tools/results.py", f"{short}\n\n{about}")
+    all_runs, rows, notes = [read_run(folder) for folder in args.runs], [], []
+    for name in dict.fromkeys(map(dataset_of, all_runs)):
+        runs = [run for run in all_runs if dataset_of(run) == name]
+        solver, best = runs[0]["config"]["SOLVER"], runs[0]["config"]["MODEL"]["OANET"]["ORDER"]
+        about = (
+            f"{name}: {solver['MAX_ITER']} iterations, {len(runs)} training"
+            f"{'s that differ in their seed' * (len(runs) > 1)}, {runs[0]['images']} images."
+        )
+        orders = list(runs[0]["orderings"])
+        table = markdown_table(["order", *COLUMNS.values(), "closure"], orders_rows(runs, COLUMNS, orders))
+        text = f"{table}\n\n{about}\n\n{runs_table(runs, best)}"
+        fill_region(args.root / "docs" / "RESULTS.md", f"tools/results.py ({name})", text)
+        shown = [x for x in ("score", "smaller_first", best, "oracle") if x in orders]
+        rows += [[name, *row] for row in orders_rows(runs, ("PQ", "PQ_th", "pairs"), shown)]
+        notes.append(about)
+    table = markdown_table(["dataset", "order", "PQ", "PQ_th", "pairs", "closure"], rows)
+    fill_region(args.root / "README.md", "tools/results.py", "\n\n".join([table, " ".join(notes)]))
+    for run, path in zip(all_runs, args.runs):
+        if dataset_of(run) == "occlusion_scenes":
+            copy_pictures(path, args.root / "docs" / "pictures")
+            break
+
+
+def copy_pictures(run: Path, target: Path) -> None:
     for folder, prefix in (("pictures", "right"), ("pictures_still_wrong", "wrong")):
-        for i, path in enumerate(sorted((args.runs[0] / folder).glob("*.png"))[:2], start=1):
-            picture = args.root / "docs" / "pictures" / f"{prefix}_{i}.jpg"
-            Image.open(path).convert("RGB").save(picture, quality=90)
+        for i, path in enumerate(sorted((run / folder).glob("*.png"))[:2], start=1):
+            Image.open(path).convert("RGB").save(target / f"{prefix}_{i}.jpg", quality=90)
 
 
 if __name__ == "__main__":

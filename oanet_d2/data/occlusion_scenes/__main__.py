@@ -2,11 +2,11 @@
 
 import argparse
 
-from ..builtin import occlusion_scenes_root
+from ..builtin import dataset_root
 from .writer import ensure_split, write_split
 
 parser = argparse.ArgumentParser(prog="python -m oanet_d2.data.occlusion_scenes")
-parser.add_argument("--root", default=occlusion_scenes_root(), help="folder; default: %(default)s")
+parser.add_argument("--root", default=dataset_root("occlusion_scenes"), help="folder; default: %(default)s")
 for name, default in {"train": 4000, "val": 200, "image-size": 192, "seed": 0}.items():
     parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
 parser.add_argument("--overwrite", action="store_true", help="replace splits that are already there")
