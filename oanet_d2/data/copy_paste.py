@@ -187,11 +187,12 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
 
 def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndarray]]:
     """Every mask in its box, which is grown to whole pixels: boxes of polygons have fractions."""
-    height, width = instances.image_size
+    size = np.array(instances.image_size[::-1])
     boxes = instances.gt_boxes.tensor.double().numpy()
-    boxes = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1)
+    first = np.floor(boxes[:, :2]).clip(0, size - 1)
+    last = np.ceil(boxes[:, 2:]).clip(first + 1, size)  # a pixel, if a polygon is beside the image
     regions, masks = [], []
-    for i, corners in enumerate(boxes.clip(0, [width, height, width, height]).astype(int)):
+    for i, corners in enumerate(np.concatenate([first, last], axis=1).astype(int)):
         x0, y0, x1, y1 = corners.tolist()
         regions.append((slice(y0, y1), slice(x0, x1)))
         if isinstance(instances.gt_masks, BitMasks):
