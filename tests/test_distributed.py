@@ -12,8 +12,10 @@ from oanet_d2.checkpoint import CheckpointError
 from oanet_d2.data.occlusion_scenes import write_split
 from tests.conftest import make_input, registered, scenes_paths, trainer_of, training_cfg
 
-# Every anchor and every proposal is sampled, whatever the random numbers; no statistics of a batch.
+# Every anchor and every proposal is sampled, whatever the random numbers; no statistics of a batch. (The
+# processes share those of pairs, which the first image alone has.)
 DETERMINISTIC = [
+    *["MODEL.SRM_HEAD.TRAIN_MASKS", "gt", "MODEL.SRM_HEAD.GT_FALSE_POSITIVES", 0.0],
     *["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 300],
     *["MODEL.RPN.POSITIVE_FRACTION", 0.5, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.5],
     *["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""],

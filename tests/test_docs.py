@@ -40,7 +40,7 @@ def test_readme(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(CONFIGS)
     (tmp_path / "my_config.yaml").write_text(*examples("README.md", "yaml"))
     assert set(load_config("my_config.yaml").DATASETS.PANOPTIC) == {"my_train", "my_val"}
-    model = build_model(conftest.load_config("OcclusionScenes/oanet_R_18.yaml"))
+    model = build_model(conftest.load_config("OcclusionScenes/oanet_lite0.yaml"))
     (tmp_path / "output/occlusion_scenes").mkdir(parents=True)
     torch.save({"model": model.state_dict()}, "output/occlusion_scenes/model_final.pth")
     write_split(tmp_path / "datasets/occlusion_scenes", "val", 1, image_size=64, num_workers=0)
