@@ -2,7 +2,7 @@
 """
 Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs: of one or several
 datasets, and for each of them trainings that differ in their seed. A run is the OUTPUT_DIR of a
-training, or of an evaluation, with TEST.ORDERS. The pictures are of OcclusionScenes.
+training, or of an evaluation, with TEST.ORDERS. Pictures of street_fashion are left out.
 
     python tools/results.py output/seed_1 output/seed_2 output/seed_3
 """
@@ -28,6 +28,8 @@ COLUMNS = {
     "pairs, one matches nothing": "one false",
     "order F1": "order F1",
 }
+# What their names begin with. (The photographs of street_fashion show persons.)
+PICTURES = {"occlusion_scenes": "", "facades": "facades_"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -104,18 +106,17 @@ def main():
         shown = [x for x in ("score", "smaller_first", best, "oracle") if x in orders]
         rows += [[name, *row] for row in orders_rows(runs, ("PQ", "PQ_th", "pairs"), shown)]
         notes.append(about)
+        if name in PICTURES:
+            run = args.runs[all_runs.index(runs[0])]
+            copy_pictures(run, args.root / "docs" / "pictures", PICTURES[name])
     table = markdown_table(["dataset", "order", "PQ", "PQ_th", "pairs", "closure"], rows)
     fill_region(args.root / "README.md", "tools/results.py", "\n\n".join([table, " ".join(notes)]))
-    for run, path in zip(all_runs, args.runs):
-        if dataset_of(run) == "occlusion_scenes":
-            copy_pictures(path, args.root / "docs" / "pictures")
-            break
 
 
-def copy_pictures(run: Path, target: Path) -> None:
+def copy_pictures(run: Path, target: Path, beginning: str) -> None:
     for folder, prefix in (("pictures", "right"), ("pictures_still_wrong", "wrong")):
         for i, path in enumerate(sorted((run / folder).glob("*.png"))[:2], start=1):
-            Image.open(path).convert("RGB").save(target / f"{prefix}_{i}.jpg", quality=90)
+            Image.open(path).convert("RGB").save(target / f"{beginning}{prefix}_{i}.jpg", quality=90)
 
 
 if __name__ == "__main__":
