@@ -103,7 +103,7 @@ def main():
         table = markdown_table(["order", *COLUMNS.values(), "closure"], orders_rows(runs, COLUMNS, orders))
         text = f"{table}\n\n{about}\n\n{runs_table(runs, best)}"
         fill_region(args.root / "docs" / "RESULTS.md", f"tools/results.py ({name})", text)
-        shown = [x for x in ("score", "smaller_first", best, "oracle") if x in orders]
+        shown = [x for x in ("score", "smaller_first", best) if x in orders]
         rows += [[name, *row] for row in orders_rows(runs, ("PQ", "PQ_th", "pairs"), shown)]
         notes.append(about)
         if name in PICTURES:
