@@ -11,6 +11,7 @@ Exit status: 0 if nothing is wrong, 1 if something is, 2 if the command itself i
 import argparse
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,7 @@ def check_datasets(cfg, names: Sequence[str]) -> None:
     for name in names:
         dicts = DatasetCatalog.get(name)
         problems.append(_problem_of_all(cfg, name, dicts))
-        dicts = [d for d in dicts if "://" not in d["file_name"] + d["pan_seg_file_name"]]
+        dicts = [d for d in dicts if not _is_remote(d["file_name"], d["pan_seg_file_name"])]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             own = dicts[comm.get_rank() :: comm.get_world_size()]
             problems += pool.map(partial(_header_problem, image=look_at_images), own)
@@ -157,8 +158,15 @@ def _has_instance(d: Dict) -> bool:
     return "annotations" not in d or not all(x.get("iscrowd", 0) for x in d["annotations"])
 
 
+def _is_remote(*paths: str) -> bool:
+    return any(re.match(r"\w+://", path) for path in paths)
+
+
 def _number_of_things(d: Dict) -> int:
-    return sum(s["isthing"] and not s.get("iscrowd", 0) for s in d["segments_info"])
+    things = [s for s in d["segments_info"] if s["isthing"]]
+    return max(
+        sum(not x.get("iscrowd", 0) for x in kind) for kind in (things, d.get("annotations", []))
+    )
 
 
 def _header_problem(d: Dict, image: bool) -> Optional[str]:

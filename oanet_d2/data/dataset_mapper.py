@@ -228,6 +228,7 @@ class PanopticDatasetMapper(DatasetMapper):
             instances.gt_boxes = _boxes(instances.gt_masks.tensor.numpy())
         else:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+            instances.gt_boxes.clip(image_shape)
         return utils.filter_empty_instances(instances)
 
     def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:

@@ -13,12 +13,12 @@ import reprlib
 from collections import defaultdict
 from itertools import product
 from numbers import Integral
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 from pycocotools import mask as mask_util
 
-from detectron2.structures import BoxMode, polygons_to_bitmask
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from .images import count_pixels, read_header, read_segment_ids
@@ -66,6 +66,8 @@ TEXT = "a string that is not empty", lambda x: isinstance(x, str) and x != ""
 LIST = "a list", lambda x: isinstance(x, list)
 FLAG = "0 or 1", lambda x: isinstance(x, Integral) and x in (0, 1)
 SEGMENT_ID = "1 to 16777215 (0 is void)", lambda x: INTEGER[1](x) and 0 < x < 256**3
+
+FARTHEST = 10**6  # a coordinate of a polygon; pycocotools walks along its edges
 
 Fields = Dict[str, Tuple[str, Callable[[Any], bool]]]
 CATEGORY_NAME: Fields = {"id": INTEGER, "name": TEXT}
@@ -224,8 +226,9 @@ def _segments(
             detail = f"the category {category} is not among the 'categories'"
             report("unknown category id", where, detail)
         elif iscrowd and not isthing:
-            detail = f"'iscrowd' is 1, but the category {category} is stuff"
+            detail = f"'iscrowd' is 1, but the category {category} is stuff; it is taken as 0"
             report("stuff segment is a crowd", where, detail, fatal=False)
+            iscrowd = 0
         segments.append({**x, "category_id": contiguous, "isthing": isthing, "iscrowd": iscrowd})
     return segments
 
@@ -273,7 +276,7 @@ def _instances(
             detail = "its mask has no pixel in the image; the instance is left out"
             report("instance without a pixel", at, detail, fatal=False)
             continue
-        if "bbox" in x and not _is_near(x["bbox"], box):
+        if x.get("bbox") is not None and not _is_near(x["bbox"], box):
             found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
             detail = f"{found} (x, y, width, height); the mask counts"
             report("box contradicts the mask", at, detail, fatal=False)
@@ -302,39 +305,63 @@ def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
         if mask.get("size") != size:
             detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
             report("RLE size differs from the image", at, detail)
-        elif isinstance(counts, list):
-            if _finite(counts) and sum(counts) == height * width and min(counts) >= 0:
-                return mask_util.frPyObjects(mask, *size)
-            report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
-        elif isinstance(counts, (str, bytes)):
-            return mask
-        else:
+        elif not isinstance(counts, (list, str, bytes)):
             report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
+        elif sum(_runs(counts)) == height * width:
+            return mask_util.frPyObjects(mask, *size) if isinstance(counts, list) else mask
+        else:
+            report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
     elif not isinstance(mask, list):
         report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
     else:
-        polygons = [p for p in mask if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+        for p in mask:
+            if not isinstance(p, list) or not all(isinstance(v, (int, float)) for v in p):
+                found = f"its segmentation holds {reprlib.repr(p)}"
+                report(kind, at, f"{found}; a polygon is a list of numbers, x, y, x, y, ...")
+                return []
+        polygons = [p for p in mask if len(p) >= 6 and len(p) % 2 == 0]
         if len(polygons) < len(mask):
             report(kind, at, "a polygon is not of 6, 8, 10, ... numbers", fatal=False)
-        if all(map(_finite, polygons)):
+        if all(_finite(p) and max(map(abs, p)) < FARTHEST for p in polygons):
             return polygons
-        report(kind, at, "a polygon holds something else than finite numbers")
+        report(kind, at, f"a polygon holds a number that is not between -{FARTHEST} and {FARTHEST}")
     return []
+
+
+def _runs(counts: Union[List, str, bytes]) -> List[int]:
+    """The lengths of the runs of an RLE, as `rleFrString` of pycocotools reads them; [] if it is none."""
+    if isinstance(counts, list):
+        return counts if all(INTEGER[1](x) and x >= 0 for x in counts) else []
+    runs: List[int] = []
+    number = shift = 0
+    for c in counts.encode(errors="replace") if isinstance(counts, str) else counts:
+        number |= (c - 48 & 31) << shift
+        shift += 5
+        if not c - 48 & 32:
+            number -= (c - 48 & 16) << shift - 4
+            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+            number = shift = 0
+    return runs if not shift and min(runs, default=-1) >= 0 else []
 
 
 def _box(mask: Any, height: int, width: int) -> Optional[List[float]]:
     """The box around a mask in the image, XYWH; None if the mask has no pixel there."""
-    if isinstance(mask, dict):
-        box = mask_util.toBbox(mask).tolist()
-        return box if box[2] > 0 else None
-    xs, ys = ([v for p in mask for v in p[i::2]] for i in (0, 1))
-    left, top = max(min(xs), 0), max(min(ys), 0)
-    right, bottom = min(max(xs), width), min(max(ys), height)
-    box = [float(x) for x in (left, top, right - left, bottom - top)]
-    # Thin polygons may hold the centre of no pixel.
-    if min(box[2:]) < 2 and not polygons_to_bitmask(mask, height, width).any():
-        return None
-    return box if min(box[2:]) > 0 else None
+    if isinstance(mask, list):
+        xs, ys = ([v for p in mask for v in p[i::2]] for i in (0, 1))
+        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+        area = sum(abs(_signed_area(p)) for p in mask)
+        is_solid = area > max(4, 0.1 * (right - left) * (bottom - top))
+        if is_solid and left >= 0 and top >= 0 and right <= width and bottom <= height:
+            return [float(x) for x in (left, top, right - left, bottom - top)]
+        # Thin polygons may hold the centre of no pixel, and others leave the image.
+        mask = mask_util.merge(mask_util.frPyObjects(mask, height, width))
+    box = mask_util.toBbox(mask).tolist()
+    return box if box[2] > 0 else None
+
+
+def _signed_area(polygon: List[float]) -> float:
+    x, y = np.array(polygon, dtype=float).reshape(-1, 2).T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
 def _is_near(bbox: Any, box: List[float]) -> bool:

@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from functools import partial
 from typing import Any, Dict, List, Optional, Union
 
@@ -126,6 +127,9 @@ def category_metadata(categories: List, where: str, report: Report = stop) -> Di
     listed = entries(categories, CATEGORY, where, report)
     found = [{**c, "id": int(c["id"])} for _, c, usable in listed if usable]  # JSON takes no np.int64
     things = [c for c in found if c["isthing"]]
+    for name, number in Counter(c["name"] for c in things).items():
+        if number > 1:  # results by class would be those of one of them
+            report("duplicate name", where, f"{number} thing classes have the name {name!r}")
     stuff = [c for c in found if not c["isthing"]]
     metadata = {
         "thing_classes": [c["name"] for c in things],

@@ -30,7 +30,10 @@ def build_instance_evaluator(
         write_atomically(path, json.dumps({"annotations": [], **convert_to_coco_dict(dataset_name)}))
     comm.synchronize()
     contiguous = metadata.thing_dataset_id_to_contiguous_id
-    evaluated = MetadataCatalog.get(f"{dataset_name}, {path}")
+    name = f"{dataset_name}, {path}"
+    if name in MetadataCatalog:  # of an earlier evaluation, perhaps of another dataset of this name
+        MetadataCatalog.remove(name)
+    evaluated = MetadataCatalog.get(name)
     evaluated.set(
         json_file=path,
         thing_dataset_id_to_contiguous_id=contiguous,
@@ -38,5 +41,5 @@ def build_instance_evaluator(
         thing_classes=[metadata.thing_classes[contiguous[i]] for i in sorted(contiguous)],
     )
     return COCOEvaluator(
-        evaluated.name, output_dir=folder, max_dets_per_image=max_dets_per_image
+        name, output_dir=folder, max_dets_per_image=max_dets_per_image
     )

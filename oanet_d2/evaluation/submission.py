@@ -92,7 +92,7 @@ class PanopticFiles(DatasetEvaluator):
         """
         Args:
             dataset_name: for its metadata.
-            path: the JSON file. The PNGs are named as the ground truth's.
+            path: the JSON file. The PNGs are named as the ground truth's, in its folder.
         """
         self.metadata = MetadataCatalog.get(dataset_name)
         self.path = path
@@ -104,6 +104,9 @@ class PanopticFiles(DatasetEvaluator):
     def process(self, inputs: List[Dict], outputs: List[Dict]):
         for x, output in zip(inputs, outputs):
             png = os.path.relpath(x["pan_seg_file_name"], self.metadata.panoptic_root)
+            if png.startswith(os.pardir):
+                png = os.path.basename(png)
+            png = os.path.splitext(png)[0] + ".png"
             image = os.path.relpath(x["file_name"], self.metadata.image_root)
             ids, segments_info = output["panoptic_seg"]
             self._submission.add(ids, segments_info, x["image_id"], image, png)

@@ -25,6 +25,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from oanet_d2 import add_oanet_config
 from oanet_d2.data.check import check, check_datasets, format_report
 from oanet_d2.data.images import read_segment_ids
+from oanet_d2.data.load import _runs
 from oanet_d2.evaluation import PanopticEvaluator, build_instance_evaluator
 from tests.conftest import load_config, registered
 from tests.data.conftest import SIZES, SKY, Dataset, make_mapper
@@ -301,6 +302,19 @@ FAULTS = [
     (change("instances annotations 2 segmentation counts", [1, 2]), "malformed mask", AT_START),
     (change("instances annotations 2 segmentation counts", [-1, 1025]), "malformed mask", AT_START),
     (change(f"{MASK} counts", 5), "malformed mask", AT_START),
+    (change(f"{MASK} counts", ""), "malformed mask", AT_START),
+    (change(f"{MASK} counts", "h\u00e9\udc80"), "malformed mask", AT_START),
+    (change(f"{MASK} counts", coco_mask.encode(np.ones((14, 8), "u1", "F"))["counts"].decode()),
+     "malformed mask", AT_START),
+    (change("instances annotations 2 segmentation counts", [100.5, 100.5, 823]),
+     "malformed mask", AT_START),
+    (change(MASK, [1, 2, 8, 2, 8, 9]), "malformed mask", AT_START),
+    (change(MASK, [[[1, 2], [8, 2], [8, 9]]]), "malformed mask", AT_START),
+    (change(MASK, [[1, 2, 8, 9, 1, 2]]), "instance without a pixel", TAKEN),
+    (change(MASK, [[-20, 9, 9, -20, -20, -20]]), "instance without a pixel", TAKEN),
+    (change(MASK, [[1, 1, 8, 1, 8, 1.2, 1.2, 1.2, 1.2, 8, 1, 8]]), "instance without a pixel", TAKEN),
+    (change(MASK, [[-1e9, -1e9, 1e9, -1e9, 1e9, 1e9]]), "malformed mask", AT_START),
+    (change("panoptic categories 1 name", "person"), "duplicate name", AT_START),
 ]
 
 
@@ -391,6 +405,26 @@ def test_image_ids_of_two_types(dataset):
     assert "image ids of two types" in kinds_of(dataset.paths())
 
 
+def test_the_box_of_a_polygon_that_leaves_the_image_is_its_pixels(dataset):
+    change(MASK, [[-20, 0, 5, 7, -20, 14]])(dataset)
+    dataset.instances["annotations"][1]["bbox"] = None
+    paths = dataset.paths()
+    assert kinds_of(paths) == []
+    with registered("test_faults", *paths) as name:
+        (x,) = DatasetCatalog.get(name)[1]["annotations"]
+    mask = polygons_to_bitmask([np.array(p, float) for p in x["segmentation"]], 14, 9)
+    assert x["bbox"] == list(cv2.boundingRect(mask.view(np.uint8)))
+
+
+def test_runs_are_those_of_pycocotools():
+    for seed in range(20):
+        mask = np.random.default_rng(seed).random((9, 40)) < seed / 20
+        counts = coco_mask.encode(np.asfortranarray(mask, "u1"))["counts"]
+        flat = mask.ravel(order="F")
+        ends = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1]))
+        assert _runs(counts) == _runs(counts.decode()) == np.diff(ends, prepend=0).tolist()
+
+
 def test_an_empty_dataset(dataset):
     dataset.panoptic["images"] = dataset.panoptic["annotations"] = []
     paths = dataset.paths()[:3]
@@ -410,6 +444,13 @@ def test_what_the_config_makes_of_a_sound_dataset(dataset, caplog):
         assert "TEST.DETECTIONS_PER_IMAGE" in caplog.text
         cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
         assert "FILTER_EMPTY_ANNOTATIONS" in sentence(check_datasets, cfg, [name])
+
+
+def test_an_address_instead_of_a_file(dataset):
+    """As exporters write it. The folder of the images is local, so it is looked for there."""
+    dataset.panoptic["images"][1]["file_name"] = "http://host/1.jpg"
+    with registered("test_faults", *dataset.paths()) as name:
+        assert "http://host/1.jpg" in sentence(look_at, name)
 
 
 def test_what_is_behind_a_url_is_not_looked_at(dataset):
