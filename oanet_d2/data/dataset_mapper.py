@@ -228,8 +228,9 @@ class PanopticDatasetMapper(DatasetMapper):
             instances.gt_boxes = _boxes(instances.gt_masks.tensor.numpy())
         else:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-            instances.gt_boxes.clip(image_shape)
-        return utils.filter_empty_instances(instances)
+        instances = utils.filter_empty_instances(instances)
+        instances.gt_boxes.clip(image_shape)  # polygons may leave the image
+        return instances
 
     def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:
         segments_info = dataset_dict.pop("segments_info")
