@@ -101,14 +101,17 @@ def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):
     # Ids become columns, and other ids one more column, so that a histogram counts all segments.
     number = len(segment_ids)
     known, column = torch.cat([segment_ids, torch.tensor([-1])]).to(ids.device).sort()
-    place = torch.searchsorted(known, ids.long(), right=True) - 1
-    columns = column[place].masked_fill(known[place] != ids, number)
+    # Neighbours mostly have one id, so there are far fewer runs to look up than pixels.
+    runs, lengths = torch.unique_consecutive(ids.long(), return_counts=True)
+    place = torch.searchsorted(known, runs, right=True) - 1
+    of_runs = column[place].masked_fill(known[place] != runs, number)
+    columns = of_runs.repeat_interleave(lengths).view(ids.shape)
     areas, shared = torch.zeros(len(masks)), torch.zeros(len(masks), number)
     for n in range(len(masks)):
         mask, region = masks[n]
         areas[n] = mask.count_nonzero()
         shared[n] = columns[region][mask].bincount(minlength=number + 1)[:number]
-    segment_areas = columns.flatten().bincount(minlength=number + 1)[:number]
+    segment_areas = lengths.new_zeros(number + 1).index_add_(0, of_runs, lengths)[:number]
     return areas, segment_areas.cpu().float(), shared
 
 
