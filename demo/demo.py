@@ -32,7 +32,7 @@ from oanet_d2 import PanopticPredictor, PanopticResult
 from oanet_d2.evaluation import PanopticSubmission
 from oanet_d2.files import atomic_path
 from oanet_d2.painting.ranking import RANKING_RULE_REGISTRY
-from oanet_d2.visualization import changed_pixels, draw_side_by_side
+from oanet_d2.visualization import changed_pixels, draw_panels, side_by_side
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4")
@@ -151,7 +151,7 @@ class Segmenter:
         drawn = {order: x.panoptic for order, x in zip(self.orders, results)}
         changed = changed_pixels(*drawn.values())
         side = int(np.clip(max(rgb.shape), *PANEL_SIDES))
-        return draw_side_by_side(rgb, drawn, metadata, changed, side)
+        return side_by_side(draw_panels(rgb, drawn, metadata, changed, side))
 
 
 def run_on_pictures(args) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from detectron2.utils.visualizer import VisImage, Visualizer
 
-__all__ = ["changed_pixels", "draw_panels", "draw_panoptic", "draw_side_by_side", "side_by_side"]
+__all__ = ["changed_pixels", "draw_panels", "draw_panoptic", "side_by_side"]
 
 # A panoptic result: (H, W) segment ids and the segments' descriptions, categories contiguous.
 PanopticSeg = Tuple[Union[torch.Tensor, np.ndarray], List[Dict]]
@@ -119,16 +119,3 @@ def side_by_side(panels: Dict[str, np.ndarray]) -> np.ndarray:
         cv2.putText(panel, text, (left + 6, 24), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
         titled.append(panel)
     return np.concatenate(titled, axis=1)
-
-
-def draw_side_by_side(
-    image: np.ndarray,
-    results: Dict[str, PanopticSeg],
-    metadata,
-    outlined: Optional[np.ndarray] = None,
-    side: int = PANEL_SIDE,
-) -> np.ndarray:
-    """
-    The pictures of :func:`draw_panels`, with its arguments, in one uint8 RGB picture.
-    """
-    return side_by_side(draw_panels(image, results, metadata, outlined, side))

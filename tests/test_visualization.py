@@ -10,7 +10,8 @@ from oanet_d2.visualization import (
     PANEL_SIDE,
     TITLE_HEIGHT,
     changed_pixels,
-    draw_side_by_side,
+    draw_panels,
+    side_by_side,
 )
 from tests.conftest import thing
 
@@ -37,7 +38,7 @@ def test_side_by_side():
     changed = changed_pixels(before, after)
     assert changed.sum() == 12 * 12 and changed[18:30, 18:30].all()
     results = {"ground truth": after, "score": before, "srm_pairs": after}
-    picture = draw_side_by_side(image, results, METADATA, changed)
+    picture = side_by_side(draw_panels(image, results, METADATA, changed))
     assert picture.shape == (PANEL_SIDE + TITLE_HEIGHT, 4 * PANEL_SIDE + 3 * GAP, 3)
     panels = [picture[TITLE_HEIGHT:, k * (PANEL_SIDE + GAP) :][:, :PANEL_SIDE] for k in range(4)]
     assert (panels[0] == 0).all() and (panels[1] == panels[3]).all()
@@ -60,7 +61,9 @@ def test_narrow_pictures(size):
     result = ids, [thing(1, 0, instance_id=0), thing(2, 1, isthing=False)]
     nothing = np.zeros(size, np.int32), []
     changed = changed_pixels(nothing, result)
-    picture = draw_side_by_side(image, {"score": nothing, "oracle": result}, METADATA, changed)
+    picture = side_by_side(
+        draw_panels(image, {"score": nothing, "oracle": result}, METADATA, changed)
+    )
     height = max(1, round(size[0] * PANEL_SIDE / max(size)))
     assert picture.shape[0] == height + TITLE_HEIGHT
     assert (picture[TITLE_HEIGHT:] == MARK).all(axis=2).any()

@@ -138,7 +138,7 @@ def check_datasets(cfg, names: Sequence[str]) -> None:
 
 
 def _problem_of_all(cfg, name: str, dicts: List[Dict]) -> Optional[str]:
-    most, limit = max(map(_number_of_things, dicts)), cfg.TEST.DETECTIONS_PER_IMAGE
+    most, limit = max(map(_number_of_things, dicts), default=0), cfg.TEST.DETECTIONS_PER_IMAGE
     if name in cfg.DATASETS.TEST and most > limit:
         logger.warning(
             f"Dataset {name!r} has images with up to {most} things, but TEST.DETECTIONS_PER_IMAGE is "

@@ -6,22 +6,20 @@ behind some of its instances, so it is known who lies on whom. What is covered k
 Random numbers come from NumPy's global state, the same with and without images.
 """
 
-from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 import torch
 from pycocotools import mask as mask_util
-from scipy.optimize import linear_sum_assignment
 
 from detectron2.structures import BitMasks, Boxes, Instances, polygons_to_bitmask
 
 from ..painting.masks import BoxedMasks, Region
-from ..painting.matching import visible_margins
+from ..painting.matching import match_to_segments, visible_margins
 from ..painting.ranking import order_from_margins
 from .images import naming, read_image, read_segment_ids
-from .load import check_headers
+from .load import as_rle, check_headers
 
 __all__ = ["Cutout", "cut_out", "paste"]
 
@@ -107,9 +105,7 @@ def _is_whole(box: Sequence[int], mask: np.ndarray, category_id: int, source: Di
         return mask.size > 0
     size = source["height"], source["width"]
     wholes = [
-        mask_util.merge(mask_util.frPyObjects(x["segmentation"], *size))
-        if isinstance(x["segmentation"], list)
-        else x["segmentation"]
+        as_rle(x["segmentation"], *size)
         for x in source["annotations"]
         if x["category_id"] == category_id and not x.get("iscrowd", 0)
     ]
@@ -135,9 +131,10 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
     size, number = instances.image_size, len(instances)
     regions, masks = _regions_and_masks(instances)
     boxed = BoxedMasks(regions, lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu"))
-    classes = instances.gt_classes.tolist()
-    own = _segments_of(masks, regions, classes, ids, segments_info)
-    margins = visible_margins(boxed, torch.tensor(own), torch.from_numpy(ids))
+    classes, truth = instances.gt_classes.tolist(), torch.from_numpy(ids)
+    no_crowds = [s for s in segments_info if not s.get("iscrowd", 0)]
+    matched = match_to_segments(boxed, instances.gt_classes, truth, no_crowds)
+    margins, own = visible_margins(boxed, matched, truth), matched.tolist()
     # Where nothing decides, chance does.
     order = order_from_margins(margins, torch.from_numpy(np.random.rand(number))).tolist()
 
@@ -201,25 +198,3 @@ def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndar
             moved = [p - np.resize(corners[:2], len(p)) for p in instances.gt_masks.polygons[i]]
             masks.append(polygons_to_bitmask(moved, y1 - y0, x1 - x0))
     return regions, masks
-
-
-def _segments_of(masks, regions, classes: List[int], ids, segments_info: List[Dict]) -> List[int]:
-    """
-    The segment of every instance, or -1, as :func:`match_to_segments` finds it; that one takes
-    longer than all of the mapper on a full image.
-    """
-    of_class = np.full(len(segments_info) + 1, -1)
-    for s in segments_info:
-        if s["isthing"] and not s.get("iscrowd", 0):
-            of_class[s["id"]] = s["category_id"]
-    count = partial(np.bincount, minlength=len(of_class))
-    inside = np.zeros((len(classes), len(of_class)))
-    for i, (mask, region) in enumerate(zip(masks, regions)):
-        inside[i] = count(ids[region][mask])
-    either = inside.sum(axis=1)[:, None] + count(ids.ravel()) - inside
-    iou = inside / np.maximum(either, 1) * (np.array(classes)[:, None] == of_class)
-    matched = np.full(len(classes), -1)
-    rows, columns = linear_sum_assignment(iou, maximize=True)
-    found = iou[rows, columns] > 0
-    matched[rows[found]] = columns[found]
-    return matched.tolist()

@@ -26,6 +26,7 @@ from .images import count_pixels, read_header, read_segment_ids
 __all__ = [
     "CATEGORY",
     "Report",
+    "as_rle",
     "check_headers",
     "entries",
     "load_panoptic",
@@ -267,11 +268,7 @@ def _instances(
             continue
         size = image["height"], image["width"]
         mask = _mask(x["segmentation"], *size, at, report)
-        try:
-            box = _box(mask, *size) if mask else None
-        except (ValueError, TypeError) as error:  # pycocotools cannot read it
-            report("malformed mask", at, f"{reprlib.repr(mask)} is no RLE: {error}")
-            continue
+        box = _box(mask, *size) if mask else None
         if box is None:
             detail = "its mask has no pixel in the image; the instance is left out"
             report("instance without a pixel", at, detail, fatal=False)
@@ -332,9 +329,11 @@ def _runs(counts: Union[List, str, bytes]) -> List[int]:
     """The lengths of the runs of an RLE, as `rleFrString` of pycocotools reads them; [] if it is none."""
     if isinstance(counts, list):
         return counts if all(INTEGER[1](x) and x >= 0 for x in counts) else []
+    if isinstance(counts, str):
+        counts = counts.encode() if counts.isascii() else b""
     runs: List[int] = []
     number = shift = 0
-    for c in counts.encode(errors="replace") if isinstance(counts, str) else counts:
+    for c in counts:
         number |= (c - 48 & 31) << shift
         shift += 5
         if not c - 48 & 32:
@@ -354,9 +353,15 @@ def _box(mask: Any, height: int, width: int) -> Optional[List[float]]:
         if is_solid and left >= 0 and top >= 0 and right <= width and bottom <= height:
             return [float(x) for x in (left, top, right - left, bottom - top)]
         # Thin polygons may hold the centre of no pixel, and others leave the image.
-        mask = mask_util.merge(mask_util.frPyObjects(mask, height, width))
-    box = mask_util.toBbox(mask).tolist()
+    box = mask_util.toBbox(as_rle(mask, height, width)).tolist()
     return box if box[2] > 0 else None
+
+
+def as_rle(segmentation: Any, height: int, width: int) -> Dict:
+    """The segmentation of an annotation, polygons or an RLE, of an image of this size, as an RLE."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
 
 
 def _signed_area(polygon: List[float]) -> float:

@@ -1,13 +1,11 @@
-from typing import Dict, Sequence
+from typing import Sequence
 
-import numpy as np
 import torch
 from pycocotools import mask as mask_util
 
 from detectron2.data import DatasetCatalog
-from detectron2.structures import polygons_to_bitmask
 
-from ..data.load import read_truth
+from ..data.load import as_rle, read_truth
 from ..painting.masks import BoxedMasks
 from ..painting.matching import match_to_segments, visible_margins
 from ..painting.ranking import OrderInputs, order_from_margins
@@ -33,9 +31,11 @@ def count_class_margins(dataset_names: Sequence[str], num_things: int) -> torch.
         things = [x for x in d.get("annotations", []) if not x["iscrowd"]]
         if len(things) < 2:
             continue
-        masks = BoxedMasks.from_masks(torch.from_numpy(np.stack([_decoded(x, d) for x in things])))
+        rles = [as_rle(x["segmentation"], d["height"], d["width"]) for x in things]
+        whole = torch.from_numpy(mask_util.decode(rles)).permute(2, 0, 1)
         classes = torch.tensor([x["category_id"] for x in things])
         ids = torch.from_numpy(read_truth(d))
+        masks = BoxedMasks.from_masks(whole)
         matched = match_to_segments(masks, classes, ids, d["segments_info"])
         margins = visible_margins(masks, matched, ids).double()
         pairs = classes[:, None].expand_as(margins), classes.expand_as(margins)
@@ -50,10 +50,3 @@ def class_order(inputs: OrderInputs, counts: torch.Tensor) -> torch.Tensor:
     masks = inputs.masks.flatten(1).float()
     better = counts.sign().to(masks)[inputs.classes][:, inputs.classes]
     return order_from_margins(better * (masks @ masks.t()), inputs.scores)
-
-
-def _decoded(annotation: Dict, d: Dict) -> np.ndarray:
-    mask = annotation["segmentation"]
-    if isinstance(mask, dict):
-        return mask_util.decode(mask).astype(bool)
-    return polygons_to_bitmask([np.asarray(p, dtype=float) for p in mask], d["height"], d["width"])

@@ -69,8 +69,8 @@ class PanopticEvaluator(DatasetEvaluator):
         self._counts: Dict[str, Counter] = {
             key: Counter() for key in ("panoptic_seg", *map(_key, self.orders))
         }
-        # (front class, behind class, kind), or that and an order that is right about it -> pairs
-        self._overlaps: Counter = Counter()
+        self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
+        self._right: Counter = Counter()  # (that, order) -> pairs that the order has right
         self._f1: Counter = Counter()  # order -> sum over the images; None -> images with a pair
         if self.report is not None:
             self.report.reset()
@@ -130,7 +130,8 @@ class PanopticEvaluator(DatasetEvaluator):
         for front, behind, kind, pixels in decided:
             right = [name for name, x in position.items() if x[front] < x[behind]]
             key = class_of[front], class_of[behind], kind
-            self._overlaps.update([key, *(key + (name,) for name in right)])
+            self._overlaps[key] += 1
+            self._right.update((key, name) for name in right)
             pairs.append({"key": key, "pixels": pixels, "right": right})
         if pairs:
             rights = Counter(name for pair in pairs for name in pair["right"])
@@ -147,32 +148,34 @@ class PanopticEvaluator(DatasetEvaluator):
             also "panoptic_seg/<order>" -> the METRICS and PAIR_METRICS (NaN without a pair) and
             "evaluation" -> {"images", "seconds"}. None on all processes but the main one.
         """
-        parts = comm.gather((self._images, self._counts, self._overlaps, self._f1))
+        pairs = self._overlaps, self._right, self._f1
+        parts = comm.gather((self._images, self._counts, *pairs))
         counts: Dict[str, Counter] = {
             key: sum((part[1][key] for part in parts), Counter()) for key in self._counts
         }
         overlaps: Counter = sum((part[2] for part in parts), Counter())
-        f1: Counter = sum((part[3] for part in parts), Counter())
+        right: Counter = sum((part[3] for part in parts), Counter())
+        f1: Counter = sum((part[4] for part in parts), Counter())
         results = {key: pq_averages(x) for key, x in counts.items()}
         for order in self.orders:
-            values = [*_pair_accuracies(overlaps, order), _share(f1[order], f1[None])]
+            values = [*_pair_accuracies(overlaps, right, order), _share(f1[order], f1[None])]
             results[_key(order)].update(zip(PAIR_METRICS, values))
         if self.orders:
             images, seconds = sum(part[0] for part in parts), time.perf_counter() - self._start
             results["evaluation"] = {"images": images, "seconds": seconds}
         if self.report is not None:
             of_orders = {order: counts[_key(order)] for order in self.orders}
-            self.report.save(results, of_orders, overlaps)
+            self.report.save(results, of_orders, overlaps, right)
         return results if comm.is_main_process() else None
 
 
-def _pair_accuracies(overlaps: Counter, order: str) -> List[float]:
+def _pair_accuracies(overlaps: Counter, right: Counter, order: str) -> List[float]:
     """In percent, over all pairs and over those of each kind."""
     accuracies = []
     for kinds in (KINDS, *((kind,) for kind in KINDS)):
-        keys = [key for key in overlaps if len(key) == 3 and key[2] in kinds]
-        right = sum(overlaps[key + (order,)] for key in keys)
-        accuracies.append(100 * _share(right, sum(overlaps[key] for key in keys)))
+        keys = [key for key in overlaps if key[2] in kinds]
+        all_pairs = sum(overlaps[key] for key in keys)
+        accuracies.append(100 * _share(sum(right[key, order] for key in keys), all_pairs))
     return accuracies
 
 

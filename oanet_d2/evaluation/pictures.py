@@ -6,7 +6,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ..data.images import read_image, read_segment_ids
-from ..visualization import draw_side_by_side
+from ..visualization import draw_panels, side_by_side
 
 __all__ = ["PanopticPictures"]
 
@@ -39,5 +39,6 @@ class PanopticPictures(DatasetEvaluator):
         for i, (input, result) in enumerate(self._kept):
             truth = read_segment_ids(input["pan_seg_file_name"]), input["segments_info"]
             titled = {"ground truth": truth, "result": result}
-            picture = draw_side_by_side(read_image(input["file_name"], "RGB"), titled, metadata)
+            panels = draw_panels(read_image(input["file_name"], "RGB"), titled, metadata)
+            picture = side_by_side(panels)
             get_event_storage().put_image(f"{self.dataset_name}/{i}", picture.transpose(2, 0, 1))

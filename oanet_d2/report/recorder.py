@@ -108,20 +108,22 @@ class ReportRecorder:
     def _greatest(self, cases: List[Case]) -> List[Case]:
         return sorted(cases, key=lambda x: (-x[0]["pixels"], x[0]["file_name"]))[: self.max_cases]
 
-    def save(self, results: Dict, counts: Dict[str, Counter], overlaps: Counter):
+    def save(
+        self, results: Dict, counts: Dict[str, Counter], overlaps: Counter, right: Counter
+    ):
         """
         Write the JSON and the PNGs. All processes must call this; the main one's arguments count.
 
         Args:
             results: from :meth:`PanopticEvaluator.evaluate`.
             counts: order -> sum of :func:`pq_counts`.
-            overlaps: "key" of the pairs, or that and an order that is right -> number.
+            overlaps: "key" of the pairs -> number.
+            right: (key, order) -> number of pairs that the order has right.
         """
         parts = comm.gather((self._outcomes, self._cases))
         if not comm.is_main_process():
             return
         outcomes: Counter = sum((part[0] for part in parts), Counter())
-        pairs = [(key, number) for key, number in overlaps.items() if len(key) == 3]
         orderings = orderings_of(results)
         content = {
             "format": FORMAT,
@@ -136,9 +138,9 @@ class ReportRecorder:
                 {
                     **self._named(*key),
                     "number": number,
-                    "right": {order: overlaps[key + (order,)] for order in orderings},
+                    "right": {order: right[key, order] for order in orderings},
                 }
-                for key, number in sorted(pairs, key=lambda x: (-x[1], x[0]))
+                for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0]))
             ],
             "cases": {},
         }

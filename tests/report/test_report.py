@@ -53,8 +53,8 @@ def test_one_overlap_by_hand(scenes, tmp_path, size):
         add(report, tmp_path / f"{name}.png", size)
     metrics = {f"panoptic_seg/{x}": dict.fromkeys(METRICS, 50.0) for x in orders}
     counts = Counter({((True, 0), "tp"): 1, ((True, 0), "iou"): 0.75})
-    overlaps = Counter({KEY: 3, (*KEY, "srm_pairs"): 3})
-    report.save({"evaluation": {}, **metrics}, dict.fromkeys(orders, counts), overlaps)
+    overlaps, right = Counter({KEY: 3}), Counter({(KEY, "srm_pairs"): 3})
+    report.save({"evaluation": {}, **metrics}, dict.fromkeys(orders, counts), overlaps, right)
     content = read_json(tmp_path)
     front, behind = report.metadata.thing_classes[:2]
     pair = {"front": front, "behind": behind, "kind": "different class"}
