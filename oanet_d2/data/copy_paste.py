@@ -195,6 +195,7 @@ def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndar
         if isinstance(instances.gt_masks, BitMasks):
             masks.append(instances.gt_masks.tensor[i].numpy()[regions[i]])
         else:
-            moved = [p - np.resize(corners[:2], len(p)) for p in instances.gt_masks.polygons[i]]
-            masks.append(polygons_to_bitmask(moved, y1 - y0, x1 - x0))
+            # Not moved into the box: pycocotools then rounds some pixels of the boundary otherwise.
+            mask = polygons_to_bitmask(instances.gt_masks.polygons[i], *instances.image_size)
+            masks.append(mask[regions[i]])
     return regions, masks
