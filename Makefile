@@ -3,6 +3,7 @@ PYTHON      ?= python3
 VENV        ?= .venv
 DETECTRON2  ?=
 ITERS       ?=
+DATA        ?=
 ARGS        ?=
 PYTEST_ARGS ?=
 
@@ -23,7 +24,7 @@ DEMO_OPTS := $(if $(ITERS),SOLVER.MAX_ITER $(ITERS) OUTPUT_DIR output/occlusion_
 # Coverage of a part of the tests (PYTEST_ARGS) would mean nothing.
 COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-.PHONY: help setup demo test lint clean-venv
+.PHONY: help setup demo photos results test lint clean-venv
 
 help:  ## print this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -32,12 +33,18 @@ help:  ## print this
 	@echo "  DETECTRON2=SOURCE      build a Detectron2 checkout or git+URL instead of the pinned wheel"
 	@echo "  VENV=DIR               another place than .venv; VENV=none: make nothing, use PYTHON as it is"
 	@echo "  ITERS=N ARGS='...'     demo: iterations, and further arguments for train_net.py"
+	@echo "  DATA=FOLDER            photos: images/, panoptic_*/, panoptic_*.json and instances_*.json of train and val"
 	@echo "  PYTEST_ARGS='...'      test: arguments for pytest"
 
 setup: $(STAMP)  ## only make the environment
 
 demo: $(STAMP)  ## train and evaluate a small OANet on synthetic scenes with occlusion
 	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_lite0.yaml $(DEMO_OPTS) $(ARGS)
+
+photos: $(STAMP)  ## train and evaluate the same on photographs, DATA=FOLDER
+	@test -d "$(DATA)" || { echo "DATA is '$(DATA)'; it must be a folder, see make help" >&2; exit 1; }
+	ln -sfn "$(abspath $(DATA))" datasets/photographs
+	$(PY) train_net.py --config-file configs/photographs.yaml OUTPUT_DIR "output/$(notdir $(abspath $(DATA)))" $(ARGS)
 
 test: $(STAMP)  ## run the tests; they fail when less than 90 % of oanet_d2 is covered
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(or $(PYTEST_ARGS),$(COVERAGE))

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train all that docs/RESULTS.md shows, over three seeds, and write the page: hours on a CPU. After an
+# interruption the same command goes on. Python is $PY, by default python.
+set -e
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+py=${PY:-python}
+masks=(MODEL.SRM_HEAD.TRAIN_MASKS gt MODEL.SRM_HEAD.PAIRS.EVIDENCE "('geometry',)"
+    MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT 0.0 TEST.ORDERS "('score', 'srm_pairs', 'oracle')")
+without_images=(MODEL.META_ARCHITECTURE SRMFromAnnotations MODEL.WEIGHTS "" SOLVER.IMS_PER_BATCH 8
+    SOLVER.BASE_LR 0.002 SOLVER.MAX_ITER 1000 SOLVER.SRM_ONLY_SHARE 0.0 DATASETS.TEST "()" TEST.ORDERS "()")
+for dataset in OcclusionScenes StreetFashion Facades; do
+    config=configs/$dataset/oanet_lite0.yaml
+    for seed in 1 2 3; do
+        run=output/results/$dataset/$seed
+        alone=$run/from_annotations
+        test -e "$run/orderings.json" ||
+            "$py" train_net.py --resume --config-file "$config" SEED "$seed" OUTPUT_DIR "$run"
+        test -e "$alone/orderings.json" && continue
+        "$py" train_net.py --resume --config-file "$config" "${masks[@]}" "${without_images[@]}" \
+            SEED "$seed" OUTPUT_DIR "$alone/training"
+        "$py" tools/attach_srm.py --config-file "$config" --base "$run/model_final.pth" \
+            --srm "$alone/training/model_final.pth" --output "$alone/oanet.pth" -- "${masks[@]}"
+        "$py" train_net.py --eval-only --config-file "$config" "${masks[@]}" SEED "$seed" \
+            MODEL.WEIGHTS "$alone/oanet.pth" OUTPUT_DIR "$alone"
+    done
+done
+"$py" tools/results.py output/results/*/*
