@@ -110,7 +110,7 @@ class PanopticPredictor:
             raise ValueError(f"MODEL.META_ARCHITECTURE is {found}; it must be OANet.")
         checkpointer = OANetCheckpointer(self.model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(cfg.MODEL.WEIGHTS)
-        lacking = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
+        lacking = checkpointer.new
         if lacking:
             raise CheckpointError(
                 f"{cfg.MODEL.WEIGHTS} lacks {len(lacking)} tensors of the model or has them in another "

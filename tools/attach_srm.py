@@ -26,7 +26,7 @@ def load_part(cfg, path: str, ranking: bool) -> Dict[str, torch.Tensor]:
     model = build_model(cfg)
     loaded = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     loaded.load(path)
-    misfits = [*loaded.new, *loaded.unused, *(name for name, *_ in loaded.left_out)]
+    misfits = [*loaded.new, *loaded.unused]
     names = [name for name in misfits if name.startswith("srm_head.") == ranking]
     if names:
         raise ValueError(

@@ -51,7 +51,6 @@ class ReportRecorder:
             max_cases: at most this many images in each section.
             compared: "score" and the order that is compared with it.
         """
-        self.dataset_name = dataset_name
         self.metadata = MetadataCatalog.get(dataset_name)
         self.folder = Path(output_dir)
         self.max_cases = max_cases
@@ -127,7 +126,7 @@ class ReportRecorder:
         orderings = orderings_of(results)
         content = {
             "format": FORMAT,
-            "dataset": self.dataset_name,
+            "dataset": self.metadata.name,
             **results["evaluation"],
             "orderings": {o: {**m, "closure": closure(orderings, o)} for o, m in orderings.items()},
             "compared": self.compared,
