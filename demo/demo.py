@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from typing import Iterator, List, Optional
+from typing import Iterable, Iterator, List, Optional
 
 import cv2
 import numpy as np
@@ -197,7 +197,7 @@ def run_on_video(args) -> int:
     if not video.isOpened():
         raise ValueError(f"OpenCV can read nothing from {args.video_input or 'a webcam'}.")
     total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
-    drawings = iter(tqdm(draw_frames(video, Segmenter(args)), total=total))
+    drawings = tqdm(draw_frames(video, Segmenter(args)), total=total)
     if output is not None:
         write_video(output, drawings, video.get(cv2.CAP_PROP_FPS) or 25)
     else:
@@ -220,7 +220,7 @@ def draw_frames(video: cv2.VideoCapture, segmenter: Segmenter) -> Iterator[np.nd
         success, frame = video.read()
 
 
-def write_video(path: str, drawings: Iterator[np.ndarray], rate: float) -> None:
+def write_video(path: str, drawings: Iterable[np.ndarray], rate: float) -> None:
     codec, writer = cv2.VideoWriter_fourcc(*"mp4v"), None  # every OpenCV with FFmpeg has this codec
     with atomic_path(path) as temporary:
         for drawing in drawings:

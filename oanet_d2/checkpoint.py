@@ -137,10 +137,9 @@ class OANetCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible) -> None:
         super()._log_incompatible_keys(incompatible)
-        missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
-        self.left_out = list(incompatible.incorrect_shapes)
+        missing, unexpected, self.left_out = incompatible
         self.new = [x for x in missing if "num_batches_tracked" not in x]
-        self.unused = [x for x in unused if x not in ("pixel_mean", "pixel_std")]
+        self.unused = [x for x in unexpected if x not in ("pixel_mean", "pixel_std")]
         names = list(self.model.state_dict())
         if set(names) <= set(missing):
             raise CheckpointError(

@@ -107,9 +107,7 @@ class ReportRecorder:
     def _greatest(self, cases: List[Case]) -> List[Case]:
         return sorted(cases, key=lambda x: (-x[0]["pixels"], x[0]["file_name"]))[: self.max_cases]
 
-    def save(
-        self, results: Dict, counts: Dict[str, Counter], overlaps: Counter, right: Counter
-    ):
+    def save(self, results: Dict, counts: Dict[str, Counter], overlaps: Counter, right: Counter):
         """
         Write the JSON and the PNGs. All processes must call this; the main one's arguments count.
 
