@@ -87,7 +87,6 @@ class OANetTrainer(DefaultTrainer):
         self.checkpointer = OANetCheckpointer(
             model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE, trainer=weakref.proxy(self)
         )
-        self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 

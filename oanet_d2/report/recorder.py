@@ -131,16 +131,13 @@ class ReportRecorder:
             "outcomes": {x: outcomes[x] for x in ("better", "worse", "same")},
             "clear_share": CLEAR_SHARE,
             "classes": self._classes(counts),
-            "overlaps": [
-                {
-                    **self._named(*key),
-                    "number": number,
-                    "right": {order: right[key, order] for order in orderings},
-                }
-                for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0]))
-            ],
+            "overlaps": [],
             "cases": {},
         }
+        for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0])):
+            by_order = {order: right[key, order] for order in orderings}
+            row = {**self._named(*key), "number": number, "right": by_order}
+            content["overlaps"].append(row)
         for section in SECTIONS:
             described, pictures = [], {}
             cases = self._greatest([x for part in parts for x in part[1][section]])
