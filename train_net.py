@@ -18,9 +18,7 @@ from oanet_d2.output_folder import prepare_output_folder
 
 
 def setup(args):
-    """
-    Create configs and perform basic setups.
-    """
+    """Create configs and perform basic setups."""
     cfg = load_config(args.config_file, args.opts)
     complete_config(cfg)
     cfg.freeze()

@@ -12,12 +12,11 @@ and 2 after any other error.
 
 import argparse
 import glob
-import itertools
 import logging
 import os
 import sys
 import time
-from typing import Iterator, List, Optional
+from typing import Iterable, Iterator, List, Optional
 
 import cv2
 import numpy as np
@@ -45,37 +44,25 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="path to config file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--webcam", action="store_true", help="take inputs from webcam")
     source.add_argument("--video-input", metavar="FILE", help="path to video file")
-    source.add_argument(
-        "--input", nargs="+", help="pictures: files, folders, patterns such as 'pictures/*.jpg'"
-    )
-    parser.add_argument(
-        "--output", help="folder for the drawings, or a file for one; without it, a window opens"
-    )
-    parser.add_argument(
-        "--confidence-threshold", type=float, metavar="SCORE", help="minimum score of instances"
-    )
+    about = "pictures: files, folders, patterns such as 'pictures/*.jpg'"
+    source.add_argument("--input", nargs="+", help=about)
+    add("--output", help="folder for the drawings, or a file for one; without it, a window opens")
+    add("--confidence-threshold", type=float, metavar="SCORE", help="minimum score of instances")
     rules = [name for name, _ in RANKING_RULE_REGISTRY]
-    parser.add_argument("--order", choices=rules, help="painting order instead of the config's")
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="draw the order of detection scores beside the one asked for, changes outlined",
+    add("--order", choices=rules, help="painting order instead of the config's")
+    about = "draw the order of detection scores beside the one asked for, changes outlined"
+    add("--compare", action="store_true", help=about)
+    about = (
+        "write the COCO panoptic format: this JSON (default: panoptic.json in OUTPUT) and PNGs in a "
+        "folder of its name; without --output nothing is drawn"
     )
-    parser.add_argument(
-        "--save-panoptic",
-        nargs="?",
-        const="",
-        metavar="JSON",
-        help="write the COCO panoptic format: this JSON (default: panoptic.json in OUTPUT) and PNGs "
-        "in a folder of its name; without --output nothing is drawn",
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config's KEY VALUE ...; comes last"
-    )
+    add("--save-panoptic", nargs="?", const="", metavar="JSON", help=about)
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config's KEY VALUE ...; comes last")
     return parser
 
 
@@ -95,9 +82,7 @@ def check_arguments(args) -> None:
 
 
 def find_pictures(inputs: List[str]) -> List[str]:
-    """
-    The files, the pictures right in the folders, and what matches the patterns, each once.
-    """
+    """The files, the pictures right in the folders, and what matches the patterns, each once."""
     found = []
     for given in inputs:
         if os.path.isdir(given):
@@ -212,7 +197,7 @@ def run_on_video(args) -> int:
     if not video.isOpened():
         raise ValueError(f"OpenCV can read nothing from {args.video_input or 'a webcam'}.")
     total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
-    drawings = iter(tqdm(draw_frames(video, Segmenter(args)), total=total))
+    drawings = tqdm(draw_frames(video, Segmenter(args)), total=total)
     if output is not None:
         write_video(output, drawings, video.get(cv2.CAP_PROP_FPS) or 25)
     else:
@@ -235,15 +220,14 @@ def draw_frames(video: cv2.VideoCapture, segmenter: Segmenter) -> Iterator[np.nd
         success, frame = video.read()
 
 
-def write_video(path: str, drawings: Iterator[np.ndarray], rate: float) -> None:
-    first = next(drawings, None)
-    if first is None:
-        raise ValueError("The video has no frame.")
+def write_video(path: str, drawings: Iterable[np.ndarray], rate: float) -> None:
+    codec, writer = cv2.VideoWriter_fourcc(*"mp4v"), None  # every OpenCV with FFmpeg has this codec
     with atomic_path(path) as temporary:
-        codec = cv2.VideoWriter_fourcc(*"mp4v")  # every build of OpenCV with FFmpeg has it
-        writer = cv2.VideoWriter(temporary, codec, rate, first.shape[1::-1])
-        for drawing in itertools.chain([first], drawings):
+        for drawing in drawings:
+            writer = writer or cv2.VideoWriter(temporary, codec, rate, drawing.shape[1::-1])
             writer.write(np.ascontiguousarray(drawing[:, :, ::-1]))
+        if writer is None:
+            raise ValueError("The video has no frame.")
         writer.release()
 
 

@@ -17,17 +17,6 @@ if importlib.util.find_spec("detectron2") is not None:
     from .modeling import OANet, OANetSemSegFPNHead, PairwiseRankingHead, SpatialRankingHead
     from .predictor import PanopticPredictor, PanopticResult
 
-    __all__ += [
-        "OANet",
-        "OANetSemSegFPNHead",
-        "PairwiseRankingHead",
-        "PanopticPredictor",
-        "PanopticResult",
-        "SpatialRankingHead",
-        "add_oanet_config",
-        "complete_config",
-        "data",
-        "load_config",
-        "modeling",
-        "register_panoptic",
-    ]
+    __all__ += ["OANet", "OANetSemSegFPNHead", "PairwiseRankingHead", "PanopticPredictor"]
+    __all__ += ["PanopticResult", "SpatialRankingHead", "add_oanet_config", "complete_config"]
+    __all__ += ["data", "load_config", "modeling", "register_panoptic"]

@@ -17,9 +17,7 @@ __all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite"]
 
 
 class CheckpointError(ValueError):
-    """
-    A checkpoint that cannot be used. The message names it, the reason and the remedy.
-    """
+    """A checkpoint that cannot be used. The message names it, the reason and the remedy."""
 
 
 class OANetCheckpointer(DetectionCheckpointer):
@@ -29,7 +27,7 @@ class OANetCheckpointer(DetectionCheckpointer):
     files, whole or not at all.
 
     Attributes:
-        new (list[str]): tensors of the model that the last file does not have.
+        new (list[str]): tensors of the model that the last file does not have, or not in their shape.
         left_out (list[tuple]): (name, shape in the file, shape in the model) where shapes differ.
         unused (list[str]): tensors of the file that the model does not have.
     """
@@ -139,11 +137,9 @@ class OANetCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible) -> None:
         super()._log_incompatible_keys(incompatible)
-        missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
-        self.left_out = list(incompatible.incorrect_shapes)
-        others = [name for name, *_ in self.left_out]
-        self.new = [x for x in missing if x not in others and "num_batches_tracked" not in x]
-        self.unused = [x for x in unused if x not in ("pixel_mean", "pixel_std")]
+        missing, unexpected, self.left_out = incompatible
+        self.new = [x for x in missing if "num_batches_tracked" not in x]
+        self.unused = [x for x in unexpected if x not in ("pixel_mean", "pixel_std")]
         names = list(self.model.state_dict())
         if set(names) <= set(missing):
             raise CheckpointError(
@@ -154,9 +150,7 @@ class OANetCheckpointer(DetectionCheckpointer):
 
 
 def first_not_finite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:
-    """
-    The first name whose tensor holds NaN or infinite numbers, or None.
-    """
+    """The first name whose tensor holds NaN or infinite numbers, or None."""
     return next((name for name, x in tensors if not torch.isfinite(x).all()), None)
 
 

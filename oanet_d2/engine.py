@@ -9,29 +9,19 @@ import torch
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.evaluation import DatasetEvaluators
-from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import setup_logger
 
-from . import hooks
+from . import evaluation, hooks
 from .checkpoint import CheckpointError, OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import dataset_root
 from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
 from .data.training_stream import TrainingStream, build_train_loader
-from .evaluation import (
-    PanopticEvaluator,
-    PanopticFiles,
-    PanopticPictures,
-    build_instance_evaluator,
-    count_class_margins,
-    orderings_of,
-    orderings_table,
-    write_orderings,
-)
+from .output_folder import RunConfig
 from .report import ReportRecorder, write_report
 
 __all__ = ["OANetTrainer", "prepare_datasets", "report_orderings"]
@@ -95,18 +85,14 @@ class OANetTrainer(DefaultTrainer):
         self._trainer = trainer_class(ddp_model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = OANetCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            allow_pickle=cfg.MODEL.ALLOW_PICKLE,
-            trainer=weakref.proxy(self),
+            model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE, trainer=weakref.proxy(self)
         )
-        self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self):
         self.guard = hooks.DivergenceGuard()
-        ours = [hooks.RunConfig(), self.guard]
+        ours = [RunConfig(), self.guard]
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # a subclass may build another loader
             ours.append(hooks.DataOrder(stream))
@@ -146,25 +132,18 @@ class OANetTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """
-        The optimizer that `cfg.SOLVER.OPTIMIZER` names, with Detectron2's parameter groups.
-        """
+        """The optimizer that `cfg.SOLVER.OPTIMIZER` names, with Detectron2's parameter groups."""
+        sgd = super().build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
+            return sgd
         if cfg.SOLVER.OPTIMIZER != "ADAMW":
             raise ValueError(
                 f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; it must be 'SGD' or 'ADAMW'."
             )
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
+        keys = "params", "lr", "weight_decay"
+        groups = [{key: group[key] for key in keys} for group in sgd.param_groups]
         # Not fused: with a GradScaler that unscales in the step itself, after gradients are clipped.
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
@@ -182,39 +161,35 @@ class OANetTrainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None, model=None):
+    def build_evaluator(cls, cfg, dataset_name, model=None):
         """
         Panoptic quality, with `model` in each order of `cfg.TEST.ORDERS` too, and COCO's
         instance AP where there are an instances JSON and masks (`cfg.MODEL.OANET.OUTPUTS`). Within a
         training a few pictures for TensorBoard.
         """
-        folder = output_folder or evaluation_folder(cfg, dataset_name)
-        evaluators = [PanopticPictures(dataset_name)] if has_event_storage() else []
-        if model is None:
-            evaluators.append(PanopticEvaluator())
-        else:
+        folder = evaluation_folder(cfg, dataset_name)
+        evaluators = [evaluation.PanopticPictures(dataset_name)] if has_event_storage() else []
+        orders = cfg.TEST.ORDERS if model is not None else ()
+        report = by_class = None
+        if orders and _has_report(cfg):
             compared, most = ("score", model.order), cfg.TEST.ORDER_PICTURES
-            has_report = _has_report(cfg)
-            report = ReportRecorder(dataset_name, folder, most, compared) if has_report else None
-            by_class = None
-            if "class_order" in cfg.TEST.ORDERS:
-                by_class = count_class_margins(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-            evaluators.append(PanopticEvaluator(model, cfg.TEST.ORDERS, report, by_class))
+            report = ReportRecorder(dataset_name, folder, most, compared)
+        if "class_order" in orders:
+            by_class = evaluation.count_class_margins(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        evaluators.append(evaluation.PanopticEvaluator(model, orders, report, by_class))
         metadata = MetadataCatalog.get(dataset_name)
         has_instances = metadata.json_file and metadata.thing_classes
         if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             path, most = os.path.join(folder, "inference"), cfg.TEST.DETECTIONS_PER_IMAGE
-            evaluators.append(build_instance_evaluator(dataset_name, path, most))
+            evaluators.append(evaluation.build_instance_evaluator(dataset_name, path, most))
         if cfg.TEST.SAVE_PANOPTIC:
             path = os.path.join(folder, "inference", "panoptic.json")
-            evaluators.append(PanopticFiles(dataset_name, path))
+            evaluators.append(evaluation.PanopticFiles(dataset_name, path))
         return DatasetEvaluators(evaluators)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """
-        As :meth:`DefaultTrainer.test`; with `cfg.TEST.ORDERS` it also reports the comparison of orders.
-        """
+        """As :meth:`DefaultTrainer.test`; a comparison of `cfg.TEST.ORDERS` is reported, too."""
         if evaluators is not None:
             return super().test(cfg, model, evaluators)
         bare_model = getattr(model, "module", model)
@@ -226,9 +201,7 @@ class OANetTrainer(DefaultTrainer):
 
 
 def evaluation_folder(cfg, dataset_name: str) -> str:
-    """
-    Where an evaluation writes: `cfg.OUTPUT_DIR`, or a folder in it for each of several datasets.
-    """
+    """`cfg.OUTPUT_DIR`, or a folder in it for each of several datasets."""
     several = len(cfg.DATASETS.TEST) > 1
     return os.path.join(cfg.OUTPUT_DIR, dataset_name) if several else cfg.OUTPUT_DIR
 
@@ -239,9 +212,7 @@ def _has_report(cfg) -> bool:
 
 
 def prepare_datasets(cfg) -> None:
-    """
-    Draw the synthetic scenes that the config names, where they are missing.
-    """
+    """Draw the synthetic scenes that the config names, where they are missing."""
     scenes = cfg.DATASETS.OCCLUSION_SCENES
     names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
     for split, images in (("train", scenes.TRAIN_IMAGES), ("val", scenes.VAL_IMAGES)):
@@ -266,8 +237,8 @@ def report_orderings(cfg, results: Dict) -> None:
         folder = evaluation_folder(cfg, name)
         path = os.path.join(folder, "orderings.json")
         seconds = {"train": train_seconds, "eval": result["evaluation"]["seconds"]}
-        write_orderings(path, result, seconds)
-        table = orderings_table(orderings_of(result))
+        evaluation.write_orderings(path, result, seconds)
+        table = evaluation.orderings_table(evaluation.orderings_of(result))
         logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
         if _has_report(cfg):
             logger.info(f"Report, for a browser: {write_report(folder)}")

@@ -17,9 +17,8 @@ from detectron2.utils.env import seed_all_rng
 
 from .checkpoint import first_not_finite
 from .data.training_stream import TrainingStream, derived_seed
-from .output_folder import OutputFolderError, config_differences, listed
 
-__all__ = ["DataOrder", "DivergenceGuard", "RunConfig", "TwoPhases"]
+__all__ = ["DataOrder", "DivergenceGuard", "TwoPhases"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,34 +80,6 @@ class TwoPhases(HookBase):
             if phase == "ranking" and comm.get_world_size() > 1:
                 for buffer in model.buffers():  # the statistics that the checkpoints hold
                     torch.distributed.broadcast(buffer, 0)
-
-
-class RunConfig(HookBase):
-    """Keeps the config in the checkpoints, and compares it when a training is resumed."""
-
-    def state_dict(self) -> Dict:
-        return {"yaml": self.trainer.cfg.dump()}
-
-    def load_state_dict(self, state_dict: Dict):
-        """
-        Raises:
-            OutputFolderError: the checkpoint is of another model or optimizer.
-        """
-        changed = config_differences(state_dict["yaml"], self.trainer.cfg.dump())
-        loaded = self.trainer.checkpointer
-        misfits = [*loaded.new, *(name for name, *_ in loaded.left_out), *loaded.unused]
-        if misfits or "SOLVER.OPTIMIZER" in changed:
-            what = f"{len(misfits)} tensors, such as {misfits[0]}," if misfits else "the optimizer"
-            raise OutputFolderError(
-                f"The training in {self.trainer.cfg.OUTPUT_DIR!r} cannot be resumed with this config: "
-                f"{what} would differ. {listed(changed) or 'The code is another one'}. Resume with the "
-                "values there, or use another OUTPUT_DIR and the checkpoint as MODEL.WEIGHTS."
-            )
-        if changed:
-            logger.warning(
-                f"Resumed with another config than before: {listed(changed)}. The seed and what the "
-                "optimizer is set to stay as they are in the checkpoint."
-            )
 
 
 class DataOrder(HookBase):

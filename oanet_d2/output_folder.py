@@ -1,18 +1,18 @@
-"""What a training does with an output folder that is not empty."""
+"""Which trainings may start in an output folder that is not empty, or go on there."""
 
 import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict
 
 import torch
 import yaml
 
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 
-__all__ = ["OutputFolderError", "config_differences", "listed", "prepare_output_folder"]
+__all__ = ["OutputFolderError", "RunConfig", "prepare_output_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def prepare_output_folder(cfg, resume: bool = False, eval_only: bool = False) ->
     here = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).dump()
     try:
         trainer = torch.load(found[-1], map_location="cpu", weights_only=True)["trainer"]
-        reason = listed(config_differences(trainer["hooks"]["RunConfig"]["yaml"], here))
+        reason = _listed(_differences(trainer["hooks"]["RunConfig"]["yaml"], here))
     except Exception:  # damaged, or of another program
         reason = "it does not say with which config it was trained"
     if reason:
@@ -63,20 +63,44 @@ def prepare_output_folder(cfg, resume: bool = False, eval_only: bool = False) ->
     )
 
 
-def config_differences(there: str, here: str) -> Dict[str, Tuple[Any, Any]]:
-    """
-    Where two configs, as :meth:`CfgNode.dump` gives them, train differently: key -> (value there,
-    value here). None stands for a missing key.
-    """
+class RunConfig(HookBase):
+    """Keeps the config in the checkpoints, and compares it when a training is resumed."""
+
+    def state_dict(self) -> Dict:
+        return {"yaml": self.trainer.cfg.dump()}
+
+    def load_state_dict(self, state_dict: Dict):
+        """
+        Raises:
+            OutputFolderError: the checkpoint is of another model or optimizer.
+        """
+        changed = _differences(state_dict["yaml"], self.trainer.cfg.dump())
+        loaded, listed = self.trainer.checkpointer, _listed(changed)
+        misfits = loaded.new + loaded.unused
+        if misfits or "SOLVER.OPTIMIZER" in changed:
+            what = f"{len(misfits)} tensors, such as {misfits[0]}," if misfits else "the optimizer"
+            raise OutputFolderError(
+                f"The training in {self.trainer.cfg.OUTPUT_DIR!r} cannot be resumed with this config: "
+                f"{what} would differ. {listed or 'The code is another one'}. Resume with the values "
+                "there, or use another OUTPUT_DIR and the checkpoint as MODEL.WEIGHTS."
+            )
+        if changed:
+            logger.warning(
+                f"Resumed with another config than before: {listed}. The seed and what the optimizer "
+                "is set to stay as they are in the checkpoint."
+            )
+
+
+def _differences(there: str, here: str) -> Dict[str, str]:
+    """Where two configs, as :meth:`CfgNode.dump` gives them, train differently: key -> in words."""
     old, new = (_flat(yaml.safe_load(dump)) for dump in (there, here))
     keys = [x for x in sorted({*old, *new}) if not x.startswith(NOT_TRAINED)]
-    return {x: (old.get(x), new.get(x)) for x in keys if old.get(x) != new.get(x)}
+    changed = [x for x in keys if old.get(x) != new.get(x)]
+    return {x: f"{x} is {new.get(x)!r}, there {old.get(x)!r}" for x in changed}
 
 
-def listed(changed: Dict[str, Tuple[Any, Any]]) -> str:
-    """The first ten of :func:`config_differences` in words."""
-    texts = [f"{key} is {new!r}, there {old!r}" for key, (old, new) in changed.items()]
-    return "; ".join(texts[:10] + ["..."] * (len(texts) > 10))
+def _listed(changed: Dict[str, str]) -> str:
+    return "; ".join([*changed.values()][:10] + ["..."] * (len(changed) > 10))
 
 
 def _flat(tree: Any, key: str = "") -> Dict[str, Any]:

@@ -19,6 +19,7 @@ from .checkpoint import CheckpointError, OANetCheckpointer
 from .config import load_config
 from .data import complete_config
 from .data.images import read_image
+from .data.register import Path
 from .modeling import OANet
 from .visualization import draw_panoptic
 
@@ -26,7 +27,6 @@ __all__ = ["PanopticPredictor", "PanopticResult"]
 
 logger = logging.getLogger(__name__)
 
-Path = Union[str, os.PathLike]
 Picture = Union[Path, np.ndarray]
 _building = threading.Lock()  # Detectron2's catalogs of datasets belong to the whole process
 
@@ -110,11 +110,11 @@ class PanopticPredictor:
             raise ValueError(f"MODEL.META_ARCHITECTURE is {found}; it must be OANet.")
         checkpointer = OANetCheckpointer(self.model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(cfg.MODEL.WEIGHTS)
-        lacking = [*checkpointer.new, *(name for name, *_ in checkpointer.left_out)]
-        if lacking:
+        new = checkpointer.new
+        if new:
             raise CheckpointError(
-                f"{cfg.MODEL.WEIGHTS} lacks {len(lacking)} tensors of the model or has them in another "
-                f"shape, such as {lacking[0]}. It is for another config, or for a training to start from."
+                f"{cfg.MODEL.WEIGHTS} lacks {len(new)} tensors of the model or has them in another "
+                f"shape, such as {new[0]}. It is for another config, or for a training to start from."
             )
         self.metadata = MetadataCatalog.get(names[0])
         self.aug = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

@@ -1,6 +1,4 @@
-"""
-Pictures of panoptic results, and of what the painting order changes in them.
-"""
+"""Pictures of panoptic results, and of what the painting order changes in them."""
 
 from typing import Dict, List, Optional, Tuple, Union
 
@@ -106,9 +104,7 @@ def draw_panels(
 
 
 def side_by_side(panels: Dict[str, np.ndarray]) -> np.ndarray:
-    """
-    The pictures of :func:`draw_panels` in one, each under its title.
-    """
+    """The pictures of :func:`draw_panels` in one, each under its title."""
     titled: List[np.ndarray] = []
     for title, panel in panels.items():
         text = _TITLES.get(title, title)

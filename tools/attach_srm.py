@@ -21,22 +21,6 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.files import atomic_path
 
 
-def load_part(cfg, path: str, ranking: bool) -> Dict[str, torch.Tensor]:
-    """The parameters of the ranking head, or all others, from one file that must fit the config."""
-    model = build_model(cfg)
-    loaded = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    loaded.load(path)
-    misfits = [*loaded.new, *loaded.unused, *(name for name, *_ in loaded.left_out)]
-    names = [name for name in misfits if name.startswith("srm_head.") == ranking]
-    if names:
-        raise ValueError(
-            f"{path} does not fit the config: it lacks {len(names)} parameters, has them in another "
-            f"shape or should not have them, such as {names[0]}."
-        )
-    state = model.state_dict()
-    return {name: x for name, x in state.items() if name.startswith("srm_head.") == ranking}
-
-
 def attach(cfg, base: str, srm: str, output: str) -> None:
     """
     Args:
@@ -48,7 +32,20 @@ def attach(cfg, base: str, srm: str, output: str) -> None:
     Raises:
         ValueError: a checkpoint does not fit the config.
     """
-    state = {**load_part(cfg, base, ranking=False), **load_part(cfg, srm, ranking=True)}
+    state: Dict[str, torch.Tensor] = {}
+    for path, ranking in ((base, False), (srm, True)):
+        model = build_model(cfg)
+        loaded = OANetCheckpointer(model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+        loaded.load(path)
+        misfits = loaded.new + loaded.unused
+        names = [name for name in misfits if name.startswith("srm_head.") == ranking]
+        if names:
+            raise ValueError(
+                f"{path} does not fit the config: it lacks {len(names)} parameters, has them in "
+                f"another shape or should not have them, such as {names[0]}."
+            )
+        tensors = model.state_dict().items()
+        state.update((name, x) for name, x in tensors if name.startswith("srm_head.") == ranking)
     with atomic_path(output) as temporary:
         torch.save({"model": state}, temporary)
 

@@ -261,9 +261,8 @@ def main():
     text = f"{about}\n\n{markdown_table(headers, rows)}"
     print(text)
     if args.update:
-        fill_region(
-            ROOT / "docs/performance.md", f"tools/benchmark.py --device {args.device}", text
-        )
+        command = f"tools/benchmark.py --device {args.device}"
+        fill_region(ROOT / "docs/performance.md", command, text)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ training, or of an evaluation, with TEST.ORDERS. Pictures of street_fashion are 
 """
 
 import json
-import math
-import statistics
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence
 
+import numpy as np
 import yaml
 from PIL import Image
 from tabulate import tabulate
@@ -52,24 +51,20 @@ def read_run(folder: Path) -> Dict:
     return {**run, "config": yaml.safe_load((folder / "config.yaml").read_text())}
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """ "mean ± standard deviation", or the one value."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+def spread(values: Sequence[Optional[float]], digits: int = 1) -> str:
+    """ "mean ± standard deviation", or the one value. None becomes NaN."""
+    numbers = np.array(values, float)
+    mean = f"{numbers.mean():.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {numbers.std(ddof=1):.{digits}f}"
 
 
 def orders_rows(runs: List[Dict], metrics: Iterable[str], orders: Iterable[str]) -> List[List[str]]:
     rows = []
     for order in orders:
-        cells = [spread([_number(run["orderings"][order][m]) for run in runs]) for m in metrics]
-        closures = [_number(closure(run["orderings"], order)) for run in runs]
+        cells = [spread([run["orderings"][order][m] for run in runs]) for m in metrics]
+        closures = [closure(run["orderings"], order) for run in runs]
         rows.append([order, *cells, spread(closures, 3)])
     return rows
-
-
-def _number(value: Optional[float]) -> float:
-    return math.nan if value is None else value
 
 
 def runs_table(runs: List[Dict], best: str) -> str:

@@ -141,14 +141,8 @@ def build_timm_fpn_backbone(cfg, input_shape) -> FPN:
             f"MODEL.FPN.IN_FEATURES is {levels}; it must be consecutive levels up to 'res5', and "
             f"MODEL.TIMM.NAME {name!r} gives {has}."
         )
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=levels,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    fpn, top = cfg.MODEL.FPN, LastLevelMaxPool()
+    return FPN(bottom_up, levels, fpn.OUT_CHANNELS, fpn.NORM, top_block=top, fuse_type=fpn.FUSE_TYPE)
 
 
 def follow_timm_input(cfg) -> None:

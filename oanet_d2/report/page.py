@@ -1,6 +1,4 @@
-"""
-The report of an evaluation: one HTML page with everything in it.
-"""
+"""The report of an evaluation: one HTML page with everything in it."""
 
 import json
 import os

@@ -51,7 +51,6 @@ class ReportRecorder:
             max_cases: at most this many images in each section.
             compared: "score" and the order that is compared with it.
         """
-        self.dataset_name = dataset_name
         self.metadata = MetadataCatalog.get(dataset_name)
         self.folder = Path(output_dir)
         self.max_cases = max_cases
@@ -108,9 +107,7 @@ class ReportRecorder:
     def _greatest(self, cases: List[Case]) -> List[Case]:
         return sorted(cases, key=lambda x: (-x[0]["pixels"], x[0]["file_name"]))[: self.max_cases]
 
-    def save(
-        self, results: Dict, counts: Dict[str, Counter], overlaps: Counter, right: Counter
-    ):
+    def save(self, results: Dict, counts: Dict[str, Counter], overlaps: Counter, right: Counter):
         """
         Write the JSON and the PNGs. All processes must call this; the main one's arguments count.
 
@@ -127,23 +124,20 @@ class ReportRecorder:
         orderings = orderings_of(results)
         content = {
             "format": FORMAT,
-            "dataset": self.dataset_name,
+            "dataset": self.metadata.name,
             **results["evaluation"],
             "orderings": {o: {**m, "closure": closure(orderings, o)} for o, m in orderings.items()},
             "compared": self.compared,
             "outcomes": {x: outcomes[x] for x in ("better", "worse", "same")},
             "clear_share": CLEAR_SHARE,
             "classes": self._classes(counts),
-            "overlaps": [
-                {
-                    **self._named(*key),
-                    "number": number,
-                    "right": {order: right[key, order] for order in orderings},
-                }
-                for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0]))
-            ],
+            "overlaps": [],
             "cases": {},
         }
+        for key, number in sorted(overlaps.items(), key=lambda x: (-x[1], x[0])):
+            by_order = {order: right[key, order] for order in orderings}
+            row = {**self._named(*key), "number": number, "right": by_order}
+            content["overlaps"].append(row)
         for section in SECTIONS:
             described, pictures = [], {}
             cases = self._greatest([x for part in parts for x in part[1][section]])
