@@ -3,6 +3,7 @@
 Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs: of one or several
 datasets, and for each of them trainings that differ in their seed. A run is the OUTPUT_DIR of a
 training, or of an evaluation, with TEST.ORDERS. Pictures of street_fashion are left out.
+tools/train_results.sh trains all runs of the page and calls this.
 
     python tools/results.py output/seed_1 output/seed_2 output/seed_3
 """
@@ -48,6 +49,12 @@ def markdown_table(headers: Sequence[str], rows: List[List[str]]) -> str:
 
 def read_run(folder: Path) -> Dict:
     run = json.loads((folder / "orderings.json").read_text())
+    alone = folder / "from_annotations" / "orderings.json"  # see train_results.sh
+    if alone.exists():
+        orders = run["orderings"]
+        oracle = orders.pop("oracle")
+        orders["srm_pairs, annotations"] = json.loads(alone.read_text())["orderings"]["srm_pairs"]
+        orders["oracle"] = oracle
     return {**run, "config": yaml.safe_load((folder / "config.yaml").read_text())}
 
 
