@@ -111,10 +111,13 @@ def scene_to_panoptic(scene: Scene) -> tuple[np.ndarray, list[dict]]:
         while (number := int(colour @ (1, 256, 65536))) in segments:
             colour = (colour + (37, 23, 53)) % 256
         ids[mask] = number
-        segment: dict = {"id": number, "category_id": category_id, "iscrowd": 0}
-        segment |= {"bbox": list(cv2.boundingRect(mask.astype(np.uint8))), "area": int(mask.sum())}
-        segments[number] = segment
+        segments[number] = {"id": number, "category_id": category_id, "iscrowd": 0, **extent(mask)}
     return ids, list(segments.values())
+
+
+def extent(mask: np.ndarray) -> dict:
+    """ "bbox" and "area" of an annotation of an (H, W) bool mask."""
+    return {"bbox": list(cv2.boundingRect(mask.astype(np.uint8))), "area": int(mask.sum())}
 
 
 def _compose(rng: Rng, horizon: float) -> list[Drawing]:
