@@ -50,9 +50,7 @@ _DATASETS = {
 
 
 def dataset_root(name: str) -> str:
-    """
-    The folder of a dataset.
-    """
+    """The folder of a dataset."""
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), name)
 
 
@@ -73,10 +71,7 @@ def register_builtin() -> None:
 
 
 def _cityscapes_image(image: Dict) -> str:
-    """
-    The file of an image, such as `aachen/aachen_000000_000019_leftImg8bit.png`. (The JSON names
-    another one, in no city's folder.)
-    """
+    """Such as `aachen/aachen_000000_000019_leftImg8bit.png`. (The JSON names no city's folder.)"""
     city = str(image["id"]).split("_")[0]
     return f"{city}/{image['id']}_leftImg8bit.png"
 

@@ -61,10 +61,7 @@ class Layers(NamedTuple):
 
 
 def prepare(
-    page: str,
-    root: str,
-    categories: List[Dict],
-    photographs: Callable[[Path, bool], Iterable[Layers]],
+    page: str, root: str, categories: List[Dict], photographs: Callable[[Path, bool], Iterable[Layers]]
 ) -> None:
     """
     The command line of a script that makes a dataset. Of each split it writes `images/<split>`,
@@ -81,17 +78,17 @@ def prepare(
     parser.add_argument("--source", required=True, type=Path, help="a checkout of the repository")
     parser.add_argument("--output", default=root, type=Path, help="default: %(default)s")
     options = parser.parse_args()
-    thing_ids = {c["id"] for c in categories if c["isthing"]}
+    things = {c["id"] for c in categories if c["isthing"]}
     for split in ("train", "val"):
         folders = options.output / "images" / split, options.output / f"panoptic_{split}"
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         found = tqdm(photographs(options.source, split == "val"), desc=split, disable=None)
-        annotated = [_write(*folders, k, photo, thing_ids) for k, photo in enumerate(found, 1)]
+        annotated = [_write(*folders, k, photo, things) for k, photo in enumerate(found, 1)]
         write_jsons(options.output, split, categories, annotated)
 
 
-def _write(images: Path, pngs: Path, image_id: int, photo: Layers, thing_ids: Set[int]) -> Annotated:
+def _write(images: Path, pngs: Path, image_id: int, photo: Layers, things: Set[int]) -> Annotated:
     ids = np.max([k * mask for k, (_, mask) in enumerate(photo.masks, 1)], axis=0)
     ids[photo.void] = 0
     segments, instances = [], []
@@ -99,7 +96,7 @@ def _write(images: Path, pngs: Path, image_id: int, photo: Layers, thing_ids: Se
         visible, whole = encode(ids == k), encode(mask)
         if mask_util.area(visible):
             segments.append({"id": k, **_annotation(category_id, visible)})
-        if category_id in thing_ids:
+        if category_id in things:
             instance = {"image_id": image_id, "segmentation": whole}
             instances.append({**instance, **_annotation(category_id, whole)})
     png = f"{Path(photo.file_name).stem}.png"
@@ -115,9 +112,7 @@ def _annotation(category_id: int, rle: Dict) -> Dict:
 
 
 def shrink(image: Image.Image, side: int = 416) -> Image.Image:
-    """
-    The image, or a map of labels of mode "L", of at most `side` pixels a side.
-    """
+    """The image, or a map of labels of mode "L", of at most `side` pixels a side."""
     scale = min(1, side / max(image.size))
     width, height = (max(1, round(scale * x)) for x in image.size)
     how = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS

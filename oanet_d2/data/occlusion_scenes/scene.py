@@ -97,13 +97,11 @@ def scene_to_panoptic(scene: Scene) -> tuple[np.ndarray, list[dict]]:
         segments_info: COCO panoptic dicts: the things in the order of `scene.things`, then the
             visible stuff.
     """
-    topmost = np.zeros(scene.stuff.shape, dtype=np.int32)
-    for k, thing in enumerate(scene.things, 1):
-        topmost[thing.mask] = k
+    topmost = np.max([k * thing.mask for k, thing in enumerate(scene.things, 1)], axis=0)
     free = topmost == 0
     regions = [(thing.category_id, topmost == k) for k, thing in enumerate(scene.things, 1)]
     regions += [(int(k), free & (scene.stuff == k)) for k in np.unique(scene.stuff[free])]
-    ids = np.zeros_like(topmost)
+    ids = np.zeros(topmost.shape, dtype=np.int32)
     segments: dict[int, dict] = {}
     for category_id, mask in regions:
         # Ids resemble the colour of the class, so that a PNG of ids looks like a picture.
@@ -198,9 +196,7 @@ def _visible(things: list[Drawing], light: Point, size: int) -> list[tuple[Drawi
         if enough and (sprite := rasterise(thing, size, light)):
             kept.append((thing, sprite))
     while len(kept) > 1:
-        topmost = np.zeros((size, size), dtype=np.uint8)
-        for k, (_, sprite) in enumerate(kept, 1):
-            topmost[sprite.mask] = k
+        topmost = np.max([k * sprite.mask for k, (_, sprite) in enumerate(kept, 1)], axis=0)
         visible = np.bincount(topmost.ravel(), minlength=len(kept) + 1)[1:]
         shares = visible / [sprite.mask.sum() for _, sprite in kept]
         shares[visible < LEAST_VISIBLE_AREA * size**2] = 0

@@ -47,7 +47,7 @@ def ensure_split(
         image_size: height and width in pixels, at least 64.
         seed: from 0.
         num_workers: processes that draw; with 0 or 1 this one. Default: up to 8 for a large split.
-        overwrite: write it in place of the one that is there.
+        overwrite: write it in place of the one that is there, as `write_split` does.
 
     Raises:
         ValueError: a parameter is out of range, or a complete split of other parameters is there.
@@ -69,8 +69,8 @@ def _checked_parameters(split: str, num_images: int, image_size: int, seed: int)
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
     parameters: dict = {"generator": GENERATOR, "generator_version": GENERATOR_VERSION, "split": split}
-    least_of = {"num_images": 1, "image_size": 64, "seed": 0}
-    for (name, least), value in zip(least_of.items(), (num_images, image_size, seed)):
+    ranges = ("num_images", num_images, 1), ("image_size", image_size, 64), ("seed", seed, 0)
+    for name, value, least in ranges:
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
         parameters[name] = operator.index(value)  # JSON takes no NumPy number
