@@ -97,11 +97,13 @@ def scene_to_panoptic(scene: Scene) -> tuple[np.ndarray, list[dict]]:
         segments_info: COCO panoptic dicts: the things in the order of `scene.things`, then the
             visible stuff.
     """
-    topmost = np.max([k * thing.mask for k, thing in enumerate(scene.things, 1)], axis=0)
+    topmost = np.zeros(scene.stuff.shape, dtype=np.int32)
+    for k, thing in enumerate(scene.things, 1):
+        topmost[thing.mask] = k
     free = topmost == 0
     regions = [(thing.category_id, topmost == k) for k, thing in enumerate(scene.things, 1)]
     regions += [(int(k), free & (scene.stuff == k)) for k in np.unique(scene.stuff[free])]
-    ids = np.zeros(topmost.shape, dtype=np.int32)
+    ids = np.zeros_like(topmost)
     segments: dict[int, dict] = {}
     for category_id, mask in regions:
         # Ids resemble the colour of the class, so that a PNG of ids looks like a picture.
@@ -109,13 +111,10 @@ def scene_to_panoptic(scene: Scene) -> tuple[np.ndarray, list[dict]]:
         while (number := int(colour @ (1, 256, 65536))) in segments:
             colour = (colour + (37, 23, 53)) % 256
         ids[mask] = number
-        segments[number] = {"id": number, "category_id": category_id, "iscrowd": 0, **extent(mask)}
+        segment: dict = {"id": number, "category_id": category_id, "iscrowd": 0}
+        segment |= {"bbox": list(cv2.boundingRect(mask.astype(np.uint8))), "area": int(mask.sum())}
+        segments[number] = segment
     return ids, list(segments.values())
-
-
-def extent(mask: np.ndarray) -> dict:
-    """ "bbox" and "area" of an annotation of an (H, W) bool mask."""
-    return {"bbox": list(cv2.boundingRect(mask.astype(np.uint8))), "area": int(mask.sum())}
 
 
 def _compose(rng: Rng, horizon: float) -> list[Drawing]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..layers import Annotated, encode, write_jsons
-from .scene import CATEGORIES, draw_scene, extent, scene_to_panoptic
+from .scene import CATEGORIES, draw_scene, scene_to_panoptic
 
 GENERATOR = "OcclusionScenes"
 GENERATOR_VERSION = 1  # rises when the same parameters give other bytes than before
@@ -55,7 +55,15 @@ def ensure_split(
         OSError: a file cannot be written. The error names it.
         RuntimeError: a worker process died.
     """
-    root, wanted = Path(root), _checked_parameters(split, num_images, image_size, seed)
+    root = Path(root)
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
+    wanted: dict = {"generator": GENERATOR, "generator_version": GENERATOR_VERSION, "split": split}
+    ranges = ("num_images", num_images, 1), ("image_size", image_size, 64), ("seed", seed, 0)
+    for name, value, least in ranges:
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        wanted[name] = operator.index(value)  # JSON takes no NumPy number
     if not _can_stay(root, wanted, overwrite):
         with file_lock(str(root / f".{split}")):
             if not _can_stay(root, wanted, overwrite):
@@ -63,18 +71,6 @@ def ensure_split(
 
 
 write_split = partial(ensure_split, overwrite=True)
-
-
-def _checked_parameters(split: str, num_images: int, image_size: int, seed: int) -> dict:
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
-    parameters: dict = {"generator": GENERATOR, "generator_version": GENERATOR_VERSION, "split": split}
-    ranges = ("num_images", num_images, 1), ("image_size", image_size, 64), ("seed", seed, 0)
-    for name, value, least in ranges:
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-        parameters[name] = operator.index(value)  # JSON takes no NumPy number
-    return parameters
 
 
 def _files(root: Path, split: str) -> list[Path]:
@@ -150,8 +146,8 @@ def _write_scene(root: Path, parameters: dict, index: int) -> Annotated:
     instances = []
     for (category_id, mask), segment in zip(scene.things, segments):
         instance = {"image_id": number, "category_id": category_id, "segmentation": encode(mask)}
-        instance |= {**extent(mask), "iscrowd": 0, "panoptic_segment_id": segment["id"]}
-        instances.append(instance)
+        instance |= {"bbox": list(cv2.boundingRect(mask.astype(np.uint8))), "area": int(mask.sum())}
+        instances.append({**instance, "iscrowd": 0, "panoptic_segment_id": segment["id"]})
     image = {"id": number, "file_name": jpg, "height": size, "width": size}
     return image, {"image_id": number, "file_name": png, "segments_info": segments}, instances
 
