@@ -10,19 +10,19 @@ car on all; of one class, the smaller one. Whether a tree stands in front of a w
 cannot be told, so where they meet is void.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from hashlib import md5
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
 from oanet_d2.data.builtin import FACADES_CATEGORIES, dataset_root
-from oanet_d2.data.layers import Layers, shrink, write_split
+from oanet_d2.data.layers import Layers, prepare, shrink
+from oanet_d2.data.load import as_rle
 
 # From the back to the front. Things are in this order, too.
 BOTTOM_UP = [c["name"] for c in sorted(FACADES_CATEGORIES, key=lambda c: c["isthing"])]
@@ -30,33 +30,34 @@ ID_OF = {c["name"]: c["id"] for c in FACADES_CATEGORIES}
 LEAST_AREA = 6  # pixels; what is smaller is left out
 
 
-def is_val(file_name: str) -> bool:
-    """Files of one photograph, such as IMG_1_scaled_0... and IMG_1_scaled_1..., go together."""
-    photograph = file_name.split("_scaled_")[0]
-    return int(md5(photograph.encode(), usedforsecurity=False).hexdigest(), 16) % 5 == 0
-
-
-def read(source: Path) -> Iterator[Tuple[Path, List[Tuple[str, Dict]]]]:
-    """The path of each image, and the class and COCO annotation of what it shows."""
+def photographs(source: Path, val: bool) -> Iterator[Layers]:
+    """Every fifth one is for validation, by chance."""
     for folder in ("train", "valid", "test"):
         coco = json.loads((source / folder / "_annotations.coco.json").read_text())
         names = {c["id"]: c["name"] for c in coco["categories"]}
         shown = defaultdict(list)
         for x in coco["annotations"]:
-            shown[x["image_id"]].append((names[x["category_id"]], x))
+            shown[x["image_id"]].append((names[x["category_id"]], x["segmentation"]))
         for image in coco["images"]:
-            path = source / folder / image["file_name"]
-            moved = path.parent / "images" / path.name  # some of "valid"
-            yield path if path.exists() else moved, shown[image["id"]]
+            # Parts of one photograph, such as IMG_1_scaled_0... and IMG_1_scaled_1..., go together.
+            photograph = image["file_name"].split("_scaled_")[0].encode()
+            if (int(md5(photograph, usedforsecurity=False).hexdigest(), 16) % 5 == 0) == val:
+                path = source / folder / image["file_name"]
+                moved = path.parent / "images" / path.name  # some of "valid"
+                yield layers(path if path.exists() else moved, shown[image["id"]])
 
 
-def layers(path: Path, shown: List[Tuple[str, Dict]]) -> Layers:
+def layers(path: Path, shown: List[Tuple[str, Any]]) -> Layers:
+    """
+    Args:
+        shown: name of the class, and COCO segmentation.
+    """
     image = Image.open(path).convert("RGB")
     small = shrink(image)
     masks: Dict[str, List[np.ndarray]] = {name: [] for name in BOTTOM_UP}
-    for name, annotation in shown:
-        polygons = mask_util.frPyObjects(annotation["segmentation"], image.height, image.width)
-        columns = mask_util.decode(mask_util.merge(polygons)).T  # the order of its bytes in memory
+    for name, segmentation in shown:
+        rle = as_rle(segmentation, image.height, image.width)
+        columns = mask_util.decode(rle).T  # the order of its bytes in memory
         mask = np.asarray(shrink(Image.fromarray(columns))).T > 0
         if mask.sum() >= LEAST_AREA:
             masks[name].append(mask)
@@ -72,10 +73,4 @@ def layers(path: Path, shown: List[Tuple[str, Dict]]) -> Layers:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--source", required=True, type=Path, help="a checkout of the repository")
-    parser.add_argument("--output", default=dataset_root("facades"), help="default: %(default)s")
-    options = parser.parse_args()
-    for split in ("train", "val"):
-        found = [x for x in read(options.source) if is_val(x[0].name) == (split == "val")]
-        write_split(options.output, split, FACADES_CATEGORIES, (layers(*x) for x in found))
+    prepare(__doc__, dataset_root("facades"), FACADES_CATEGORIES, photographs)

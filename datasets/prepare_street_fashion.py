@@ -9,7 +9,6 @@ visible there. So everything that is worn is whole, but for the person: its whol
 that is worn, without bags and with the holes filled.
 """
 
-import argparse
 from pathlib import Path
 from typing import Iterator
 
@@ -19,7 +18,7 @@ from scipy import ndimage
 from scipy.io import loadmat
 
 from oanet_d2.data.builtin import STREET_FASHION_CATEGORIES, dataset_root
-from oanet_d2.data.layers import Layers, shrink, write_split
+from oanet_d2.data.layers import Layers, prepare, shrink
 
 # The labels of the source that a class is made from, where they are not its name alone.
 LABELS = {
@@ -76,10 +75,4 @@ def photographs(source: Path, val: bool) -> Iterator[Layers]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--source", required=True, type=Path, help="a checkout of the repository")
-    parser.add_argument("--output", default=dataset_root("street_fashion"), help="default: %(default)s")
-    options = parser.parse_args()
-    for split in ("train", "val"):
-        found = photographs(options.source, split == "val")
-        write_split(options.output, split, STREET_FASHION_CATEGORIES, found)
+    prepare(__doc__, dataset_root("street_fashion"), STREET_FASHION_CATEGORIES, photographs)

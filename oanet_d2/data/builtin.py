@@ -4,12 +4,11 @@ Datasets registered when `oanet_d2` is imported. Their files are looked for unde
 """
 
 import os
-from typing import Dict, List
+from typing import Any, Dict, List
 
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES, COCO_CATEGORIES
 from detectron2.utils.colormap import colormap
 
-from .cityscapes import register_cityscapes
 from .occlusion_scenes import CATEGORIES as OCCLUSION_SCENES_CATEGORIES
 from .register import register_panoptic
 
@@ -34,11 +33,24 @@ FACADES_CATEGORIES = _categories(
     "street",
 )
 
+# Folder, and in it the files of the split {}, as register_panoptic takes them. Those of Cityscapes lie
+# where Detectron2's documentation wants them; `cityscapesscripts` makes the panoptic ones.
+_COCO = "{}2017", "annotations/panoptic_{}2017.json", "panoptic_{}2017", "annotations/instances_{}2017.json"
+_CITYSCAPES = "leftImg8bit/{}", "gtFine/cityscapes_panoptic_{}.json", "gtFine/cityscapes_panoptic_{}"
+_PHOTOGRAPHS = "images/{}", "panoptic_{}.json", "panoptic_{}", "instances_{}.json"
+_SCENES = "{}", "annotations/panoptic_{}.json", "panoptic_{}", "annotations/instances_{}.json"
+_DATASETS = {
+    "coco_2017_{}_oanet": ("coco", COCO_CATEGORIES, _COCO),
+    "cityscapes_fine_panoptic_{}_oanet": ("cityscapes", CITYSCAPES_CATEGORIES, _CITYSCAPES),
+    "street_fashion_{}": ("street_fashion", STREET_FASHION_CATEGORIES, _PHOTOGRAPHS),
+    "facades_{}": ("facades", FACADES_CATEGORIES, _PHOTOGRAPHS),
+    "occlusion_scenes_{}": ("occlusion_scenes", OCCLUSION_SCENES_CATEGORIES, _SCENES),
+    "occlusion_scenes_{}_visible": ("occlusion_scenes", OCCLUSION_SCENES_CATEGORIES, _SCENES[:3]),
+}
+
 
 def dataset_root(name: str) -> str:
-    """
-    The folder of a dataset.
-    """
+    """The folder of a dataset."""
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), name)
 
 
@@ -47,41 +59,21 @@ def register_builtin() -> None:
     Register `coco_2017_{train,val}_oanet`, `cityscapes_fine_panoptic_{train,val}_oanet`,
     `street_fashion_{train,val}`, `facades_{train,val}`, `occlusion_scenes_{train,val}`, and
     `occlusion_scenes_{train,val}_visible`: the same scenes with instance masks that are cut to what
-    is visible, as in many real datasets.
+    is visible, as in many real datasets. (Cityscapes has no others.)
     """
-    register_cityscapes(dataset_root("cityscapes"))
-    coco, scenes = dataset_root("coco"), dataset_root("occlusion_scenes")
-    photographs = {"street_fashion": STREET_FASHION_CATEGORIES, "facades": FACADES_CATEGORIES}
-    for split in ("train", "val"):
-        register_panoptic(
-            f"coco_2017_{split}_oanet",
-            os.path.join(coco, f"{split}2017"),
-            os.path.join(coco, "annotations", f"panoptic_{split}2017.json"),
-            os.path.join(coco, f"panoptic_{split}2017"),
-            os.path.join(coco, "annotations", f"instances_{split}2017.json"),
-            categories=COCO_CATEGORIES,
-        )
-        for dataset, categories in photographs.items():
-            root = dataset_root(dataset)
-            register_panoptic(
-                f"{dataset}_{split}",
-                os.path.join(root, "images", split),
-                os.path.join(root, f"panoptic_{split}.json"),
-                os.path.join(root, f"panoptic_{split}"),
-                os.path.join(root, f"instances_{split}.json"),
-                categories=categories,
-            )
-        annotations = os.path.join(scenes, "annotations")
-        silhouettes = os.path.join(annotations, f"instances_{split}.json")
-        for name, instances_json in (("", silhouettes), ("_visible", None)):
-            register_panoptic(
-                f"occlusion_scenes_{split}{name}",
-                os.path.join(scenes, split),
-                os.path.join(annotations, f"panoptic_{split}.json"),
-                os.path.join(scenes, f"panoptic_{split}"),
-                instances_json,
-                categories=OCCLUSION_SCENES_CATEGORIES,
-            )
+    for name, (folder, categories, files) in _DATASETS.items():
+        options: Dict[str, Any] = {"categories": categories}
+        if folder == "cityscapes":
+            options["image_name"] = _cityscapes_image
+        for split in ("train", "val"):
+            paths: List[Any] = [os.path.join(dataset_root(folder), x.format(split)) for x in files]
+            register_panoptic(name.format(split), *paths, **options)
+
+
+def _cityscapes_image(image: Dict) -> str:
+    """Such as `aachen/aachen_000000_000019_leftImg8bit.png`. (The JSON names no city's folder.)"""
+    city = str(image["id"]).split("_")[0]
+    return f"{city}/{image['id']}_leftImg8bit.png"
 
 
 register_builtin()

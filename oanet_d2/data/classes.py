@@ -3,7 +3,7 @@ What follows from the datasets of a config, and what is wrong with it before any
 """
 
 from itertools import zip_longest
-from typing import List
+from typing import List, Tuple
 
 import torch
 from PIL import Image
@@ -35,10 +35,10 @@ def complete_config(cfg) -> None:
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not names:
         return
-    things, stuff = _classes(names[0], "thing"), _classes(names[0], "stuff")
+    things, stuff = _classes(names[0])
     for name in names[1:]:
-        for kind, ours in (("thing", things), ("stuff", stuff)):
-            for i, (x, y) in enumerate(zip_longest(ours, _classes(name, kind))):
+        for kind, ours, theirs in zip(("thing", "stuff"), (things, stuff), _classes(name)):
+            for i, (x, y) in enumerate(zip_longest(ours, theirs)):
                 if x != y:
                     raise ValueError(
                         f"The {kind} class {i} of dataset {name!r} is {y!r}, of {names[0]!r} it is "
@@ -65,8 +65,8 @@ def complete_config(cfg) -> None:
         cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = -1  # the mapper labels void with it
 
 
-def _classes(dataset: str, kind: str) -> List[str]:
-    """Names of the thing or stuff classes."""
+def _classes(dataset: str) -> Tuple[List[str], List[str]]:
+    """Names of the thing and stuff classes."""
     if not isinstance(dataset, str) or dataset not in DatasetCatalog:
         raise ValueError(
             f"There is no dataset {dataset!r}. Register it with oanet_d2.register_panoptic, or "
@@ -82,7 +82,7 @@ def _classes(dataset: str, kind: str) -> List[str]:
             f"Dataset {dataset!r} is not registered as this project needs it. Register its files "
             "with oanet_d2.register_panoptic."
         )
-    return stuff if kind == "stuff" else metadata["thing_classes"]
+    return metadata["thing_classes"], stuff
 
 
 def _check_values(cfg) -> None:
@@ -97,11 +97,11 @@ def _check_values(cfg) -> None:
             "() and evaluate its weights in an OANet (tools/attach_srm.py)."
         )
     for key in ("TRAIN", "TEST"):
-        if not isinstance(cfg.DATASETS[key], (list, tuple)):
-            found = cfg.DATASETS[key]
+        found = cfg.DATASETS[key]
+        if not isinstance(found, (list, tuple)):
             raise ValueError(f"DATASETS.{key} is {found!r}; it must be a list of names.")
-    if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
-        found = cfg.INPUT.MASK_FORMAT
+    found = cfg.INPUT.MASK_FORMAT
+    if found not in ("polygon", "bitmask"):
         raise ValueError(f"INPUT.MASK_FORMAT is {found!r}; it must be 'polygon' or 'bitmask'.")
     channels = len(cfg.MODEL.PIXEL_MEAN)
     try:

@@ -1,9 +1,10 @@
-"""What lies on what in photographs, written in the COCO panoptic format."""
+"""What lies on what in pictures, written in the COCO panoptic format."""
 
 import json
-import os
+from argparse import ArgumentParser
+from itertools import chain
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Set, Tuple
 
 import numpy as np
 from panopticapi.utils import id2rgb
@@ -13,7 +14,32 @@ from tqdm import tqdm
 
 from ..files import write_atomically
 
-__all__ = ["Layers", "shrink", "write_split"]
+__all__ = ["Annotated", "Layers", "encode", "prepare", "shrink", "write_jsons"]
+
+# An image as the JSONs describe it: its entries in "images" and in the panoptic "annotations", and its
+# instances, still without their ids.
+Annotated = Tuple[Dict, Dict, List[Dict]]
+
+
+def write_jsons(
+    folder: Path, split: str, categories: List[Dict], annotated: Iterable[Annotated], **header: Any
+) -> None:
+    """
+    Write `instances_<split>.json`, which has the things among the categories, and last
+    `panoptic_<split>.json`. Both hold the `header`.
+    """
+    images, panoptic, instances = zip(*annotated)
+    numbered = [{"id": k, **instance} for k, instance in enumerate(chain(*instances), 1)]
+    things = [c for c in categories if c["isthing"]]
+    for kind, found, listed in ("instances", numbered, things), ("panoptic", panoptic, categories):
+        document = {**header, "images": images, "annotations": found, "categories": listed}
+        write_atomically(f"{folder}/{kind}_{split}.json", json.dumps(document))
+
+
+def encode(mask: np.ndarray) -> Dict:
+    """The COCO RLE of an (H, W) mask, as JSON takes it."""
+    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {**rle, "counts": rle["counts"].decode()}
 
 
 class Layers(NamedTuple):
@@ -34,55 +60,50 @@ class Layers(NamedTuple):
     void: np.ndarray
 
 
-def write_split(
-    root: str, split: str, categories: List[Dict], photographs: Iterable[Layers]
+def prepare(
+    page: str, root: str, categories: List[Dict], photographs: Callable[[Path, bool], Iterable[Layers]]
 ) -> None:
     """
-    Write `images/<split>`, `panoptic_<split>`, `instances_<split>.json`, which holds the whole masks
-    of the things, and last `panoptic_<split>.json`. A segment that nobody can see is in the
-    instances alone.
+    The command line of a script that makes a dataset. Of each split it writes `images/<split>`,
+    `panoptic_<split>`, `instances_<split>.json`, which holds the whole masks of the things, and last
+    `panoptic_<split>.json`. A segment that nobody can see is in the instances alone.
 
     Args:
-        root: folder of the dataset, made if it does not exist.
+        page: the docstring of the script.
+        root: folder of the dataset, unless the user names another. It is made if it does not exist.
         categories: of the panoptic JSON.
+        photographs: called with the folder of the source, and whether those for validation are wanted.
     """
-    folders = Path(root, "images", split), Path(root, f"panoptic_{split}")
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    images: List[Dict] = []
-    panoptic: List[Dict] = []
-    instances: List[Dict] = []
-    things = [c for c in categories if c["isthing"]]
-    thing_ids = {c["id"] for c in things}
-    for image_id, photo in enumerate(tqdm(photographs, desc=split, disable=None), 1):
-        ids, segments = np.zeros(photo.void.shape, np.int64), []
-        for k, (_, mask) in enumerate(photo.masks, 1):
-            ids[mask] = k
-        ids[photo.void] = 0
-        for k, (category_id, mask) in enumerate(photo.masks, 1):
-            visible, whole = _encode(ids == k), _encode(mask)
-            if mask_util.area(visible):
-                segments.append({"id": k, **_annotation(category_id, visible)})
-            if category_id in thing_ids:
-                instance = {"id": len(instances) + 1, "image_id": image_id, "segmentation": whole}
-                instances.append({**instance, **_annotation(category_id, whole)})
-        png, (width, height) = f"{Path(photo.file_name).stem}.png", photo.image.size
-        photo.image.save(folders[0] / photo.file_name, quality=92)
-        Image.fromarray(id2rgb(ids)).save(folders[1] / png)
-        file = {"file_name": photo.file_name, "height": height, "width": width}
-        images.append({"id": image_id, **file})
-        panoptic.append({"image_id": image_id, "file_name": png, "segments_info": segments})
-    for kind, annotations, listed in (
-        ("instances", instances, things),
-        ("panoptic", panoptic, categories),
-    ):
-        document = {"images": images, "annotations": annotations, "categories": listed}
-        write_atomically(os.path.join(root, f"{kind}_{split}.json"), json.dumps(document))
+    parser = ArgumentParser(description=page.split("\n\n")[0])
+    parser.add_argument("--source", required=True, type=Path, help="a checkout of the repository")
+    parser.add_argument("--output", default=root, type=Path, help="default: %(default)s")
+    options = parser.parse_args()
+    things = {c["id"] for c in categories if c["isthing"]}
+    for split in ("train", "val"):
+        folders = options.output / "images" / split, options.output / f"panoptic_{split}"
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        found = tqdm(photographs(options.source, split == "val"), desc=split, disable=None)
+        annotated = [_write(*folders, k, photo, things) for k, photo in enumerate(found, 1)]
+        write_jsons(options.output, split, categories, annotated)
 
 
-def _encode(mask: np.ndarray) -> Dict:
-    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {**rle, "counts": rle["counts"].decode()}
+def _write(images: Path, pngs: Path, image_id: int, photo: Layers, things: Set[int]) -> Annotated:
+    ids = np.max([k * mask for k, (_, mask) in enumerate(photo.masks, 1)], axis=0)
+    ids[photo.void] = 0
+    segments, instances = [], []
+    for k, (category_id, mask) in enumerate(photo.masks, 1):
+        visible, whole = encode(ids == k), encode(mask)
+        if mask_util.area(visible):
+            segments.append({"id": k, **_annotation(category_id, visible)})
+        if category_id in things:
+            instance = {"image_id": image_id, "segmentation": whole}
+            instances.append({**instance, **_annotation(category_id, whole)})
+    png = f"{Path(photo.file_name).stem}.png"
+    photo.image.save(images / photo.file_name, quality=92)
+    Image.fromarray(id2rgb(ids)).save(pngs / png)
+    image = {"id": image_id, "file_name": photo.file_name, "height": len(ids), "width": len(ids[0])}
+    return image, {"image_id": image_id, "file_name": png, "segments_info": segments}, instances
 
 
 def _annotation(category_id: int, rle: Dict) -> Dict:
@@ -91,9 +112,7 @@ def _annotation(category_id: int, rle: Dict) -> Dict:
 
 
 def shrink(image: Image.Image, side: int = 416) -> Image.Image:
-    """
-    The image, or a map of labels of mode "L", of at most `side` pixels a side.
-    """
+    """The image, or a map of labels of mode "L", of at most `side` pixels a side."""
     scale = min(1, side / max(image.size))
     width, height = (max(1, round(scale * x)) for x in image.size)
     how = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS

@@ -6,7 +6,10 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from oanet_d2.data import PanopticDatasetMapper
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from oanet_d2 import register_panoptic
+from oanet_d2.data import PanopticDatasetMapper, builtin
 
 SIZES = [(12, 8), (9, 14), (32, 32)]  # width, height
 PERSON, TIE, SKY = 1, 20, 300
@@ -92,3 +95,21 @@ class Dataset:
 @pytest.fixture
 def dataset(tmp_path):
     return Dataset(tmp_path)
+
+
+@pytest.fixture
+def builtin_datasets(tmp_path, monkeypatch):
+    """What `register_builtin` registers, as "test_" and its name, with the files in `tmp_path`."""
+    names = []
+
+    def register(name, *args, **kwargs):
+        names.append(f"test_{name}")
+        register_panoptic(names[-1], *args, **kwargs)
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(builtin, "register_panoptic", register)
+    builtin.register_builtin()
+    yield tmp_path
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -3,7 +3,7 @@
 import argparse
 
 from ..builtin import dataset_root
-from .writer import ensure_split, write_split
+from .writer import ensure_split
 
 parser = argparse.ArgumentParser(prog="python -m oanet_d2.data.occlusion_scenes")
 parser.add_argument("--root", default=dataset_root("occlusion_scenes"), help="folder; default: %(default)s")
@@ -13,5 +13,5 @@ parser.add_argument("--overwrite", action="store_true", help="replace splits tha
 options = parser.parse_args()
 for split, count in (("train", options.train), ("val", options.val)):
     if count:  # 0 images: leave the split alone
-        write = write_split if options.overwrite else ensure_split
-        write(options.root, split, count, options.image_size, options.seed)
+        size, overwrite = options.image_size, options.overwrite
+        ensure_split(options.root, split, count, size, options.seed, overwrite=overwrite)

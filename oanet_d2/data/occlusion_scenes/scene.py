@@ -195,9 +195,7 @@ def _visible(things: list[Drawing], light: Point, size: int) -> list[tuple[Drawi
         if enough and (sprite := rasterise(thing, size, light)):
             kept.append((thing, sprite))
     while len(kept) > 1:
-        topmost = np.zeros((size, size), dtype=np.uint8)
-        for k, (_, sprite) in enumerate(kept, 1):
-            topmost[sprite.mask] = k
+        topmost = np.max([k * sprite.mask for k, (_, sprite) in enumerate(kept, 1)], axis=0)
         visible = np.bincount(topmost.ravel(), minlength=len(kept) + 1)[1:]
         shares = visible / [sprite.mask.sum() for _, sprite in kept]
         shares[visible < LEAST_VISIBLE_AREA * size**2] = 0

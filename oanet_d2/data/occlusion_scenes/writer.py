@@ -13,22 +13,18 @@ image_size) only, so the number of workers does not change a byte.
 import json
 import operator
 import os
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from iopath.common.file_io import file_lock
 from panopticapi.utils import id2rgb
-from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ...files import write_atomically
+from ..layers import Annotated, encode, write_jsons
 from .scene import CATEGORIES, draw_scene, scene_to_panoptic
 
 GENERATOR = "OcclusionScenes"
@@ -38,28 +34,11 @@ SPLITS = ("train", "val")
 
 def ensure_split(
     root: str | Path, split: str, num_images: int, image_size: int = 192, seed: int = 0,
-    num_workers: int | None = None,
+    num_workers: int | None = None, overwrite: bool = False,
 ) -> None:
     """
     Write a split if it is not there or not complete. Of several processes that call this at once, one
-    writes and the others wait. Arguments and errors are those of :func:`write_split`.
-
-    Raises:
-        ValueError: also if a complete split of other parameters is there.
-    """
-    root, wanted = Path(root), _checked_parameters(split, num_images, image_size, seed)
-    if not _is_complete(root, wanted):
-        with file_lock(str(root / f".{split}")):
-            if not _is_complete(root, wanted):
-                _write(root, wanted, num_workers)
-
-
-def write_split(
-    root: str | Path, split: str, num_images: int, image_size: int = 192, seed: int = 0,
-    num_workers: int | None = None,
-) -> None:
-    """
-    Write a split in place of the one that is there.
+    writes and the others wait.
 
     Args:
         root: folder of the dataset, made if it does not exist.
@@ -68,29 +47,30 @@ def write_split(
         image_size: height and width in pixels, at least 64.
         seed: from 0.
         num_workers: processes that draw; with 0 or 1 this one. Default: up to 8 for a large split.
+        overwrite: write it in place of the one that is there, as `write_split` does.
 
     Raises:
-        ValueError: a parameter is out of range.
+        ValueError: a parameter is out of range, or a complete split of other parameters is there.
         FileExistsError: files that OcclusionScenes did not write are in the way.
         OSError: a file cannot be written. The error names it.
         RuntimeError: a worker process died.
     """
-    root, wanted = Path(root), _checked_parameters(split, num_images, image_size, seed)
-    _read_parameters(root, split)  # raises if the files are somebody else's
-    with file_lock(str(root / f".{split}")):
-        _write(root, wanted, num_workers)
-
-
-def _checked_parameters(split: str, num_images: int, image_size: int, seed: int) -> dict:
+    root = Path(root)
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be 'train' or 'val'")
-    parameters: dict = {"generator": GENERATOR, "generator_version": GENERATOR_VERSION, "split": split}
-    least_of = {"num_images": 1, "image_size": 64, "seed": 0}
-    for (name, least), value in zip(least_of.items(), (num_images, image_size, seed)):
+    wanted: dict = {"generator": GENERATOR, "generator_version": GENERATOR_VERSION, "split": split}
+    ranges = ("num_images", num_images, 1), ("image_size", image_size, 64), ("seed", seed, 0)
+    for name, value, least in ranges:
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-        parameters[name] = operator.index(value)  # JSON takes no NumPy number
-    return parameters
+        wanted[name] = operator.index(value)  # JSON takes no NumPy number
+    if not _can_stay(root, wanted, overwrite):
+        with file_lock(str(root / f".{split}")):
+            if not _can_stay(root, wanted, overwrite):
+                _write(root, wanted, num_workers)
+
+
+write_split = partial(ensure_split, overwrite=True)
 
 
 def _files(root: Path, split: str) -> list[Path]:
@@ -100,30 +80,29 @@ def _files(root: Path, split: str) -> list[Path]:
     return [path for name in names for path in root.glob(name)]
 
 
-def _read_parameters(root: Path, split: str) -> dict | None:
-    """Return the parameters of the split on disk, None if none was finished."""
+def _can_stay(root: Path, wanted: dict, overwrite: bool) -> bool:
+    """Whether the split is complete. One of ours that will be overwritten counts as incomplete."""
+    split, found = wanted["split"], None
     files = _files(root, split)  # before the lock, which another process makes before it writes them
     try:
         document = (root / f"annotations/panoptic_{split}.json").read_bytes()
-        return json.loads(document)["info"]["parameters"]
+        found = json.loads(document)["info"]["parameters"]
     except FileNotFoundError:
         if not files or (root / f".{split}.lock").exists():
-            return None
+            return False
     except (ValueError, LookupError, TypeError):
         pass  # somebody else's JSON
-    raise FileExistsError(
-        f"{files[-1]} exists, but {GENERATOR} did not write it; use another root folder, or move it away"
-    )
-
-
-def _is_complete(root: Path, wanted: dict) -> bool:
-    found = _read_parameters(root, wanted["split"])
-    if found not in (None, wanted):
+    if found is None:
+        raise FileExistsError(
+            f"{files[-1]} exists, but {GENERATOR} did not write it; use another root folder, or move it "
+            "away"
+        )
+    if found != wanted and not overwrite:
         raise ValueError(
             f"{root} holds a split of other parameters.\n  found:     {found}\n  asked for: {wanted}\n"
             "Ask for those found, use another root folder, or replace the split: write_split, --overwrite."
         )
-    return found is not None and len(_files(root, wanted["split"])) == 2 * wanted["num_images"] + 2
+    return not overwrite and len(files) == 2 * wanted["num_images"] + 2
 
 
 def _write(root: Path, parameters: dict, num_workers: int | None) -> None:
@@ -135,38 +114,27 @@ def _write(root: Path, parameters: dict, num_workers: int | None) -> None:
     if num_workers is None:
         # A worker first imports PyTorch with this package, in 5 s and 400 MB. 25 megapixels take 10 s.
         num_workers = min(os.cpu_count() or 1, count * parameters["image_size"] ** 2 // 25_000_000, 8)
-    write = partial(_write_scene, root, parameters)
-    progress = partial(tqdm, total=count, desc=f"{GENERATOR} {split}", unit="scene", disable=None)
-    if num_workers <= 1:
-        scenes = list(progress(map(write, range(count))))
-    else:
-        spawn = get_context("spawn")  # forked workers could hang if this process has used threads
-        with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker) as pool:
-            scenes = list(progress(pool.map(write, range(count))))
-    images, panoptic, instances = zip(*scenes)
-    numbered = [{"id": k, **annotation} for k, annotation in enumerate(chain(*instances), 1)]
+    scenes: DataLoader = DataLoader(
+        range(count),  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=partial(_write_scene, root, parameters),
+        num_workers=num_workers if num_workers > 1 else 0,
+        worker_init_fn=_start_worker,
+        # forked workers could hang if this process has used threads
+        multiprocessing_context="spawn" if num_workers > 1 else None,
+        generator=torch.Generator(),  # or it would take a random number from the training
+    )
+    annotated = list(tqdm(scenes, desc=f"{GENERATOR} {split}", unit="scene", disable=None))
     description = f"{GENERATOR}: synthetic panoptic scenes of things that lie on one another"
     info = {"description": description, "version": str(GENERATOR_VERSION), "parameters": parameters}
-    common = {"info": info, "licenses": [], "images": images}
-    things = [category for category in CATEGORIES if category["isthing"]]
-    document = {**common, "annotations": numbered, "categories": things}
-    write_atomically(f"{root}/annotations/instances_{split}.json", json.dumps(document))
-    document = {**common, "annotations": panoptic, "categories": CATEGORIES}
-    write_atomically(f"{root}/annotations/panoptic_{split}.json", json.dumps(document))
+    write_jsons(root / "annotations", split, CATEGORIES, annotated, info=info, licenses=[])
 
 
-def _start_worker() -> None:
-    def end_with_parent() -> None:
-        parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)  # a killed parent cannot end its workers
-
+def _start_worker(worker_id: int) -> None:
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _write_scene(root: Path, parameters: dict, index: int) -> tuple[dict, dict, list[dict]]:
-    """Return the COCO image, its panoptic annotation and its instance annotations, still without "id"."""
+def _write_scene(root: Path, parameters: dict, index: int) -> Annotated:
     split, size = parameters["split"], parameters["image_size"]
     seed = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
     scene = draw_scene(seed, size)
@@ -177,12 +145,9 @@ def _write_scene(root: Path, parameters: dict, index: int) -> tuple[dict, dict, 
     _write_image(root / f"panoptic_{split}" / png, id2rgb(ids), [cv2.IMWRITE_PNG_COMPRESSION, 6])
     instances = []
     for (category_id, mask), segment in zip(scene.things, segments):
-        silhouette = np.asfortranarray(mask, dtype=np.uint8)
-        rle = coco_mask.encode(silhouette)
-        rle["counts"] = rle["counts"].decode("ascii")
-        instance = {"image_id": number, "category_id": category_id, "segmentation": rle}
-        instance |= {"bbox": list(cv2.boundingRect(silhouette)), "area": int(mask.sum()), "iscrowd": 0}
-        instances.append({**instance, "panoptic_segment_id": segment["id"]})
+        instance = {"image_id": number, "category_id": category_id, "segmentation": encode(mask)}
+        instance |= {"bbox": list(cv2.boundingRect(mask.astype(np.uint8))), "area": int(mask.sum())}
+        instances.append({**instance, "iscrowd": 0, "panoptic_segment_id": segment["id"]})
     image = {"id": number, "file_name": jpg, "height": size, "width": size}
     return image, {"image_id": number, "file_name": png, "segments_info": segments}, instances
 
