@@ -18,8 +18,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, polygons_to_bitmas
 from ..painting.masks import BoxedMasks, Region
 from ..painting.matching import match_to_segments, visible_margins
 from ..painting.ranking import order_from_margins
-from .images import naming, read_image, read_segment_ids
-from .load import as_rle, check_headers
+from .images import naming
+from .load import as_rle, read_file
 
 __all__ = ["Cutout", "cut_out", "paste"]
 
@@ -56,7 +56,7 @@ def cut_out(source: Dict, size: Tuple[int, int], image_format: Optional[str]) ->
     Raises:
         ValueError: a file or an annotation is not as it should be. The message names it.
     """
-    ids = read_segment_ids(source["pan_seg_file_name"])
+    ids = read_file(source, "PNG", "segment ids")
     things = [s for s in source["segments_info"] if s["isthing"] and not s.get("iscrowd", 0)]
     found = []
     for i in np.random.permutation(len(things))[: 3 * MOST]:  # so that the time has a limit
@@ -68,11 +68,7 @@ def cut_out(source: Dict, size: Tuple[int, int], image_format: Optional[str]) ->
                 found.append((_region(box), mask, category_id))
         if len(found) == MOST:
             break
-    image = None
-    if found and image_format is not None:
-        image = read_image(source["file_name"], image_format)
-        if image.shape[:2] != ids.shape:
-            check_headers(source)
+    image = read_file(source, "image", image_format) if found and image_format else None
     usual = np.sqrt(np.prod(size) / ids.size)
     cutouts = []
     for region, mask, category_id in found:

@@ -1,5 +1,5 @@
 import copy
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -13,8 +13,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from .copy_paste import cut_out, paste
-from .images import naming, read_image, runs
-from .load import check_headers, read_truth
+from .images import Runs, naming
+from .load import read_file, read_truth
 
 __all__ = ["PanopticDatasetMapper"]
 
@@ -22,38 +22,31 @@ __all__ = ["PanopticDatasetMapper"]
 PADDING = 255
 
 
-def index_segments(ids: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
+def index_segments(runs: Runs, shape: Tuple[int, ...], segments_info: List[Dict]) -> np.ndarray:
     """
-    Number the segments for augmentations: by their position in `segments_info`, counted from 1, but
-    without 255, which is padding. Ids that are not listed get 0.
+    Number the segments for augmentations, which are fastest on uint8: by their position in
+    `segments_info`, counted from 1. Where 255 would be one of them, all are 255 more, as float32. Void
+    is 0.
 
     Args:
-        ids: (H, W) int32 segment ids.
+        runs, shape: of the segment ids, see :func:`read_truth`.
         segments_info: list[dict] with "id".
-
-    Returns:
-        (H, W) array, uint8 up to 254 segments (Detectron2 augments them faster), float32 beyond.
     """
-    starts, known, inverse = runs(ids)
-    position = {s["id"]: i for i, s in enumerate(segments_info, start=1)}
-    dtype = np.uint8 if len(segments_info) < PADDING else np.float32
-    numbers = np.array([_number(position.get(i, 0)) for i in known.tolist()], dtype=dtype)
-    return numbers[inverse].repeat(np.diff(starts, append=ids.size)).reshape(ids.shape)
-
-
-def _number(position: int) -> int:
-    return position + (position >= PADDING)
+    found, inverse, lengths = runs
+    dtype, first = (np.uint8, 1) if len(segments_info) < PADDING else (np.float32, PADDING + 1)
+    number = {s["id"]: i for i, s in enumerate(segments_info, start=first)}
+    numbers = np.array([number.get(i, 0) for i in found.tolist()], dtype=dtype)
+    return numbers[inverse].repeat(lengths).reshape(shape)
 
 
 def segment_positions(numbers: np.ndarray) -> np.ndarray:
     """
-    From :func:`index_segments`, augmented, back to positions: (H, W) int64, counted from 1. Padding
-    is 0, as void is.
+    From :func:`index_segments`, augmented, back to positions, counted from 1, in the same dtype.
+    Padding is 0, as void is.
     """
-    positions = numbers.astype(np.int64)
-    positions[positions == PADDING] = 0
-    positions -= positions > PADDING
-    return positions
+    if numbers.dtype == np.uint8:
+        return numbers * (numbers != PADDING)
+    return np.maximum(numbers - PADDING, 0)
 
 
 def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarray:
@@ -70,20 +63,20 @@ def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarra
     return categories
 
 
-def visible_instances(segments_info: List[Dict], numbers: np.ndarray) -> Instances:
+def visible_instances(segments_info: List[Dict], positions: np.ndarray) -> Instances:
     """
     The things that are no crowds and have a pixel, as Detectron2 makes instances from annotations.
 
     Args:
-        numbers: (H, W) from :func:`index_segments`, augmented.
+        positions: (H, W) from :func:`segment_positions`.
     """
-    seen = set(np.unique(numbers).tolist())
+    seen = set(np.unique(positions).tolist())
     things = {
-        _number(i): s["category_id"]
+        i: s["category_id"]
         for i, s in enumerate(segments_info, start=1)
-        if s["isthing"] and not s.get("iscrowd", 0) and _number(i) in seen
+        if s["isthing"] and not s.get("iscrowd", 0) and i in seen
     }
-    masks = numbers == np.array([*things], dtype=numbers.dtype)[:, None, None]
+    masks = positions == np.array([*things], dtype=positions.dtype)[:, None, None]
     return _instances([*things.values()], masks)
 
 
@@ -169,14 +162,17 @@ class PanopticDatasetMapper(DatasetMapper):
         """
         dataset_dict = copy.deepcopy(dataset_dict)
         file_name = dataset_dict["file_name"]
-        check_headers(dataset_dict, image=self.read_image)
+        segments_info = dataset_dict["segments_info"]
         if self.read_image:
-            image = read_image(file_name, self.image_format)
+            image = read_file(dataset_dict, "image", self.image_format)
         else:  # augmentations look at its size
             image = np.zeros((dataset_dict["height"], dataset_dict["width"]), dtype=np.uint8)
-        numbers: Optional[np.ndarray] = None
+        numbers = None
         if self.is_train:
-            numbers = index_segments(read_truth(dataset_dict), dataset_dict["segments_info"])
+            ids, runs = read_truth(dataset_dict)
+            numbers = index_segments(runs, ids.shape, segments_info)
+        else:
+            read_file(dataset_dict, "PNG")  # its header; evaluators read the file
 
         aug_input = T.AugInput(image, sem_seg=numbers)
         with naming(f"{file_name}, augmented from {image.shape[1]} x {image.shape[0]} pixels"):
@@ -188,14 +184,15 @@ class PanopticDatasetMapper(DatasetMapper):
         if numbers is None:
             return dataset_dict
 
+        positions = segment_positions(aug_input.sem_seg)
         with naming(f"annotations of {file_name}"):
             dataset_dict["instances"] = (
-                visible_instances(dataset_dict["segments_info"], aug_input.sem_seg)
+                visible_instances(segments_info, positions)
                 if annotations is None
                 else self._annotated_instances(annotations, transforms, image.shape[:2])
             )
-        positions, listed = segment_positions(aug_input.sem_seg), dataset_dict["segments_info"]
-        dataset_dict["segments_info"] = [{**s, "id": i} for i, s in enumerate(listed, start=1)]
+        positions = positions.astype(np.int64)
+        dataset_dict["segments_info"] = [{**s, "id": i} for i, s in enumerate(segments_info, 1)]
         if len(others) > 0 and np.random.rand() < self.copy_paste:
             source = others[np.random.randint(len(others))]
             image_format = self.image_format if self.read_image else None

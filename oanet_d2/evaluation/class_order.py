@@ -34,7 +34,7 @@ def count_class_margins(dataset_names: Sequence[str], num_things: int) -> torch.
         rles = [as_rle(x["segmentation"], d["height"], d["width"]) for x in things]
         whole = torch.from_numpy(mask_util.decode(rles)).permute(2, 0, 1)
         classes = torch.tensor([x["category_id"] for x in things])
-        ids = torch.from_numpy(read_truth(d))
+        ids = torch.from_numpy(read_truth(d)[0])
         masks = BoxedMasks.from_masks(whole)
         matched = match_to_segments(masks, classes, ids, d["segments_info"])
         margins = visible_margins(masks, matched, ids).double()

@@ -85,7 +85,7 @@ class PanopticEvaluator(DatasetEvaluator):
             ValueError: a ground truth is not as training needs it, or of another size than the result.
         """
         for input, output in zip(inputs, outputs):
-            truth = read_truth(input)
+            truth, _ = read_truth(input)
             with naming(input["pan_seg_file_name"]):
                 self._count("panoptic_seg", input, truth, output["panoptic_seg"])
             if self.orders:
