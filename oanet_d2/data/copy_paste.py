@@ -123,10 +123,13 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
             bitmasks. The instances pasted are the last ones, and so are their segments.
         ids: (H, W) int64 segment ids. Changed in place.
     """
+    if not cutouts:
+        return
     instances, segments_info = sample["instances"], sample["segments_info"]
     size, number = instances.image_size, len(instances)
     regions, masks = _regions_and_masks(instances)
-    boxed = BoxedMasks(regions, lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu"))
+    options = lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu")
+    boxed = BoxedMasks(regions, *options)
     classes, truth = instances.gt_classes.tolist(), torch.from_numpy(ids)
     no_crowds = [s for s in segments_info if not s.get("iscrowd", 0)]
     matched = match_to_segments(boxed, instances.gt_classes, truth, no_crowds)
@@ -167,14 +170,11 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
     sample["segments_info"] = [s for s in segments_info if present[s["id"]]]
     kept = [i for i, id in enumerate(own) if id < 0 or present[id]]
     boxes = [[x.start, y.start, x.stop, y.stop] for y, x in regions]
-    whole = torch.zeros(len(kept), *size, dtype=torch.bool)
-    for full, i in zip(whole, kept):
-        full[regions[i]] = torch.from_numpy(masks[i])
     sample["instances"] = Instances(
         size,
         gt_boxes=Boxes(np.array(boxes)[kept]),
         gt_classes=torch.tensor(classes)[kept],
-        gt_masks=BitMasks(whole),
+        gt_masks=BitMasks(BoxedMasks(regions, *options).select(kept).full()),
     )
 
 
@@ -191,7 +191,8 @@ def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndar
         if isinstance(instances.gt_masks, BitMasks):
             masks.append(instances.gt_masks.tensor[i].numpy()[regions[i]])
         else:
-            # Not moved into the box: pycocotools then rounds some pixels of the boundary otherwise.
-            mask = polygons_to_bitmask(instances.gt_masks.polygons[i], *instances.image_size)
-            masks.append(mask[regions[i]])
+            # Up to the box, which saves time, but not moved into it: pycocotools then rounds some
+            # pixels of the boundary otherwise.
+            mask = polygons_to_bitmask(instances.gt_masks.polygons[i], y1, x1)
+            masks.append(mask[y0:, x0:])
     return regions, masks
