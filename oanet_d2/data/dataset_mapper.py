@@ -49,34 +49,20 @@ def segment_positions(numbers: np.ndarray) -> np.ndarray:
     return np.maximum(numbers - PADDING, 0)
 
 
-def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarray:
-    """
-    The panoptic category of every id up to the greatest, int64. Thing class c is c, stuff class s
-    (counted from 1) is num_things + s - 1, void is -1. A crowd counts as its class.
-
-    Args:
-        segments_info: dicts with "id", contiguous "category_id" and "isthing".
-    """
-    categories = np.full(1 + max((s["id"] for s in segments_info), default=0), -1)
-    for s in segments_info:
-        categories[s["id"]] = s["category_id"] + (0 if s["isthing"] else num_things - 1)
-    return categories
-
-
-def visible_instances(segments_info: List[Dict], positions: np.ndarray) -> Instances:
+def visible_instances(segments_info: List[Dict], ids: np.ndarray) -> Instances:
     """
     The things that are no crowds and have a pixel, as Detectron2 makes instances from annotations.
 
     Args:
-        positions: (H, W) from :func:`segment_positions`.
+        segments_info, ids: counted from 1, see :func:`segment_positions`.
     """
-    seen = set(np.unique(positions).tolist())
+    seen = set(np.unique(ids).tolist())
     things = {
-        i: s["category_id"]
-        for i, s in enumerate(segments_info, start=1)
-        if s["isthing"] and not s.get("iscrowd", 0) and i in seen
+        s["id"]: s["category_id"]
+        for s in segments_info
+        if s["isthing"] and not s.get("iscrowd", 0) and s["id"] in seen
     }
-    masks = positions == np.array([*things], dtype=positions.dtype)[:, None, None]
+    masks = ids == np.array([*things], dtype=ids.dtype)[:, None, None]
     return _instances([*things.values()], masks)
 
 
@@ -102,7 +88,8 @@ class PanopticDatasetMapper(DatasetMapper):
 
     * "panoptic_seg": (H, W) int64 segment ids, counted from 1 (0 is void), and segments_info with
       contiguous "category_id", as the model returns it;
-    * "panoptic_category": (H, W) int64, see :func:`panoptic_categories`;
+    * "panoptic_category": (H, W) int64. Thing class c is c, stuff class s (counted from 1) is
+      num_things + s - 1, void is -1. A crowd counts as its class;
     * "sem_seg": (H, W) int64, the labels of the semantic head.
 
     Without "annotations", the instances are the visible parts of the things in the panoptic PNG. Their
@@ -161,8 +148,7 @@ class PanopticDatasetMapper(DatasetMapper):
             ValueError: a file or an annotation is not as it should be. The message names it.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        file_name = dataset_dict["file_name"]
-        segments_info = dataset_dict["segments_info"]
+        file_name, annotations = dataset_dict["file_name"], dataset_dict.pop("annotations", None)
         if self.read_image:
             image = read_file(dataset_dict, "image", self.image_format)
         else:  # augmentations look at its size
@@ -170,9 +156,9 @@ class PanopticDatasetMapper(DatasetMapper):
         numbers = None
         if self.is_train:
             ids, runs = read_truth(dataset_dict)
-            numbers = index_segments(runs, ids.shape, segments_info)
+            numbers = index_segments(runs, ids.shape, dataset_dict["segments_info"])
         else:
-            read_file(dataset_dict, "PNG")  # its header; evaluators read the file
+            read_file(dataset_dict, "PNG")  # its header; evaluators read the rest
 
         aug_input = T.AugInput(image, sem_seg=numbers)
         with naming(f"{file_name}, augmented from {image.shape[1]} x {image.shape[0]} pixels"):
@@ -180,24 +166,24 @@ class PanopticDatasetMapper(DatasetMapper):
         image = aug_input.image
         if self.read_image:
             dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        annotations = dataset_dict.pop("annotations", None)
         if numbers is None:
             return dataset_dict
 
-        positions = segment_positions(aug_input.sem_seg)
+        ids = segment_positions(aug_input.sem_seg)
+        listed = [{**s, "id": i} for i, s in enumerate(dataset_dict["segments_info"], start=1)]
+        dataset_dict["segments_info"] = listed
         with naming(f"annotations of {file_name}"):
             dataset_dict["instances"] = (
-                visible_instances(segments_info, positions)
+                visible_instances(listed, ids)
                 if annotations is None
                 else self._annotated_instances(annotations, transforms, image.shape[:2])
             )
-        positions = positions.astype(np.int64)
-        dataset_dict["segments_info"] = [{**s, "id": i} for i, s in enumerate(segments_info, 1)]
+        ids = ids.astype(np.int64)
         if len(others) > 0 and np.random.rand() < self.copy_paste:
             source = others[np.random.randint(len(others))]
             image_format = self.image_format if self.read_image else None
-            paste(cut_out(source, image.shape[:2], image_format), dataset_dict, positions)
-        self._add_labels(dataset_dict, positions)
+            paste(cut_out(source, image.shape[:2], image_format), dataset_dict, ids)
+        self._add_labels(dataset_dict, ids)
         return dataset_dict
 
     def _annotated_instances(self, annotations: List[Dict], transforms, image_shape) -> Instances:
@@ -229,13 +215,14 @@ class PanopticDatasetMapper(DatasetMapper):
         instances.gt_boxes.clip(image_shape)  # polygons may leave the image
         return instances
 
-    def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:
+    def _add_labels(self, dataset_dict: Dict, ids: np.ndarray) -> None:
         segments_info = dataset_dict.pop("segments_info")
-        categories = labels = panoptic_categories(segments_info, self.num_things)
-        if self.stuff_only:
-            labels = np.maximum(categories - self.num_things + 1, 0)
+        categories = np.full(1 + max((s["id"] for s in segments_info), default=0), -1)
+        for s in segments_info:
+            categories[s["id"]] = s["category_id"] + (0 if s["isthing"] else self.num_things - 1)
+        labels = np.maximum(categories - self.num_things + 1, 0) if self.stuff_only else categories
         labels = np.where(categories < 0, self.ignore_value, labels)
-        dataset_dict["panoptic_seg"] = (torch.from_numpy(positions), segments_info)
+        dataset_dict["panoptic_seg"] = (torch.from_numpy(ids), segments_info)
         # take is several times as fast as indexing
-        dataset_dict["panoptic_category"] = torch.from_numpy(categories.take(positions))
-        dataset_dict["sem_seg"] = torch.from_numpy(labels.take(positions))
+        dataset_dict["panoptic_category"] = torch.from_numpy(categories.take(ids))
+        dataset_dict["sem_seg"] = torch.from_numpy(labels.take(ids))
