@@ -44,11 +44,7 @@ class PanopticEvaluator(DatasetEvaluator):
     """
 
     def __init__(
-        self,
-        model: Any = None,
-        orders: Sequence[str] = (),
-        report: Optional[Any] = None,
-        class_margins: Any = None,
+        self, model: Any = None, orders: Sequence[str] = (), report: Any = None, class_margins: Any = None
     ):
         """
         Args:
@@ -159,8 +155,7 @@ class PanopticEvaluator(DatasetEvaluator):
         results: Dict[str, Dict] = {"panoptic_seg": pq_averages(counts[self.own_order])}
         for order in self.orders:
             values = [*_pair_accuracies(overlaps, right, order), _share(f1[order], f1[None])]
-            metrics = {**pq_averages(counts[order]), **dict(zip(PAIR_METRICS, values))}
-            results[_key(order)] = metrics
+            results[_key(order)] = {**pq_averages(counts[order]), **dict(zip(PAIR_METRICS, values))}
         if self.orders:
             seconds = time.perf_counter() - self._start
             results["evaluation"] = {"images": sum(images), "seconds": seconds}
@@ -233,8 +228,6 @@ def _key(order: str) -> str:
 
 
 def _restricted(order: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """
-    The order, a permutation of N instances, of the chosen (N,) among themselves.
-    """
+    """The order, a permutation of N instances, of the chosen (N,) among themselves."""
     new_index = chosen.cumsum(0) - 1
     return new_index[order[chosen[order]]]
