@@ -32,12 +32,7 @@ Report = Callable[..., None]
 
 
 def stop(kind: str, where: str, detail: str, fatal: bool = True) -> None:
-    """
-    The `report` of training and evaluation.
-
-    Raises:
-        ValueError: the problem is fatal.
-    """
+    """The `report` of training and evaluation: what is fatal raises a ValueError."""
     if fatal:
         check = "`python -m oanet_d2.data.check` finds all that is wrong with a dataset."
         raise ValueError(f"{where}: {detail}. {check}")
@@ -158,8 +153,7 @@ def load_panoptic(
     panoptic = read_annotations(panoptic_json, report)
     if not panoptic:
         return []
-    dicts: List[Dict] = []
-    annotated, pngs = set(), set()
+    dicts, annotated, pngs = [], set(), set()
     images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
     if len({isinstance(i, str) for i in images}) > 1:
         detail = f"some ids are numbers, others strings: {reprlib.repr([*images])}"
@@ -205,9 +199,7 @@ def _by_id(content: Dict, key: str, fields: Fields, path: str, report: Report) -
     return {x["id"]: x for _, x, _ in found if "id" in x}
 
 
-def _segments(
-    items: List, at: str, thing_ids: Dict, stuff_ids: Dict, report: Report
-) -> List[Dict]:
+def _segments(items: List, at: str, thing_ids: Dict, stuff_ids: Dict, report: Report) -> List[Dict]:
     segments = []
     for where, x, _ in entries(items, SEGMENT, f"{at} segments_info", report):
         category, iscrowd = x.get("category_id"), int(x.get("iscrowd", 0))
@@ -267,15 +259,9 @@ def _instances(
             found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
             detail = f"{found} (x, y, width, height); the mask counts"
             report("box contradicts the mask", at, detail, fatal=False)
-        instances[image_id].append(
-            {
-                "bbox": box,
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": thing_ids.get(category),
-                "iscrowd": int(x.get("iscrowd", 0)),
-                "segmentation": mask,
-            }
-        )
+        instance = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
+        instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
+        instances[image_id].append(instance)
     if content["annotations"] and not instances:
         detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
@@ -287,20 +273,7 @@ def _instances(
 def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
     """The segmentation as Detectron2's `load_coco_json` gives it; [] if it was reported."""
     kind, size = "malformed mask", [height, width]
-    if isinstance(mask, dict):
-        counts = mask.get("counts")
-        if mask.get("size") != size:
-            detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
-            report("RLE size differs from the image", at, detail)
-        elif not isinstance(counts, (list, str, bytes)):
-            report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
-        elif sum(_runs(counts)) == height * width:
-            return mask_util.frPyObjects(mask, *size) if isinstance(counts, list) else mask
-        else:
-            report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
-    elif not isinstance(mask, list):
-        report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
-    else:
+    if isinstance(mask, list):
         for p in mask:
             if not isinstance(p, list) or not all(isinstance(v, (int, float)) for v in p):
                 found = f"its segmentation holds {reprlib.repr(p)}"
@@ -312,6 +285,17 @@ def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
         if all(map(_is_coordinate, chain(*polygons))):
             return polygons
         report(kind, at, f"a polygon holds a number that is not between -{FARTHEST} and {FARTHEST}")
+    elif not isinstance(mask, dict):
+        report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
+    elif mask.get("size") != size:
+        detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
+        report("RLE size differs from the image", at, detail)
+    elif not isinstance(counts := mask.get("counts"), (list, str, bytes)):
+        report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
+    elif sum(_runs(counts)) != height * width:
+        report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
+    else:
+        return mask_util.frPyObjects(mask, *size) if isinstance(counts, list) else mask
     return []
 
 
@@ -336,12 +320,12 @@ def _runs(counts: Union[List, str, bytes]) -> List[int]:
 def _box(mask: Any, height: int, width: int) -> Optional[List[float]]:
     """The box around a mask in the image, XYWH; None if the mask has no pixel there."""
     if isinstance(mask, list):
-        xs, ys = ([v for p in mask for v in p[i::2]] for i in (0, 1))
-        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
-        area = sum(cv2.contourArea(np.array(p, np.float32).reshape(-1, 2)) for p in mask)
-        is_solid = area > max(4, 0.1 * (right - left) * (bottom - top))
-        if is_solid and left >= 0 and top >= 0 and right <= width and bottom <= height:
-            return [float(x) for x in (left, top, right - left, bottom - top)]
+        points = [np.array(p, float).reshape(-1, 2) for p in mask]
+        first, last = (f(np.concatenate(points), axis=0) for f in (np.min, np.max))
+        area = sum(cv2.contourArea(p.astype(np.float32)) for p in points)
+        is_solid = area > max(4, 0.1 * np.prod(last - first))
+        if is_solid and (first >= 0).all() and (last <= (width, height)).all():
+            return [*first.tolist(), *(last - first).tolist()]
         # Thin polygons may hold the centre of no pixel, and others leave the image.
     box = mask_util.toBbox(as_rle(mask, height, width)).tolist()
     return box if box[2] > 0 else None
