@@ -48,10 +48,7 @@ class Problems(List[Problem]):
 
 
 def check(
-    image_root: Path,
-    panoptic_json: Path,
-    panoptic_root: Path,
-    instances_json: Optional[Path] = None,
+    image_root: Path, panoptic_json: Path, panoptic_root: Path, instances_json: Optional[Path] = None
 ) -> List[Problem]:
     """
     Check a whole dataset; see :func:`register_panoptic` for the arguments.
@@ -84,9 +81,7 @@ def _check(paths: Sequence, options: Dict) -> Tuple[Problems, int]:
 
 
 def check_files(d: Dict) -> Problems:
-    """
-    What is wrong with the image and the panoptic PNG of a dataset dict.
-    """
+    """What is wrong with the image and the panoptic PNG of a dataset dict."""
     problems = Problems()
     readers = {"image": partial(read_file, d, "image", "RGB"), "PNG": partial(read_truth, d)}
     for what, read in readers.items():
@@ -202,12 +197,7 @@ def find_dataset(name: str, config_file: Optional[str]) -> Tuple[Sequence, Dict]
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """
-    The command line.
-
-    Returns:
-        its exit status: 0 nothing wrong, 1 problems, 2 no such dataset.
-    """
+    """The command line. Returns its exit status: 0 nothing wrong, 1 problems, 2 no such dataset."""
     parser = argparse.ArgumentParser(
         prog="python -m oanet_d2.data.check",
         description="Finds everything that is wrong with a dataset in the COCO panoptic format.",

@@ -128,8 +128,8 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
     instances, segments_info = sample["instances"], sample["segments_info"]
     size, number = instances.image_size, len(instances)
     regions, masks = _regions_and_masks(instances)
-    options = lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu")
-    boxed = BoxedMasks(regions, *options)
+    make, device = lambda i: torch.from_numpy(masks[i]), torch.device("cpu")
+    boxed = BoxedMasks(regions, make, size, device)
     classes, truth = instances.gt_classes.tolist(), torch.from_numpy(ids)
     no_crowds = [s for s in segments_info if not s.get("iscrowd", 0)]
     matched = match_to_segments(boxed, instances.gt_classes, truth, no_crowds)
@@ -174,13 +174,13 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
         size,
         gt_boxes=Boxes(np.array(boxes)[kept]),
         gt_classes=torch.tensor(classes)[kept],
-        gt_masks=BitMasks(BoxedMasks(regions, *options).select(kept).full()),
+        gt_masks=BitMasks(BoxedMasks(regions, make, size, device).select(kept).full()),
     )
 
 
 def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndarray]]:
     """Every mask in its box, which is grown to whole pixels: boxes of polygons have fractions."""
-    size = np.array(instances.image_size[::-1])
+    size, kind = np.array(instances.image_size[::-1]), instances.gt_masks
     boxes = instances.gt_boxes.tensor.double().numpy()
     first = np.floor(boxes[:, :2]).clip(0, size - 1)
     last = np.ceil(boxes[:, 2:]).clip(first + 1, size)  # a pixel, if a polygon is beside the image
@@ -188,11 +188,9 @@ def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndar
     for i, corners in enumerate(np.concatenate([first, last], axis=1).astype(int)):
         x0, y0, x1, y1 = corners.tolist()
         regions.append((slice(y0, y1), slice(x0, x1)))
-        if isinstance(instances.gt_masks, BitMasks):
-            masks.append(instances.gt_masks.tensor[i].numpy()[regions[i]])
-        else:
-            # Up to the box, which saves time, but not moved into it: pycocotools then rounds some
-            # pixels of the boundary otherwise.
-            mask = polygons_to_bitmask(instances.gt_masks.polygons[i], y1, x1)
-            masks.append(mask[y0:, x0:])
+        # A polygon is drawn up to the end of its box, which saves time, but not moved into the box:
+        # pycocotools would round some pixels of the boundary otherwise.
+        is_bitmask = isinstance(kind, BitMasks)
+        mask = kind.tensor[i].numpy() if is_bitmask else polygons_to_bitmask(kind.polygons[i], y1, x1)
+        masks.append(mask[regions[i]])
     return regions, masks

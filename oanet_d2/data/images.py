@@ -19,9 +19,7 @@ Runs = Tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @contextmanager
 def naming(file_name: str) -> Iterator[None]:
-    """
-    Errors of the block become a ValueError that begins with `file_name`.
-    """
+    """Errors of the block become a ValueError that begins with `file_name`."""
     try:
         yield
     except Exception as e:
