@@ -15,10 +15,9 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -26,8 +25,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from ..config import load_config
-from .images import read_image
-from .load import check_headers, load_panoptic, read_annotations, read_truth
+from .load import FILES, load_panoptic, read_annotations, read_file, read_truth
 from .register import Path, category_metadata, dataset_paths
 
 logger = logging.getLogger(__name__)
@@ -48,20 +46,9 @@ class Problems(List[Problem]):
         """A `report` function of :mod:`load`."""
         self.append(Problem(kind, where, detail))
 
-    @contextmanager
-    def of(self, kind: str, path: str) -> Iterator[None]:
-        """Report a ValueError of the block, which names the file."""
-        try:
-            yield
-        except ValueError as error:
-            self.report(kind, path, str(error).removeprefix(f"{path}: "))
-
 
 def check(
-    image_root: Path,
-    panoptic_json: Path,
-    panoptic_root: Path,
-    instances_json: Optional[Path] = None,
+    image_root: Path, panoptic_json: Path, panoptic_root: Path, instances_json: Optional[Path] = None
 ) -> List[Problem]:
     """
     Check a whole dataset; see :func:`register_panoptic` for the arguments.
@@ -94,18 +81,15 @@ def _check(paths: Sequence, options: Dict) -> Tuple[Problems, int]:
 
 
 def check_files(d: Dict) -> Problems:
-    """
-    What is wrong with the image and the panoptic PNG of a dataset dict.
-    """
+    """What is wrong with the image and the panoptic PNG of a dataset dict."""
     problems = Problems()
-    check_headers(d, problems.report)
-    known = {p.where for p in problems}
-    if d["file_name"] not in known:
-        with problems.of("image unusable", d["file_name"]):
-            read_image(d["file_name"], "RGB")
-    if d["pan_seg_file_name"] not in known:
-        with problems.of("PNG unusable", d["pan_seg_file_name"]):
-            read_truth(d, problems.report)
+    readers = {"image": partial(read_file, d, "image", "RGB"), "PNG": partial(read_truth, d)}
+    for what, read in readers.items():
+        try:
+            read(report=problems.report)
+        except ValueError as error:
+            path = d[FILES[what]]
+            problems.report(f"{what} unusable", path, str(error).removeprefix(f"{path}: "))
     return problems
 
 
@@ -122,59 +106,50 @@ def check_datasets(cfg, names: Sequence[str]) -> None:
     Raises:
         ValueError: something is wrong. The message names it.
     """
-    problems: List[Optional[str]] = []
-    look_at_images = cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations"
-    for name in names:
-        dicts = DatasetCatalog.get(name)
-        problems.append(_problem_of_all(cfg, name, dicts))
-        dicts = [d for d in dicts if not _is_remote(d["file_name"], d["pan_seg_file_name"])]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            own = dicts[comm.get_rank() :: comm.get_world_size()]
-            problems += pool.map(partial(_header_problem, image=look_at_images), own)
-    # Every process stops, wherever the problem is.
-    found = [x for part in comm.all_gather([x for x in problems if x][:1]) for x in part]
-    if found:
-        raise ValueError(found[0])
+    problem = None
+    try:
+        for name in names:
+            _check_dataset(cfg, name)
+    except ValueError as error:
+        problem = str(error)
+    for found in comm.all_gather(problem):  # every process stops, wherever the problem is
+        if found:
+            raise ValueError(found)
 
 
-def _problem_of_all(cfg, name: str, dicts: List[Dict]) -> Optional[str]:
+def _check_dataset(cfg, name: str) -> None:
+    dicts = DatasetCatalog.get(name)
     most, limit = max(map(_number_of_things, dicts), default=0), cfg.TEST.DETECTIONS_PER_IMAGE
     if name in cfg.DATASETS.TEST and most > limit:
         logger.warning(
             f"Dataset {name!r} has images with up to {most} things, but TEST.DETECTIONS_PER_IMAGE is "
             f"{limit}: no more of them can be found."
         )
+    # Detectron2 filters only what has "annotations".
     is_filtered = name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    if is_filtered and not any(_has_instance(d) for d in dicts):
-        return (
+    if is_filtered and all("annotations" in d and not _no_crowds(d["annotations"]) for d in dicts):
+        raise ValueError(
             f"No image of dataset {name!r} has an instance, so DATALOADER.FILTER_EMPTY_ANNOTATIONS "
             "True leaves nothing to learn from. Set it False."
         )
-    return None
+    whats = ("PNG",) if cfg.MODEL.META_ARCHITECTURE == "SRMFromAnnotations" else ("image", "PNG")
 
+    def look_at(d: Dict) -> None:
+        if not any(re.match(r"\w+://", d[key]) for key in FILES.values()):
+            for what in whats:
+                read_file(d, what)
 
-def _has_instance(d: Dict) -> bool:
-    # Detectron2 filters only what has "annotations".
-    return "annotations" not in d or not all(x.get("iscrowd", 0) for x in d["annotations"])
-
-
-def _is_remote(*paths: str) -> bool:
-    return any(re.match(r"\w+://", path) for path in paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(look_at, dicts[comm.get_rank() :: comm.get_world_size()]))
 
 
 def _number_of_things(d: Dict) -> int:
     things = [s for s in d["segments_info"] if s["isthing"]]
-    return max(
-        sum(not x.get("iscrowd", 0) for x in kind) for kind in (things, d.get("annotations", []))
-    )
+    return max(len(_no_crowds(x)) for x in (things, d.get("annotations", [])))
 
 
-def _header_problem(d: Dict, image: bool) -> Optional[str]:
-    try:
-        check_headers(d, image=image)
-    except ValueError as error:
-        return str(error)
-    return None
+def _no_crowds(items: List[Dict]) -> List[Dict]:
+    return [x for x in items if not x.get("iscrowd", 0)]
 
 
 def format_report(problems: List[Problem], num_samples: int, examples: int = 3) -> str:
@@ -222,12 +197,7 @@ def find_dataset(name: str, config_file: Optional[str]) -> Tuple[Sequence, Dict]
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """
-    The command line.
-
-    Returns:
-        its exit status: 0 nothing wrong, 1 problems, 2 no such dataset.
-    """
+    """The command line. Returns its exit status: 0 nothing wrong, 1 problems, 2 no such dataset."""
     parser = argparse.ArgumentParser(
         prog="python -m oanet_d2.data.check",
         description="Finds everything that is wrong with a dataset in the COCO panoptic format.",

@@ -18,8 +18,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, polygons_to_bitmas
 from ..painting.masks import BoxedMasks, Region
 from ..painting.matching import match_to_segments, visible_margins
 from ..painting.ranking import order_from_margins
-from .images import naming, read_image, read_segment_ids
-from .load import as_rle, check_headers
+from .images import naming
+from .load import as_rle, read_file
 
 __all__ = ["Cutout", "cut_out", "paste"]
 
@@ -56,7 +56,7 @@ def cut_out(source: Dict, size: Tuple[int, int], image_format: Optional[str]) ->
     Raises:
         ValueError: a file or an annotation is not as it should be. The message names it.
     """
-    ids = read_segment_ids(source["pan_seg_file_name"])
+    ids = read_file(source, "PNG", "segment ids")
     things = [s for s in source["segments_info"] if s["isthing"] and not s.get("iscrowd", 0)]
     found = []
     for i in np.random.permutation(len(things))[: 3 * MOST]:  # so that the time has a limit
@@ -68,11 +68,7 @@ def cut_out(source: Dict, size: Tuple[int, int], image_format: Optional[str]) ->
                 found.append((_region(box), mask, category_id))
         if len(found) == MOST:
             break
-    image = None
-    if found and image_format is not None:
-        image = read_image(source["file_name"], image_format)
-        if image.shape[:2] != ids.shape:
-            check_headers(source)
+    image = read_file(source, "image", image_format) if found and image_format else None
     usual = np.sqrt(np.prod(size) / ids.size)
     cutouts = []
     for region, mask, category_id in found:
@@ -127,10 +123,13 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
             bitmasks. The instances pasted are the last ones, and so are their segments.
         ids: (H, W) int64 segment ids. Changed in place.
     """
+    if not cutouts:
+        return
     instances, segments_info = sample["instances"], sample["segments_info"]
     size, number = instances.image_size, len(instances)
     regions, masks = _regions_and_masks(instances)
-    boxed = BoxedMasks(regions, lambda i: torch.from_numpy(masks[i]), size, torch.device("cpu"))
+    make, device = lambda i: torch.from_numpy(masks[i]), torch.device("cpu")
+    boxed = BoxedMasks(regions, make, size, device)
     classes, truth = instances.gt_classes.tolist(), torch.from_numpy(ids)
     no_crowds = [s for s in segments_info if not s.get("iscrowd", 0)]
     matched = match_to_segments(boxed, instances.gt_classes, truth, no_crowds)
@@ -171,20 +170,17 @@ def paste(cutouts: List[Cutout], sample: Dict, ids: np.ndarray) -> None:
     sample["segments_info"] = [s for s in segments_info if present[s["id"]]]
     kept = [i for i, id in enumerate(own) if id < 0 or present[id]]
     boxes = [[x.start, y.start, x.stop, y.stop] for y, x in regions]
-    whole = torch.zeros(len(kept), *size, dtype=torch.bool)
-    for full, i in zip(whole, kept):
-        full[regions[i]] = torch.from_numpy(masks[i])
     sample["instances"] = Instances(
         size,
         gt_boxes=Boxes(np.array(boxes)[kept]),
         gt_classes=torch.tensor(classes)[kept],
-        gt_masks=BitMasks(whole),
+        gt_masks=BitMasks(BoxedMasks(regions, make, size, device).select(kept).full()),
     )
 
 
 def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndarray]]:
     """Every mask in its box, which is grown to whole pixels: boxes of polygons have fractions."""
-    size = np.array(instances.image_size[::-1])
+    size, kind = np.array(instances.image_size[::-1]), instances.gt_masks
     boxes = instances.gt_boxes.tensor.double().numpy()
     first = np.floor(boxes[:, :2]).clip(0, size - 1)
     last = np.ceil(boxes[:, 2:]).clip(first + 1, size)  # a pixel, if a polygon is beside the image
@@ -192,10 +188,9 @@ def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndar
     for i, corners in enumerate(np.concatenate([first, last], axis=1).astype(int)):
         x0, y0, x1, y1 = corners.tolist()
         regions.append((slice(y0, y1), slice(x0, x1)))
-        if isinstance(instances.gt_masks, BitMasks):
-            masks.append(instances.gt_masks.tensor[i].numpy()[regions[i]])
-        else:
-            # Not moved into the box: pycocotools then rounds some pixels of the boundary otherwise.
-            mask = polygons_to_bitmask(instances.gt_masks.polygons[i], *instances.image_size)
-            masks.append(mask[regions[i]])
+        # A polygon is drawn up to the end of its box, which saves time, but not moved into the box:
+        # pycocotools would round some pixels of the boundary otherwise.
+        is_bitmask = isinstance(kind, BitMasks)
+        mask = kind.tensor[i].numpy() if is_bitmask else polygons_to_bitmask(kind.polygons[i], y1, x1)
+        masks.append(mask[regions[i]])
     return regions, masks

@@ -1,5 +1,5 @@
 import copy
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -13,8 +13,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from .copy_paste import cut_out, paste
-from .images import naming, read_image, runs
-from .load import check_headers, read_truth
+from .images import Runs, naming
+from .load import read_file, read_truth
 
 __all__ = ["PanopticDatasetMapper"]
 
@@ -22,68 +22,47 @@ __all__ = ["PanopticDatasetMapper"]
 PADDING = 255
 
 
-def index_segments(ids: np.ndarray, segments_info: List[Dict]) -> np.ndarray:
+def index_segments(runs: Runs, shape: Tuple[int, ...], segments_info: List[Dict]) -> np.ndarray:
     """
-    Number the segments for augmentations: by their position in `segments_info`, counted from 1, but
-    without 255, which is padding. Ids that are not listed get 0.
+    Number the segments for augmentations, which are fastest on uint8: by their position in
+    `segments_info`, counted from 1. Where 255 would be one of them, all are 255 more, as float32. Void
+    is 0.
 
     Args:
-        ids: (H, W) int32 segment ids.
+        runs, shape: of the segment ids, see :func:`read_truth`.
         segments_info: list[dict] with "id".
-
-    Returns:
-        (H, W) array, uint8 up to 254 segments (Detectron2 augments them faster), float32 beyond.
     """
-    starts, known, inverse = runs(ids)
-    position = {s["id"]: i for i, s in enumerate(segments_info, start=1)}
-    dtype = np.uint8 if len(segments_info) < PADDING else np.float32
-    numbers = np.array([_number(position.get(i, 0)) for i in known.tolist()], dtype=dtype)
-    return numbers[inverse].repeat(np.diff(starts, append=ids.size)).reshape(ids.shape)
-
-
-def _number(position: int) -> int:
-    return position + (position >= PADDING)
+    found, inverse, lengths = runs
+    dtype, first = (np.uint8, 1) if len(segments_info) < PADDING else (np.float32, PADDING + 1)
+    number = {s["id"]: i for i, s in enumerate(segments_info, start=first)}
+    numbers = np.array([number.get(i, 0) for i in found.tolist()], dtype=dtype)
+    return numbers[inverse].repeat(lengths).reshape(shape)
 
 
 def segment_positions(numbers: np.ndarray) -> np.ndarray:
     """
-    From :func:`index_segments`, augmented, back to positions: (H, W) int64, counted from 1. Padding
-    is 0, as void is.
+    From :func:`index_segments`, augmented, back to positions, counted from 1, in the same dtype.
+    Padding is 0, as void is.
     """
-    positions = numbers.astype(np.int64)
-    positions[positions == PADDING] = 0
-    positions -= positions > PADDING
-    return positions
+    if numbers.dtype == np.uint8:
+        return numbers * (numbers != PADDING)
+    return np.maximum(numbers - PADDING, 0)
 
 
-def panoptic_categories(segments_info: List[Dict], num_things: int) -> np.ndarray:
-    """
-    The panoptic category of every id up to the greatest, int64. Thing class c is c, stuff class s
-    (counted from 1) is num_things + s - 1, void is -1. A crowd counts as its class.
-
-    Args:
-        segments_info: dicts with "id", contiguous "category_id" and "isthing".
-    """
-    categories = np.full(1 + max((s["id"] for s in segments_info), default=0), -1)
-    for s in segments_info:
-        categories[s["id"]] = s["category_id"] + (0 if s["isthing"] else num_things - 1)
-    return categories
-
-
-def visible_instances(segments_info: List[Dict], numbers: np.ndarray) -> Instances:
+def visible_instances(segments_info: List[Dict], ids: np.ndarray) -> Instances:
     """
     The things that are no crowds and have a pixel, as Detectron2 makes instances from annotations.
 
     Args:
-        numbers: (H, W) from :func:`index_segments`, augmented.
+        segments_info, ids: counted from 1, see :func:`segment_positions`.
     """
-    seen = set(np.unique(numbers).tolist())
+    seen = set(np.unique(ids).tolist())
     things = {
-        _number(i): s["category_id"]
-        for i, s in enumerate(segments_info, start=1)
-        if s["isthing"] and not s.get("iscrowd", 0) and _number(i) in seen
+        s["id"]: s["category_id"]
+        for s in segments_info
+        if s["isthing"] and not s.get("iscrowd", 0) and s["id"] in seen
     }
-    masks = numbers == np.array([*things], dtype=numbers.dtype)[:, None, None]
+    masks = ids == np.array([*things], dtype=ids.dtype)[:, None, None]
     return _instances([*things.values()], masks)
 
 
@@ -109,7 +88,8 @@ class PanopticDatasetMapper(DatasetMapper):
 
     * "panoptic_seg": (H, W) int64 segment ids, counted from 1 (0 is void), and segments_info with
       contiguous "category_id", as the model returns it;
-    * "panoptic_category": (H, W) int64, see :func:`panoptic_categories`;
+    * "panoptic_category": (H, W) int64. Thing class c is c, stuff class s (counted from 1) is
+      num_things + s - 1, void is -1. A crowd counts as its class;
     * "sem_seg": (H, W) int64, the labels of the semantic head.
 
     Without "annotations", the instances are the visible parts of the things in the panoptic PNG. Their
@@ -168,15 +148,17 @@ class PanopticDatasetMapper(DatasetMapper):
             ValueError: a file or an annotation is not as it should be. The message names it.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        file_name = dataset_dict["file_name"]
-        check_headers(dataset_dict, image=self.read_image)
+        file_name, annotations = dataset_dict["file_name"], dataset_dict.pop("annotations", None)
         if self.read_image:
-            image = read_image(file_name, self.image_format)
+            image = read_file(dataset_dict, "image", self.image_format)
         else:  # augmentations look at its size
             image = np.zeros((dataset_dict["height"], dataset_dict["width"]), dtype=np.uint8)
-        numbers: Optional[np.ndarray] = None
+        numbers = None
         if self.is_train:
-            numbers = index_segments(read_truth(dataset_dict), dataset_dict["segments_info"])
+            ids, runs = read_truth(dataset_dict)
+            numbers = index_segments(runs, ids.shape, dataset_dict["segments_info"])
+        else:
+            read_file(dataset_dict, "PNG")  # its header; evaluators read the rest
 
         aug_input = T.AugInput(image, sem_seg=numbers)
         with naming(f"{file_name}, augmented from {image.shape[1]} x {image.shape[0]} pixels"):
@@ -184,23 +166,24 @@ class PanopticDatasetMapper(DatasetMapper):
         image = aug_input.image
         if self.read_image:
             dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        annotations = dataset_dict.pop("annotations", None)
         if numbers is None:
             return dataset_dict
 
+        ids = segment_positions(aug_input.sem_seg)
+        listed = [{**s, "id": i} for i, s in enumerate(dataset_dict["segments_info"], start=1)]
+        dataset_dict["segments_info"] = listed
         with naming(f"annotations of {file_name}"):
             dataset_dict["instances"] = (
-                visible_instances(dataset_dict["segments_info"], aug_input.sem_seg)
+                visible_instances(listed, ids)
                 if annotations is None
                 else self._annotated_instances(annotations, transforms, image.shape[:2])
             )
-        positions, listed = segment_positions(aug_input.sem_seg), dataset_dict["segments_info"]
-        dataset_dict["segments_info"] = [{**s, "id": i} for i, s in enumerate(listed, start=1)]
+        ids = ids.astype(np.int64)
         if len(others) > 0 and np.random.rand() < self.copy_paste:
             source = others[np.random.randint(len(others))]
             image_format = self.image_format if self.read_image else None
-            paste(cut_out(source, image.shape[:2], image_format), dataset_dict, positions)
-        self._add_labels(dataset_dict, positions)
+            paste(cut_out(source, image.shape[:2], image_format), dataset_dict, ids)
+        self._add_labels(dataset_dict, ids)
         return dataset_dict
 
     def _annotated_instances(self, annotations: List[Dict], transforms, image_shape) -> Instances:
@@ -232,13 +215,14 @@ class PanopticDatasetMapper(DatasetMapper):
         instances.gt_boxes.clip(image_shape)  # polygons may leave the image
         return instances
 
-    def _add_labels(self, dataset_dict: Dict, positions: np.ndarray) -> None:
+    def _add_labels(self, dataset_dict: Dict, ids: np.ndarray) -> None:
         segments_info = dataset_dict.pop("segments_info")
-        categories = labels = panoptic_categories(segments_info, self.num_things)
-        if self.stuff_only:
-            labels = np.maximum(categories - self.num_things + 1, 0)
+        categories = np.full(1 + max((s["id"] for s in segments_info), default=0), -1)
+        for s in segments_info:
+            categories[s["id"]] = s["category_id"] + (0 if s["isthing"] else self.num_things - 1)
+        labels = np.maximum(categories - self.num_things + 1, 0) if self.stuff_only else categories
         labels = np.where(categories < 0, self.ignore_value, labels)
-        dataset_dict["panoptic_seg"] = (torch.from_numpy(positions), segments_info)
+        dataset_dict["panoptic_seg"] = (torch.from_numpy(ids), segments_info)
         # take is several times as fast as indexing
-        dataset_dict["panoptic_category"] = torch.from_numpy(categories.take(positions))
-        dataset_dict["sem_seg"] = torch.from_numpy(labels.take(positions))
+        dataset_dict["panoptic_category"] = torch.from_numpy(categories.take(ids))
+        dataset_dict["sem_seg"] = torch.from_numpy(labels.take(ids))

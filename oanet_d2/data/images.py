@@ -3,7 +3,7 @@ Image files, read as Detectron2 reads them, and the segment ids in panoptic PNGs
 """
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, Tuple
+from typing import Iterator, Tuple
 
 import cv2
 import numpy as np
@@ -12,14 +12,14 @@ from PIL import ExifTags, Image
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["count_pixels", "naming", "read_header", "read_image", "read_segment_ids", "runs"]
+__all__ = ["decode", "naming", "read_header", "read_image", "read_segment_ids", "runs"]
+
+Runs = Tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @contextmanager
 def naming(file_name: str) -> Iterator[None]:
-    """
-    Errors of the block become a ValueError that begins with `file_name`.
-    """
+    """Errors of the block become a ValueError that begins with `file_name`."""
     try:
         yield
     except Exception as e:
@@ -83,11 +83,7 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         ValueError: see :func:`read_header`, or the file is damaged. The message names it.
     """
     read_header(file_name)
-    with naming(file_name):
-        if format != "BGR":
-            return utils.read_image(file_name, format)
-        # Detectron2's BGR is a reversed view of RGB, on which augmentations are slower.
-        return cv2.cvtColor(utils.read_image(file_name, "RGB"), cv2.COLOR_RGB2BGR)
+    return decode(file_name, format)
 
 
 def read_segment_ids(file_name: str) -> np.ndarray:
@@ -101,25 +97,25 @@ def read_segment_ids(file_name: str) -> np.ndarray:
         ValueError: see :func:`read_image`.
     """
     read_header(file_name, segment_ids=True)
+    return decode(file_name, "segment ids")
+
+
+def decode(file_name: str, format: str) -> np.ndarray:
+    """
+    :func:`read_image` or, with the format "segment ids", :func:`read_segment_ids` of a file whose
+    header was looked at.
+    """
     with naming(file_name):
-        # PIL keeps RGB in four bytes, lowest first. The last one is alpha.
-        return utils.read_image(file_name, "RGBA").view("<i4")[:, :, 0] & 0xFFFFFF
+        if format == "segment ids":
+            # PIL keeps RGB in four bytes, lowest first. The last one is alpha.
+            return utils.read_image(file_name, "RGBA").view("<i4")[:, :, 0] & 0xFFFFFF
+        if format == "BGR":
+            # Detectron2's BGR is a reversed view of RGB, on which augmentations are slower.
+            return cv2.cvtColor(utils.read_image(file_name, "RGB"), cv2.COLOR_RGB2BGR)
+        return utils.read_image(file_name, format)
 
 
-def count_pixels(ids: np.ndarray) -> Dict[int, int]:
-    """
-    Args:
-        ids: (H, W) segment ids.
-
-    Returns:
-        id -> pixels.
-    """
-    starts, found, inverse = runs(ids)
-    pixels = np.bincount(inverse, np.diff(starts, append=ids.size)).astype(int)
-    return dict(zip(found.tolist(), pixels.tolist()))
-
-
-def runs(ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+def runs(ids: np.ndarray) -> Runs:
     """
     Segment ids are constant over long runs, so there are far fewer runs to sort than pixels.
 
@@ -127,10 +123,10 @@ def runs(ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids: (H, W) segment ids.
 
     Returns:
-        the index at which each run of the flattened ids starts; the different ids, sorted; and for
-        each run the index of its id among them.
+        the different ids, sorted; for each run of the flattened ids the index of its id among them,
+        and its length.
     """
     flat = ids.ravel()
     starts = np.flatnonzero(np.diff(flat, prepend=-1))
     found, inverse = np.unique(flat[starts], return_inverse=True)
-    return starts, found, inverse
+    return found, inverse, np.diff(starts, append=ids.size)

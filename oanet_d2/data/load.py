@@ -7,33 +7,24 @@ fatal problem runs in the checker only.
 """
 
 import json
-import math
 import os
 import reprlib
 from collections import defaultdict
-from itertools import product
+from itertools import chain, product
 from numbers import Integral
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
+import cv2
 import numpy as np
 from pycocotools import mask as mask_util
 
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .images import count_pixels, read_header, read_segment_ids
+from .images import Runs, decode, read_header, runs
 
-__all__ = [
-    "CATEGORY",
-    "Report",
-    "as_rle",
-    "check_headers",
-    "entries",
-    "load_panoptic",
-    "read_annotations",
-    "read_truth",
-    "stop",
-]
+__all__ = ["CATEGORY", "FILES", "Report", "as_rle", "entries", "load_panoptic", "read_annotations"]
+__all__ += ["read_file", "read_truth", "stop"]
 
 # report(kind, where, detail, fatal=True): the kind of problem, the file and entry, what was found
 # there. Training and evaluation refuse what is fatal; the detail says what becomes of the rest.
@@ -41,22 +32,10 @@ Report = Callable[..., None]
 
 
 def stop(kind: str, where: str, detail: str, fatal: bool = True) -> None:
-    """
-    The `report` of training and evaluation.
-
-    Raises:
-        ValueError: the problem is fatal.
-    """
+    """The `report` of training and evaluation: what is fatal raises a ValueError."""
     if fatal:
         check = "`python -m oanet_d2.data.check` finds all that is wrong with a dataset."
         raise ValueError(f"{where}: {detail}. {check}")
-
-
-def _finite(values: Any) -> bool:
-    try:
-        return math.isfinite(sum(values))
-    except (OverflowError, TypeError):
-        return False
 
 
 # What a field must be: in words, and as a test. (A bool is an Integral, too.)
@@ -68,7 +47,13 @@ LIST = "a list", lambda x: isinstance(x, list)
 FLAG = "0 or 1", lambda x: isinstance(x, Integral) and x in (0, 1)
 SEGMENT_ID = "1 to 16777215 (0 is void)", lambda x: INTEGER[1](x) and 0 < x < 256**3
 
+FILES = {"image": "file_name", "PNG": "pan_seg_file_name"}  # of a dataset dict
 FARTHEST = 10**6  # a coordinate of a polygon; pycocotools walks along its edges
+
+
+def _is_coordinate(x: Any) -> bool:
+    return isinstance(x, (int, float)) and abs(x) < FARTHEST  # not so NaN
+
 
 Fields = Dict[str, Tuple[str, Callable[[Any], bool]]]
 CATEGORY_NAME: Fields = {"id": INTEGER, "name": TEXT}
@@ -168,8 +153,7 @@ def load_panoptic(
     panoptic = read_annotations(panoptic_json, report)
     if not panoptic:
         return []
-    dicts: List[Dict] = []
-    annotated, pngs = set(), set()
+    dicts, annotated, pngs = [], set(), set()
     images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
     if len({isinstance(i, str) for i in images}) > 1:
         detail = f"some ids are numbers, others strings: {reprlib.repr([*images])}"
@@ -215,9 +199,7 @@ def _by_id(content: Dict, key: str, fields: Fields, path: str, report: Report) -
     return {x["id"]: x for _, x, _ in found if "id" in x}
 
 
-def _segments(
-    items: List, at: str, thing_ids: Dict, stuff_ids: Dict, report: Report
-) -> List[Dict]:
+def _segments(items: List, at: str, thing_ids: Dict, stuff_ids: Dict, report: Report) -> List[Dict]:
     segments = []
     for where, x, _ in entries(items, SEGMENT, f"{at} segments_info", report):
         category, iscrowd = x.get("category_id"), int(x.get("iscrowd", 0))
@@ -277,15 +259,9 @@ def _instances(
             found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
             detail = f"{found} (x, y, width, height); the mask counts"
             report("box contradicts the mask", at, detail, fatal=False)
-        instances[image_id].append(
-            {
-                "bbox": box,
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": thing_ids.get(category),
-                "iscrowd": int(x.get("iscrowd", 0)),
-                "segmentation": mask,
-            }
-        )
+        instance = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
+        instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
+        instances[image_id].append(instance)
     if content["annotations"] and not instances:
         detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
@@ -297,20 +273,7 @@ def _instances(
 def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
     """The segmentation as Detectron2's `load_coco_json` gives it; [] if it was reported."""
     kind, size = "malformed mask", [height, width]
-    if isinstance(mask, dict):
-        counts = mask.get("counts")
-        if mask.get("size") != size:
-            detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
-            report("RLE size differs from the image", at, detail)
-        elif not isinstance(counts, (list, str, bytes)):
-            report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
-        elif sum(_runs(counts)) == height * width:
-            return mask_util.frPyObjects(mask, *size) if isinstance(counts, list) else mask
-        else:
-            report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
-    elif not isinstance(mask, list):
-        report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
-    else:
+    if isinstance(mask, list):
         for p in mask:
             if not isinstance(p, list) or not all(isinstance(v, (int, float)) for v in p):
                 found = f"its segmentation holds {reprlib.repr(p)}"
@@ -319,9 +282,20 @@ def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
         polygons = [p for p in mask if len(p) >= 6 and len(p) % 2 == 0]
         if len(polygons) < len(mask):
             report(kind, at, "a polygon is not of 6, 8, 10, ... numbers", fatal=False)
-        if all(_finite(p) and max(map(abs, p)) < FARTHEST for p in polygons):
+        if all(map(_is_coordinate, chain(*polygons))):
             return polygons
         report(kind, at, f"a polygon holds a number that is not between -{FARTHEST} and {FARTHEST}")
+    elif not isinstance(mask, dict):
+        report(kind, at, f"its segmentation is {reprlib.repr(mask)}; it must be polygons or an RLE")
+    elif mask.get("size") != size:
+        detail = f"its RLE is of [height, width] {mask.get('size')}, the image of {size}"
+        report("RLE size differs from the image", at, detail)
+    elif not isinstance(counts := mask.get("counts"), (list, str, bytes)):
+        report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
+    elif sum(_runs(counts)) != height * width:
+        report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
+    else:
+        return mask_util.frPyObjects(mask, *size) if isinstance(counts, list) else mask
     return []
 
 
@@ -346,12 +320,12 @@ def _runs(counts: Union[List, str, bytes]) -> List[int]:
 def _box(mask: Any, height: int, width: int) -> Optional[List[float]]:
     """The box around a mask in the image, XYWH; None if the mask has no pixel there."""
     if isinstance(mask, list):
-        xs, ys = ([v for p in mask for v in p[i::2]] for i in (0, 1))
-        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
-        area = sum(abs(_signed_area(p)) for p in mask)
-        is_solid = area > max(4, 0.1 * (right - left) * (bottom - top))
-        if is_solid and left >= 0 and top >= 0 and right <= width and bottom <= height:
-            return [float(x) for x in (left, top, right - left, bottom - top)]
+        points = [np.array(p, float).reshape(-1, 2) for p in mask]
+        first, last = (f(np.concatenate(points), axis=0) for f in (np.min, np.max))
+        area = sum(cv2.contourArea(p.astype(np.float32)) for p in points)
+        is_solid = area > max(4, 0.1 * np.prod(last - first))
+        if is_solid and (first >= 0).all() and (last <= (width, height)).all():
+            return [*first.tolist(), *(last - first).tolist()]
         # Thin polygons may hold the centre of no pixel, and others leave the image.
     box = mask_util.toBbox(as_rle(mask, height, width)).tolist()
     return box if box[2] > 0 else None
@@ -364,62 +338,65 @@ def as_rle(segmentation: Any, height: int, width: int) -> Dict:
     return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
 
 
-def _signed_area(polygon: List[float]) -> float:
-    x, y = np.array(polygon, dtype=float).reshape(-1, 2).T
-    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
-
-
 def _is_near(bbox: Any, box: List[float]) -> bool:
-    if not isinstance(bbox, list) or len(bbox) != 4 or not _finite(bbox):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_coordinate, bbox)):
         return False
     edges = ((x, y, x + w, y + h) for x, y, w, h in (bbox, box))
     return max(abs(a - b) for a, b in zip(*edges)) <= max(2, 0.05 * max(box[2:]))
 
 
-def check_headers(d: Dict, report: Report = stop, image: bool = True) -> None:
+def read_file(d: Dict, what: str, format: Optional[str] = None, report: Report = stop) -> Any:
     """
-    Report if the image or the panoptic PNG of a dataset dict is missing, cannot be used, or is not of
-    the size that the JSON says. Neither is decoded.
+    Read a file of a dataset dict. Report if it is missing, cannot be used, or is not of the size that
+    the JSON says.
 
     Args:
-        image: look at the image, too.
-    """
-    whats = (("image", "file_name"), ("PNG", "pan_seg_file_name"))
-    for what, key in whats if image else whats[1:]:
-        path, expected = d[key], (d["height"], d["width"])
-        try:
-            size, orientation = read_header(path, segment_ids=what == "PNG")
-        except ValueError as error:
-            report(f"{what} unusable", path, str(error).removeprefix(f"{path}: ").rstrip("."))
-            continue
-        height, width = size[::-1] if orientation > 4 else size
-        turned = f"turned as its EXIF orientation {orientation} says, " if orientation > 1 else ""
-        if (height, width) != expected:
-            found = f"it has {width} x {height} pixels"
-            detail = f"{turned}{found}, the JSON says {d['width']} x {d['height']}"
-            report(f"{what} size differs from the JSON", path, detail)
-        elif orientation > 1 and size == expected:
-            detail = (
-                f"its EXIF orientation is {orientation}, and the size does not tell whether it was "
-                "annotated as stored or as turned; store it upright, without orientation"
-            )
-            report(f"{what} has an EXIF orientation", path, detail)
-
-
-def read_truth(d: Dict, report: Report = stop) -> np.ndarray:
-    """
-    The segment ids of a dataset dict's panoptic PNG. Report if it shows a segment that is not listed,
-    or does not show one that is.
+        what: "image" or "PNG", the panoptic one.
+        format: see :func:`decode`. None: look at the header alone.
 
     Returns:
-        (H, W) int32. 0 is void.
+        the array of :func:`decode`; None without a format, and where something was reported.
 
     Raises:
-        ValueError: see :func:`read_segment_ids`.
+        ValueError: the file is damaged behind its header.
     """
-    path = d["pan_seg_file_name"]
-    ids = read_segment_ids(path)
-    pixels = count_pixels(ids)
+    path = d[FILES[what]]
+    try:
+        (h, w), orientation = read_header(path, segment_ids=what == "PNG")
+    except ValueError as error:
+        report(f"{what} unusable", path, str(error).removeprefix(f"{path}: ").rstrip("."))
+        return None
+    height, width = (w, h) if orientation > 4 else (h, w)
+    expected = d.get("height", height), d.get("width", width)
+    if (height, width) != expected:
+        turned = f"turned as its EXIF orientation {orientation} says, " if orientation > 1 else ""
+        found = f"{turned}it has {width} x {height} pixels"
+        detail = f"{found}, the JSON says {expected[1]} x {expected[0]}"
+        report(f"{what} size differs from the JSON", path, detail)
+    elif orientation > 1 and (h, w) == expected:
+        detail = (
+            f"its EXIF orientation is {orientation}, and the size does not tell whether it was "
+            "annotated as stored or as turned; store it upright, without orientation"
+        )
+        report(f"{what} has an EXIF orientation", path, detail)
+    elif format is not None:
+        return decode(path, format)
+    return None
+
+
+def read_truth(d: Dict, report: Report = stop) -> Tuple[np.ndarray, Runs]:
+    """
+    The segment ids of a dataset dict's panoptic PNG. Beside :func:`read_file`, report if it shows a
+    segment that is not listed, or does not show one that is.
+
+    Returns:
+        (H, W) int32, where 0 is void, and their :func:`runs`.
+    """
+    path, ids = d["pan_seg_file_name"], read_file(d, "PNG", "segment ids", report)
+    if ids is None:
+        ids, d = np.zeros((0, 0), np.int32), {"segments_info": []}
+    found, inverse, lengths = of_runs = runs(ids)
+    pixels = dict(zip(found.tolist(), np.bincount(inverse, lengths).astype(int).tolist()))
     segments = {s["id"]: s for s in d["segments_info"] if "id" in s}
     unlisted = [i for i in pixels if i not in segments and i != 0]
     if unlisted:
@@ -433,4 +410,4 @@ def read_truth(d: Dict, report: Report = stop) -> np.ndarray:
         if s.get("area", pixels.get(i)) != pixels.get(i) and i in pixels:
             detail = f"the segment {i} has {pixels[i]} pixels, its 'area' is {reprlib.repr(s['area'])}"
             report("area differs from the PNG", path, f"{detail}; the pixels count", fatal=False)
-    return ids
+    return ids, of_runs

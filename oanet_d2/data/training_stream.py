@@ -75,9 +75,7 @@ class TrainingStream(IterableDataset):
         self.first_batch = 0
 
     def batches(self) -> Iterator[List[int]]:
-        """
-        The indices of every batch, from the very first on.
-        """
+        """The indices of every batch, from the very first on."""
         self.sampler._seed = self.seed
         waiting: Dict[int, List[int]] = defaultdict(list)
         for index in self.sampler:

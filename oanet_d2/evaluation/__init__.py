@@ -4,15 +4,6 @@ from .panoptic import PanopticEvaluator, orderings_of, orderings_table, write_or
 from .pictures import PanopticPictures
 from .submission import PanopticFiles, PanopticSubmission
 
-__all__ = [
-    "PanopticEvaluator",
-    "PanopticFiles",
-    "PanopticPictures",
-    "PanopticSubmission",
-    "build_instance_evaluator",
-    "class_order",
-    "count_class_margins",
-    "orderings_of",
-    "orderings_table",
-    "write_orderings",
-]
+__all__ = ["PanopticEvaluator", "PanopticFiles", "PanopticPictures", "PanopticSubmission"]
+__all__ += ["build_instance_evaluator", "class_order", "count_class_margins", "orderings_of"]
+__all__ += ["orderings_table", "write_orderings"]

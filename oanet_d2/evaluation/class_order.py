@@ -1,4 +1,5 @@
-from typing import Sequence
+from functools import cache
+from typing import Callable, Sequence
 
 import torch
 from pycocotools import mask as mask_util
@@ -26,15 +27,20 @@ def count_class_margins(dataset_names: Sequence[str], num_things: int) -> torch.
         (C, C) antisymmetric float: the pixels of the overlaps of whole masks that show an instance of
         the one class, minus those that show one of the other.
     """
+    return _count(num_things, *(DatasetCatalog[name] for name in dataset_names))
+
+
+@cache  # evaluations of a training ask again and again
+def _count(num_things: int, *loaders: Callable) -> torch.Tensor:
     counts = torch.zeros(num_things, num_things, dtype=torch.float64)
-    for d in (d for name in dataset_names for d in DatasetCatalog.get(name)):
+    for d in (d for load in loaders for d in load()):
         things = [x for x in d.get("annotations", []) if not x["iscrowd"]]
         if len(things) < 2:
             continue
         rles = [as_rle(x["segmentation"], d["height"], d["width"]) for x in things]
         whole = torch.from_numpy(mask_util.decode(rles)).permute(2, 0, 1)
         classes = torch.tensor([x["category_id"] for x in things])
-        ids = torch.from_numpy(read_truth(d))
+        ids = torch.from_numpy(read_truth(d)[0])
         masks = BoxedMasks.from_masks(whole)
         matched = match_to_segments(masks, classes, ids, d["segments_info"])
         margins = visible_margins(masks, matched, ids).double()

@@ -25,21 +25,18 @@ def build_instance_evaluator(
         max_dets_per_image: AP counts this many detections of an image.
     """
     metadata = MetadataCatalog.get(dataset_name)
+    contiguous = metadata.thing_dataset_id_to_contiguous_id
     path = os.path.join(folder, "instances_ground_truth.json")
     if comm.is_main_process():
         write_atomically(path, json.dumps({"annotations": [], **convert_to_coco_dict(dataset_name)}))
     comm.synchronize()
-    contiguous = metadata.thing_dataset_id_to_contiguous_id
     name = f"{dataset_name}, {path}"
     if name in MetadataCatalog:  # of an earlier evaluation, perhaps of another dataset of this name
         MetadataCatalog.remove(name)
-    evaluated = MetadataCatalog.get(name)
-    evaluated.set(
+    MetadataCatalog.get(name).set(
         json_file=path,
         thing_dataset_id_to_contiguous_id=contiguous,
         # COCOeval sorts the classes by their ids, and Detectron2 takes the names in its order.
         thing_classes=[metadata.thing_classes[contiguous[i]] for i in sorted(contiguous)],
     )
-    return COCOEvaluator(
-        name, output_dir=folder, max_dets_per_image=max_dets_per_image
-    )
+    return COCOEvaluator(name, output_dir=folder, max_dets_per_image=max_dets_per_image)

@@ -1,8 +1,8 @@
 import json
 import math
 import time
-from collections import Counter
-from typing import Any, Dict, List, Optional, Sequence
+from collections import Counter, defaultdict
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -44,11 +44,7 @@ class PanopticEvaluator(DatasetEvaluator):
     """
 
     def __init__(
-        self,
-        model: Any = None,
-        orders: Sequence[str] = (),
-        report: Optional[Any] = None,
-        class_margins: Any = None,
+        self, model: Any = None, orders: Sequence[str] = (), report: Any = None, class_margins: Any = None
     ):
         """
         Args:
@@ -61,14 +57,13 @@ class PanopticEvaluator(DatasetEvaluator):
         self.orders = tuple(orders)
         self.report = report
         self.class_margins = class_margins
+        self.own_order = "" if model is None else model.order
         self.reset()
 
     def reset(self):
         self._start = time.perf_counter()
         self._images = 0
-        self._counts: Dict[str, Counter] = {
-            key: Counter() for key in ("panoptic_seg", *map(_key, self.orders))
-        }
+        self._counts: Dict[str, Counter] = defaultdict(Counter)  # order -> sum of pq_counts
         self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
         self._right: Counter = Counter()  # (that, order) -> pairs that the order has right
         self._f1: Counter = Counter()  # order -> sum over the images; None -> images with a pair
@@ -85,21 +80,22 @@ class PanopticEvaluator(DatasetEvaluator):
             ValueError: a ground truth is not as training needs it, or of another size than the result.
         """
         for input, output in zip(inputs, outputs):
-            truth = read_truth(input)
+            truth, _ = read_truth(input)
             with naming(input["pan_seg_file_name"]):
-                self._count("panoptic_seg", input, truth, output["panoptic_seg"])
+                correct = self._count(self.own_order, input, truth, output["panoptic_seg"])
             if self.orders:
-                self._compare(input, truth, output["fusion_inputs"])
+                self._compare(input, truth, output, correct)
             self._images += 1
 
-    def _count(self, key: str, input: Dict, truth: np.ndarray, panoptic_seg) -> int:
+    def _count(self, order: str, input: Dict, truth: np.ndarray, panoptic_seg) -> int:
         ids, segments_info = panoptic_seg
         segments = input["segments_info"], segments_info
         shared = shared_pixels(truth, torch.as_tensor(ids).cpu().numpy())
-        self._counts[key].update(pq_counts(shared, *segments))
+        self._counts[order].update(pq_counts(shared, *segments))
         return correct_pixels(shared, *segments)
 
-    def _compare(self, input: Dict, truth: np.ndarray, fusion_inputs):
+    def _compare(self, input: Dict, truth: np.ndarray, output: Dict, own_correct: int):
+        fusion_inputs = output["fusion_inputs"]
         # Only the instances that are painted, and each mask made once.
         all_instances, order_inputs = fusion_inputs.instances, fusion_inputs.order_inputs
         painted = all_instances.scores >= self.model.combine_instances_score_thresh
@@ -117,8 +113,11 @@ class PanopticEvaluator(DatasetEvaluator):
                 orders[name] = _restricted(class_order(order_inputs, self.class_margins), painted)
             else:
                 orders[name] = _restricted(order_inputs.order(name), painted)
-        results = {name: self.model.combine(fusion_inputs, x) for name, x in orders.items()}
-        correct = {name: self._count(_key(name), input, truth, x) for name, x in results.items()}
+        # The model's own result is painted and counted already.
+        results, correct = {self.own_order: output["panoptic_seg"]}, {self.own_order: own_correct}
+        for name in orders.keys() - results.keys():
+            results[name] = self.model.combine(fusion_inputs, orders[name])
+            correct[name] = self._count(name, input, truth, results[name])
         decided, overlapping = occluded_pairs(masks, instances.pred_classes, matched, margins)
         pairs = self._count_pairs(decided, overlapping, instances.pred_classes.tolist(), orders)
         if self.report is not None:
@@ -148,25 +147,25 @@ class PanopticEvaluator(DatasetEvaluator):
             also "panoptic_seg/<order>" -> the METRICS and PAIR_METRICS (NaN without a pair) and
             "evaluation" -> {"images", "seconds"}. None on all processes but the main one.
         """
-        pairs = self._overlaps, self._right, self._f1
-        parts = comm.gather((self._images, self._counts, *pairs))
-        counts: Dict[str, Counter] = {
-            key: sum((part[1][key] for part in parts), Counter()) for key in self._counts
-        }
-        overlaps: Counter = sum((part[2] for part in parts), Counter())
-        right: Counter = sum((part[3] for part in parts), Counter())
-        f1: Counter = sum((part[4] for part in parts), Counter())
-        results = {key: pq_averages(x) for key, x in counts.items()}
+        state = self._images, self._counts, self._overlaps, self._right, self._f1
+        images, parts, *pairs = zip(*comm.all_gather(state))
+        overlaps, right, f1 = map(_total, pairs)
+        names = (*self.orders, self.own_order)
+        counts = {order: _total(part[order] for part in parts) for order in names}
+        results: Dict[str, Dict] = {"panoptic_seg": pq_averages(counts[self.own_order])}
         for order in self.orders:
             values = [*_pair_accuracies(overlaps, right, order), _share(f1[order], f1[None])]
-            results[_key(order)].update(zip(PAIR_METRICS, values))
+            results[_key(order)] = {**pq_averages(counts[order]), **dict(zip(PAIR_METRICS, values))}
         if self.orders:
-            images, seconds = sum(part[0] for part in parts), time.perf_counter() - self._start
-            results["evaluation"] = {"images": images, "seconds": seconds}
+            seconds = time.perf_counter() - self._start
+            results["evaluation"] = {"images": sum(images), "seconds": seconds}
         if self.report is not None:
-            of_orders = {order: counts[_key(order)] for order in self.orders}
-            self.report.save(results, of_orders, overlaps, right)
+            self.report.save(results, counts, overlaps, right)
         return results if comm.is_main_process() else None
+
+
+def _total(counters: Iterable[Counter]) -> Counter:
+    return sum(counters, Counter())
 
 
 def _pair_accuracies(overlaps: Counter, right: Counter, order: str) -> List[float]:
@@ -229,8 +228,6 @@ def _key(order: str) -> str:
 
 
 def _restricted(order: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """
-    The order, a permutation of N instances, of the chosen (N,) among themselves.
-    """
+    """The order, a permutation of N instances, of the chosen (N,) among themselves."""
     new_index = chosen.cumsum(0) - 1
     return new_index[order[chosen[order]]]

@@ -1,5 +1,6 @@
 import json
 import os
+from itertools import chain
 from typing import Dict, List, Union
 
 import torch
@@ -34,8 +35,7 @@ class PanopticSubmission:
         self.categories: List[Dict] = []
         self._dataset_ids = {}
         for isthing, group in ((True, "thing"), (False, "stuff")):
-            names = metadata.get(f"{group}_classes")
-            colors = metadata.get(f"{group}_colors")
+            names, colors = (metadata.get(f"{group}_{x}") for x in ("classes", "colors"))
             for dataset_id, index in metadata.get(f"{group}_dataset_id_to_contiguous_id").items():
                 self._dataset_ids[isthing, index] = dataset_id
                 category = {"id": dataset_id, "name": names[index], "isthing": int(isthing)}
@@ -63,22 +63,17 @@ class PanopticSubmission:
         ids = panoptic_seg.cpu().numpy()
         with atomic_path(os.path.join(self.folder, png_name)) as path:
             Image.fromarray(id2rgb(ids)).save(path)
-        height, width = ids.shape
-        self.images.append(
-            {"id": image_id, "file_name": image_name, "height": height, "width": width}
-        )
+        size = dict(zip(("height", "width"), ids.shape))
+        self.images.append({"id": image_id, "file_name": image_name, **size})
         segments = [
             {"id": s["id"], "category_id": self._dataset_ids[s["isthing"], s["category_id"]]}
             for s in segments_info
         ]
-        self.annotations.append(
-            {"image_id": image_id, "file_name": png_name, "segments_info": segments}
-        )
+        entry = {"image_id": image_id, "file_name": png_name, "segments_info": segments}
+        self.annotations.append(entry)
 
     def save(self):
-        """
-        Write the JSON.
-        """
+        """Write the JSON."""
         keys = ("images", "annotations", "categories")
         write_atomically(self.path, json.dumps({key: getattr(self, key) for key in keys}))
 
@@ -112,8 +107,8 @@ class PanopticFiles(DatasetEvaluator):
             self._submission.add(ids, segments_info, x["image_id"], image, png)
 
     def evaluate(self):
-        parts = comm.gather((self._submission.images, self._submission.annotations))
+        images, annotations = self._submission.images, self._submission.annotations
+        parts = comm.gather((images, annotations))
         if comm.is_main_process():
-            self._submission.images = [x for images, _ in parts for x in images]
-            self._submission.annotations = [x for _, annotations in parts for x in annotations]
+            images[:], annotations[:] = ([*chain(*x)] for x in zip(*parts))
             self._submission.save()

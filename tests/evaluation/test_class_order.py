@@ -18,6 +18,7 @@ def test_which_class_lies_on_which(tmp_path):
     assert dataset.instances["annotations"][1]["category_id"] == PERSON
     with registered("test_class_order", *dataset.paths()) as name:
         counts = count_class_margins([name], 2)
+        assert count_class_margins([name], 2) is counts  # counted once
     with registered("test_class_order", *dataset.paths()[:3]) as name:
         assert not count_class_margins([name], 2).any()
     assert counts.tolist() == [[0, -8], [8, 0]]
