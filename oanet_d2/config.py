@@ -52,8 +52,9 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # The instances that it learns from: "detections", as inference gives them, or "gt".
     cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "detections"
     # For "gt": the probability that a mask gets a false positive beside it, a moved and stretched
-    # copy with a lower score. 0: ground truth as it is, with scores of 1 (the paper).
-    cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 1.0
+    # copy with a lower score. The mask itself is moved a little, too. 0: ground truth as it is, with
+    # scores of 1 (the paper).
+    cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 0.3
     # The feature map that the head may look at.
     cfg.MODEL.SRM_HEAD.IN_FEATURE = "p2"
     # Width and number of the score map's large-kernel blocks (k x 1, then 1 x k), and k in cells.

@@ -7,7 +7,7 @@ py=${PY:-python}
 masks=(MODEL.SRM_HEAD.TRAIN_MASKS gt MODEL.SRM_HEAD.PAIRS.EVIDENCE "('geometry',)"
     MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT 0.0 TEST.ORDERS "('score', 'srm_pairs', 'oracle')")
 without_images=(MODEL.META_ARCHITECTURE SRMFromAnnotations MODEL.WEIGHTS "" SOLVER.IMS_PER_BATCH 8
-    SOLVER.BASE_LR 0.002 SOLVER.MAX_ITER 1000 SOLVER.SRM_ONLY_SHARE 0.0 DATASETS.TEST "()" TEST.ORDERS "()")
+    SOLVER.BASE_LR 0.002 SOLVER.MAX_ITER 500 SOLVER.SRM_ONLY_SHARE 0.0 DATASETS.TEST "()" TEST.ORDERS "()")
 for dataset in OcclusionScenes StreetFashion Facades; do
     config=configs/$dataset/oanet_lite0.yaml
     for seed in 1 2 3; do
