@@ -7,6 +7,9 @@ DATA        ?=
 ARGS        ?=
 PYTEST_ARGS ?=
 
+# Beside other work, threads that spin at barriers make each step several times as long.
+export OMP_WAIT_POLICY ?= passive
+
 ifeq ($(VENV),none)
 PY := $(PYTHON)
 else
@@ -45,6 +48,9 @@ photos: $(STAMP)  ## train and evaluate the same on photographs, DATA=FOLDER
 	@test -d "$(DATA)" || { echo "DATA is '$(DATA)'; it must be a folder, see make help" >&2; exit 1; }
 	ln -sfn "$(abspath $(DATA))" datasets/photographs
 	$(PY) train_net.py --config-file configs/photographs.yaml OUTPUT_DIR "output/$(notdir $(abspath $(DATA)))" $(ARGS)
+
+results: $(STAMP)  ## train all that docs/RESULTS.md shows, over three seeds, and write it
+	PY="$(PY)" tools/train_results.sh
 
 test: $(STAMP)  ## run the tests; they fail when less than 90 % of oanet_d2 is covered
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(or $(PYTEST_ARGS),$(COVERAGE))

@@ -1,8 +1,12 @@
 import json
+import subprocess
 
 import pytest
 import results
 from PIL import Image
+
+from oanet_d2 import complete_config, load_config
+from tests.conftest import REPOSITORY
 
 PQ_TH = {"score": (40, 50), "srm_pairs": (50, 66), "oracle": (60, 70)}  # of two seeds
 CONFIG = """
@@ -23,6 +27,9 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
         orders = {x: dict.fromkeys(results.COLUMNS, values[i]) for x, values in PQ_TH.items()}
         (run / "orderings.json").write_text(json.dumps({"orderings": orders, "images": 7}))
         (run / "config.yaml").write_text(CONFIG)
+        alone = {"orderings": {"srm_pairs": dict.fromkeys(results.COLUMNS, 45 + i)}}
+        (run / "from_annotations").mkdir()
+        (run / "from_annotations" / "orderings.json").write_text(json.dumps(alone))
     pictures.mkdir(parents=True)
     pages = [tmp_path / "README.md", tmp_path / "docs" / "RESULTS.md"]
     for page, name in zip(pages, ("", " (occlusion_scenes)")):
@@ -35,5 +42,30 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
         row = next(x for x in text.splitlines() if "| srm_pairs" in x)
         # By hand: closures 10 / 20 and 16 / 20; the deviation divides by n - 1.
         assert "| 58.0 ± 11.3 |" in row and "| 0.650 ± 0.212 |" in row and "old" not in text
+    found = [x.split("|")[1].strip() for x in text.splitlines() if x.startswith("| ")]
+    assert found[:5] == ["order", "score", "srm_pairs", "srm_pairs, annotations", "oracle"]
+    assert "| 45.5 ± 0.7 " in text
     assert len(list(pictures.glob("*_[12].jpg"))) == len(list(pictures.iterdir())) == 4
     assert Image.open(pictures / "wrong_2.jpg").getpixel((4, 4))[0] == pytest.approx(60, abs=5)
+
+
+def test_every_command_of_the_trainings_has_a_valid_config(tmp_path):
+    """A Python that only writes down its arguments stands in for the real one."""
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >> {calls}\necho >> {calls}\n')
+    python.chmod(0o755)
+    script = tmp_path / "tools" / "train_results.sh"  # it works in the folder above its own
+    script.parent.mkdir()
+    script.write_bytes((REPOSITORY / "tools" / "train_results.sh").read_bytes())
+    subprocess.run(["bash", script], check=True, env={"PATH": "/usr/bin:/bin", "PY": str(python)})
+    commands = [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
+    assert len(commands) == 3 * 3 * 4 + 1 and commands[-1][0] == "tools/results.py"
+    kinds = set()
+    for program, *arguments in commands[:-1]:
+        first = next(i for i, x in enumerate(arguments) if x.isupper() or x == "--")
+        opts = [x for x in arguments[first:] if x != "--"]
+        at = arguments.index("--config-file")
+        cfg = load_config(REPOSITORY / arguments[at + 1], opts)
+        complete_config(cfg)
+        kinds.add((program, cfg.MODEL.META_ARCHITECTURE, "--eval-only" in arguments))
+    assert len(kinds) == 4
