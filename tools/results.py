@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 from tabulate import tabulate
@@ -55,6 +56,10 @@ def read_run(folder: Path) -> Dict:
         oracle = orders.pop("oracle")
         orders["srm_pairs, annotations"] = json.loads(alone.read_text())["orderings"]["srm_pairs"]
         orders["oracle"] = oracle
+    run["seconds"] = run["seconds"]["eval"] / run["images"]
+    model = folder / "model_final.pth"  # which an evaluation does not have
+    state = torch.load(model, map_location="cpu")["model"] if model.exists() else {}
+    run["mebibytes"] = sum(x.nbytes for x in state.values()) / 2**20 or None
     return {**run, "config": yaml.safe_load((folder / "config.yaml").read_text())}
 
 
@@ -101,11 +106,13 @@ def main():
             f"{name}: {solver['MAX_ITER']} iterations, {len(runs)} training"
             f"{'s that differ in their seed' * (len(runs) > 1)}, {runs[0]['images']} images."
         )
+        mib, seconds = (spread([run[key] for run in runs], 2) for key in ("mebibytes", "seconds"))
+        cost = f"{mib} MiB of weights; {seconds} seconds an image, with all orders and the report."
         orders = list(runs[0]["orderings"])
         table = markdown_table(["order", *COLUMNS.values(), "closure"], orders_rows(runs, COLUMNS, orders))
-        text = f"{table}\n\n{about}\n\n{runs_table(runs, best)}"
+        text = f"{table}\n\n{about} {cost}\n\n{runs_table(runs, best)}"
         fill_region(args.root / "docs" / "RESULTS.md", f"tools/results.py ({name})", text)
-        shown = [x for x in ("score", "smaller_first", best) if x in orders]
+        shown = [x for x in ("score", "smaller_first", "class_order", best) if x in orders]
         rows += [[name, *row] for row in orders_rows(runs, ("PQ", "PQ_th", "pairs"), shown)]
         notes.append(about)
         if name in PICTURES:

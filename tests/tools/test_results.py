@@ -3,6 +3,7 @@ import subprocess
 
 import pytest
 import results
+import torch
 from PIL import Image
 
 from oanet_d2 import complete_config, load_config
@@ -25,7 +26,9 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
             for k in range(3):
                 Image.new("RGB", (8, 8), (60 * k, 0, 0)).save(run / name / f"{k:03}_{90 - k}.png")
         orders = {x: dict.fromkeys(results.COLUMNS, values[i]) for x, values in PQ_TH.items()}
-        (run / "orderings.json").write_text(json.dumps({"orderings": orders, "images": 7}))
+        evaluation = {"orderings": orders, "images": 7, "seconds": {"eval": 3.5}}
+        (run / "orderings.json").write_text(json.dumps(evaluation))
+        torch.save({"model": {"a": torch.zeros(2**18)}}, run / "model_final.pth")
         (run / "config.yaml").write_text(CONFIG)
         alone = {"orderings": {"srm_pairs": dict.fromkeys(results.COLUMNS, 45 + i)}}
         (run / "from_annotations").mkdir()
@@ -45,6 +48,7 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
     found = [x.split("|")[1].strip() for x in text.splitlines() if x.startswith("| ")]
     assert found[:5] == ["order", "score", "srm_pairs", "srm_pairs, annotations", "oracle"]
     assert "| 45.5 ± 0.7 " in text
+    assert "1.00 ± 0.00 MiB of weights; 0.50 ± 0.00 seconds an image" in text
     assert len(list(pictures.glob("*_[12].jpg"))) == len(list(pictures.iterdir())) == 4
     assert Image.open(pictures / "wrong_2.jpg").getpixel((4, 4))[0] == pytest.approx(60, abs=5)
 
