@@ -112,8 +112,6 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # are pasted in front of an image or behind some of its instances. What is covered keeps its
     # whole mask, so the ranking learns from datasets whose masks do not overlap, too.
     cfg.INPUT.COPY_PASTE = 0.0
-    # True: not in the iterations in which the network learns alone, see SOLVER.SRM_ONLY_SHARE.
-    cfg.INPUT.COPY_PASTE_RANKING_ONLY = False
     # Panoptic datasets to register, by name. Each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,
     # if there is one, INSTANCES_JSON: the arguments of `oanet_d2.register_panoptic`.
     cfg.DATASETS.PANOPTIC = CN(new_allowed=True)

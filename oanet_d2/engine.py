@@ -153,10 +153,7 @@ class OANetTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        first_phase, paste_from = hooks.network_iterations(cfg), 0
-        if cfg.INPUT.COPY_PASTE_RANKING_ONLY and first_phase < cfg.SOLVER.MAX_ITER:
-            paste_from = first_phase
-        return build_train_loader(cfg, PanopticDatasetMapper(cfg, is_train=True), paste_from)
+        return build_train_loader(cfg, PanopticDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):

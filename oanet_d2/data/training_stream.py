@@ -5,7 +5,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from detectron2.data import (
     DatasetFromList,
-    MapDataset,
     build_batch_data_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -58,15 +57,7 @@ class TrainingStream(IterableDataset):
         first_batch (int): the batch to begin with. Both are read when an iteration starts.
     """
 
-    def __init__(
-        self,
-        samples: Dataset,
-        sampler: Sampler,
-        batch_size: int,
-        groups: Sequence[int],
-        pasted: Optional[Dataset] = None,
-        paste_from: int = 0,
-    ):
+    def __init__(self, samples: Dataset, sampler: Sampler, batch_size: int, groups: Sequence[int]):
         """
         Args:
             samples: training inputs by index.
@@ -74,12 +65,8 @@ class TrainingStream(IterableDataset):
             batch_size: images of a batch in this process.
             groups: the group of every index. A batch is of one group. (Detectron2 groups loaded
                 images, and would lose those that wait for others when a training stops.)
-            pasted: training inputs with copy-paste, in place of `samples` from a batch on.
-            paste_from: that batch.
         """
         self.samples = samples
-        self.pasted = pasted
-        self.paste_from = paste_from
         self.sampler: Any = sampler  # all of Detectron2's have a _seed, none under a public name
         self.batch_size = batch_size
         self.groups = groups
@@ -103,25 +90,22 @@ class TrainingStream(IterableDataset):
         # A loader takes a batch of every worker in turn.
         own = islice(enumerate(self.batches()), self.first_batch + id, None, workers)
         for number, batch in own:
-            samples = self.samples
-            if self.pasted is not None and number >= self.paste_from:
-                samples = self.pasted
             for place, index in enumerate(batch, start=number * self.batch_size):
                 with random_numbers_of(_OF_SAMPLES, self.seed, self.rank, place):
-                    sample = samples[index]
+                    sample = self.samples[index]
                 yield sample
 
 
-def build_train_loader(cfg, mapper, paste_from: int = 0):
+def build_train_loader(cfg, mapper):
     """
     Detectron2's `build_detection_train_loader`; its `dataset` is a :class:`TrainingStream`. For
-    `INPUT.COPY_PASTE` the mapper gets the whole dataset, too, as `others`, from the iteration
-    `paste_from` on.
+    `INPUT.COPY_PASTE` the mapper gets the whole dataset, too, as `others`.
     """
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
     if cfg.INPUT.COPY_PASTE > 0:
         dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
+        mapper = partial(mapper, others=dicts)
     # Detectron2 makes the samples and the sampler of the config.
     theirs = build_detection_train_loader(
         cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
@@ -129,10 +113,7 @@ def build_train_loader(cfg, mapper, paste_from: int = 0):
     by_shape = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [int(by_shape and x["width"] > x["height"]) for x in dicts]
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    pasted = MapDataset(dicts, partial(mapper, others=dicts)) if cfg.INPUT.COPY_PASTE > 0 else None
-    stream = TrainingStream(
-        theirs.dataset, theirs.sampler, batch_size, groups, pasted=pasted, paste_from=paste_from
-    )
+    stream = TrainingStream(theirs.dataset, theirs.sampler, batch_size, groups)
     if stream.seed < 0:  # newer versions of Detectron2 hand SEED -1 on: a random seed
         stream.seed = comm.shared_random_seed()
     return build_batch_data_loader(

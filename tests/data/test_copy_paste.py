@@ -14,7 +14,6 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.data.copy_paste import cut_out, paste
 from oanet_d2.data.training_stream import build_train_loader
-from oanet_d2.engine import OANetTrainer
 from tests.data.conftest import make_mapper
 from tests.data.test_dataset_mapper import augmentations, scenes, write_scene
 
@@ -215,21 +214,3 @@ def test_pastes_depend_on_the_place_alone(train_cfg, sampler):
         assert all(map(torch.equal, tensors(whole), tensors(blind)))
     before = {x["image_id"]: len(x["annotations"]) for x in loader.dataset.samples._dataset}
     assert 0 < sum(len(x["instances"]) > before[x["image_id"]] for x in found[0]) < 16
-
-
-def test_pastes_begin_where_the_ranking_learns_alone(train_cfg):
-    train_cfg.SOLVER.MAX_ITER, train_cfg.SOLVER.SRM_ONLY_SHARE = 8, 0.5
-    train_cfg.DATALOADER.NUM_WORKERS = 0
-    found = {}
-    for probability, ranking_only in ((0.0, False), (1.0, True), (1.0, False)):
-        train_cfg.INPUT.COPY_PASTE = probability
-        train_cfg.INPUT.COPY_PASTE_RANKING_ONLY = ranking_only
-        loader = OANetTrainer.build_train_loader(train_cfg)
-        loader.dataset.seed = 7
-        batches = list(islice(loader, 8))
-        found[probability, ranking_only] = [[x["panoptic_seg"][0] for x in batch] for batch in batches]
-    plain, late, always = found.values()
-    assert all(all(map(torch.equal, *batches)) for batches in zip(plain[:4], late[:4]))
-    assert all(all(map(torch.equal, *batches)) for batches in zip(always[4:], late[4:]))
-    for half in (slice(4), slice(4, 8)):
-        assert not all(all(map(torch.equal, *batches)) for batches in zip(plain[half], always[half]))
