@@ -124,8 +124,13 @@ def build_config(config: str, device: str, *opts: str):
     return cfg
 
 
-def inference(ours: List[str], theirs: List[str], painted: int, device: str) -> Sides:
-    """Whole inference. `painted` of 100 detections have a score over the threshold."""
+def inference(
+    ours: List[str], theirs: List[str], painted: int, device: str, network_alone: bool = False
+) -> Sides:
+    """
+    Whole inference. `painted` of 100 detections have a score over the threshold. `network_alone`: our
+    side ends there.
+    """
     image = torch.randint(0, 256, (3, *IMAGE_SIZE), dtype=torch.uint8)
     detections = blobs(IMAGE_SIZE, device)
     detections.scores[painted:] *= 0.49
@@ -133,9 +138,9 @@ def inference(ours: List[str], theirs: List[str], painted: int, device: str) -> 
     shared = ["MODEL.ROI_HEADS.NAME", "BlobROIHeads", "MODEL.PIXEL_STD", "[1e8, 1e8, 1e8]"]
     models = [build_model(build_config(COCO, device, *shared, *x)).eval() for x in (ours, theirs)]
     models[1].load_state_dict(models[0].state_dict(), strict=False)
-    for model in models:
+    for model, is_whole in zip(models, (not network_alone, True)):
         model.roi_heads.blobs = detections
-        yield torch.no_grad()(partial(model, [{"image": image}]))
+        yield torch.no_grad()(partial(model.inference, [{"image": image}], is_whole))
 
 
 def scenes(folder: str, number: int, size: int) -> List[Dict]:
@@ -191,12 +196,14 @@ def mapper(device: str) -> Sides:
 BY_SCORE = [*ONLY_PANOPTIC, "MODEL.OANET.ORDER", "score"]
 SMALL, LARGE = (partial(paste_and_combine, size) for size in (IMAGE_SIZE, (2160, 3840)))
 WHOLE = partial(inference, ONLY_PANOPTIC)
+NETWORK = partial(inference, PANOPTIC_FPN, PANOPTIC_FPN, 100, network_alone=True)
 ROWS: Dict[str, Tuple[str, Callable[[str], Sides], int]] = {  # title, what to measure, turns
     "paste_combine": ("paste + combine, 100 instances, 800 x 1333", SMALL, 15),
     "paste_combine_4k": ("the same, 2160 x 3840", LARGE, 3),
     "semantic_labels": ("133 semantic scores to labels, 480 x 640", semantic_labels, 7),
     "inference": ("inference, 800 x 1333, 100 painted", partial(WHOLE, PANOPTIC_FPN, 100), 7),
     "inference_20": ("the same, 20 painted", partial(WHOLE, PANOPTIC_FPN, 20), 7),
+    "network": ("Panoptic FPN's network alone against the whole", NETWORK, 7),
     "ranking": ("100 painted, *srm_pairs* against *score*", partial(WHOLE, BY_SCORE, 100), 7),
     "training_network": ("demo's step, network's phase", partial(training_step, "network"), 12),
     "training_ranking": ("demo's step, ranking's phase", partial(training_step, "ranking"), 12),

@@ -89,8 +89,9 @@ def runs_table(runs: List[Dict], best: str) -> str:
     return markdown_table(["seed", f"PQ ({best})", "PQ_th over score", "PQ_th under oracle"], rows)
 
 
-def dataset_of(run: Dict) -> str:
-    return run["config"]["DATASETS"]["TEST"][0].removesuffix("_val")
+def name_of(run: Dict) -> str:
+    name = run["config"]["DATASETS"]["TEST"][0].removesuffix("_val")
+    return f"{name}, copy-paste" if run["config"]["INPUT"]["COPY_PASTE"] > 0 else name
 
 
 def main():
@@ -99,8 +100,8 @@ def main():
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     args = parser.parse_args()
     all_runs, rows, notes = [read_run(folder) for folder in args.runs], [], []
-    for name in dict.fromkeys(map(dataset_of, all_runs)):
-        runs = [run for run in all_runs if dataset_of(run) == name]
+    for name in dict.fromkeys(map(name_of, all_runs)):
+        runs = [run for run in all_runs if name_of(run) == name]
         solver, best = runs[0]["config"]["SOLVER"], runs[0]["config"]["MODEL"]["OANET"]["ORDER"]
         about = (
             f"{name}: {solver['MAX_ITER']} iterations, {len(runs)} training"
@@ -112,6 +113,8 @@ def main():
         table = markdown_table(["order", *COLUMNS.values(), "closure"], orders_rows(runs, COLUMNS, orders))
         text = f"{table}\n\n{about} {cost}\n\n{runs_table(runs, best)}"
         fill_region(args.root / "docs" / "RESULTS.md", f"tools/results.py ({name})", text)
+        if "copy-paste" in name:
+            continue
         shown = [x for x in ("score", "smaller_first", "class_order", best) if x in orders]
         rows += [[name, *row] for row in orders_rows(runs, ("PQ", "PQ_th", "pairs"), shown)]
         notes.append(about)

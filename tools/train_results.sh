@@ -24,4 +24,9 @@ for dataset in OcclusionScenes StreetFashion Facades; do
             MODEL.WEIGHTS "$alone/oanet.pth" OUTPUT_DIR "$alone"
     done
 done
+for seed in 1 2 3; do
+    run=output/results/CopyPaste/$seed
+    test -e "$run/orderings.json" || "$py" train_net.py --resume \
+        --config-file configs/OcclusionScenes/oanet_lite0.yaml INPUT.COPY_PASTE 0.5 SEED "$seed" OUTPUT_DIR "$run"
+done
 "$py" tools/results.py output/results/*/*

@@ -12,6 +12,7 @@ from tests.conftest import REPOSITORY
 PQ_TH = {"score": (40, 50), "srm_pairs": (50, 66), "oracle": (60, 70)}  # of two seeds
 CONFIG = """
 SEED: 1
+INPUT: {COPY_PASTE: 0.0}
 SOLVER: {MAX_ITER: 5}
 MODEL: {OANET: {ORDER: srm_pairs}}
 DATASETS: {TEST: [occlusion_scenes_val]}
@@ -63,10 +64,10 @@ def test_every_command_of_the_trainings_has_a_valid_config(tmp_path):
     script.write_bytes((REPOSITORY / "tools" / "train_results.sh").read_bytes())
     subprocess.run(["bash", script], check=True, env={"PATH": "/usr/bin:/bin", "PY": str(python)})
     commands = [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
-    assert len(commands) == 3 * 3 * 4 + 1 and commands[-1][0] == "tools/results.py"
+    assert len(commands) == 3 * 3 * 4 + 3 + 1 and commands[-1][0] == "tools/results.py"
     kinds = set()
     for program, *arguments in commands[:-1]:
-        first = next(i for i, x in enumerate(arguments) if x.isupper() or x == "--")
+        first = next(i for i, x in enumerate(arguments) if x.split(".")[0].isupper() or x == "--")
         opts = [x for x in arguments[first:] if x != "--"]
         at = arguments.index("--config-file")
         cfg = load_config(REPOSITORY / arguments[at + 1], opts)
