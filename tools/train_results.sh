@@ -29,4 +29,4 @@ for seed in 1 2 3; do
     test -e "$run/orderings.json" || "$py" train_net.py --resume \
         --config-file configs/OcclusionScenes/oanet_lite0.yaml INPUT.COPY_PASTE 0.5 SEED "$seed" OUTPUT_DIR "$run"
 done
-"$py" tools/results.py output/results/*/*
+"$py" tools/results.py output/results/{OcclusionScenes,CopyPaste,StreetFashion,Facades}/*
