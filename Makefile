@@ -46,8 +46,9 @@ demo: $(STAMP)  ## train and evaluate a small OANet on synthetic scenes with occ
 
 photos: $(STAMP)  ## train and evaluate the same on photographs, DATA=FOLDER
 	@test -d "$(DATA)" || { echo "DATA is '$(DATA)'; it must be a folder, see make help" >&2; exit 1; }
-	ln -sfn "$(abspath $(DATA))" datasets/photographs
-	$(PY) train_net.py --config-file configs/photographs.yaml OUTPUT_DIR "output/$(notdir $(abspath $(DATA)))" $(ARGS)
+	ln -sfn "$$(cd "$(DATA)" && pwd -P)" datasets/photographs
+	$(PY) train_net.py --config-file configs/photographs.yaml \
+		OUTPUT_DIR "output/$$(basename "$$(readlink datasets/photographs)")" $(ARGS)
 
 results: $(STAMP)  ## train all that docs/RESULTS.md shows, over three seeds, and write it
 	PY="$(PY)" tools/train_results.sh
