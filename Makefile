@@ -7,7 +7,7 @@ DATA        ?=
 ARGS        ?=
 PYTEST_ARGS ?=
 
-# Beside other work, threads that spin at barriers make each step several times as long.
+# Threads that spin while they wait make a step several times as long beside other work.
 export OMP_WAIT_POLICY ?= passive
 
 ifeq ($(VENV),none)
@@ -36,7 +36,7 @@ help:  ## print this
 	@echo "  DETECTRON2=SOURCE      build a Detectron2 checkout or git+URL instead of the pinned wheel"
 	@echo "  VENV=DIR               another place than .venv; VENV=none: make nothing, use PYTHON as it is"
 	@echo "  ITERS=N ARGS='...'     demo: iterations, and further arguments for train_net.py"
-	@echo "  DATA=FOLDER            photos: images/, panoptic_*/, panoptic_*.json and instances_*.json of train and val"
+	@echo "  DATA=FOLDER            photos: a folder as tools/train_photos.sh describes it"
 	@echo "  PYTEST_ARGS='...'      test: arguments for pytest"
 
 setup: $(STAMP)  ## only make the environment
@@ -44,11 +44,8 @@ setup: $(STAMP)  ## only make the environment
 demo: $(STAMP)  ## train and evaluate a small OANet on synthetic scenes with occlusion
 	$(PY) train_net.py --config-file configs/OcclusionScenes/oanet_lite0.yaml $(DEMO_OPTS) $(ARGS)
 
-photos: $(STAMP)  ## train and evaluate the same on photographs, DATA=FOLDER
-	@test -d "$(DATA)" || { echo "DATA is '$(DATA)'; it must be a folder, see make help" >&2; exit 1; }
-	ln -sfn "$$(cd "$(DATA)" && pwd -P)" datasets/photographs
-	$(PY) train_net.py --config-file configs/photographs.yaml \
-		OUTPUT_DIR "output/$$(basename "$$(readlink datasets/photographs)")" $(ARGS)
+photos: $(STAMP)  ## train and evaluate a small OANet on the photographs in DATA=FOLDER
+	PY="$(PY)" tools/train_photos.sh "$(DATA)" $(ARGS)
 
 results: $(STAMP)  ## train all that docs/RESULTS.md shows, over three seeds, and write it
 	PY="$(PY)" tools/train_results.sh

@@ -27,7 +27,7 @@ class OANetCheckpointer(DetectionCheckpointer):
     files, whole or not at all.
 
     Attributes:
-        new (list[str]): tensors of the model that the last file does not have, or not in their shape.
+        new (list[str]): tensors of the model that the last file lacks or has in another shape.
         left_out (list[tuple]): (name, shape in the file, shape in the model) where shapes differ.
         unused (list[str]): tensors of the file that the model does not have.
     """

@@ -51,9 +51,9 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SRM_HEAD.STRIDE = 4
     # The instances that it learns from: "detections", as inference gives them, or "gt".
     cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "detections"
-    # For "gt": the probability that a mask gets a false positive beside it, a moved and stretched
-    # copy with a lower score. The mask itself is moved a little, too. 0: ground truth as it is, with
-    # scores of 1 (the paper).
+    # For "gt": the probability of a false positive beside a mask, a moved and stretched copy with a
+    # lower score. Above 0, all masks are moved a little, too. 0: ground truth as it is, with scores
+    # of 1 (the paper).
     cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 0.3
     # The feature map that the head may look at.
     cfg.MODEL.SRM_HEAD.IN_FEATURE = "p2"

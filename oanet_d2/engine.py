@@ -161,13 +161,13 @@ class OANetTrainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, model=None):
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None, model=None):
         """
         Panoptic quality, with `model` in each order of `cfg.TEST.ORDERS` too, and COCO's
         instance AP where there are an instances JSON and masks (`cfg.MODEL.OANET.OUTPUTS`). Within a
         training a few pictures for TensorBoard.
         """
-        folder = evaluation_folder(cfg, dataset_name)
+        folder = output_folder or evaluation_folder(cfg, dataset_name)
         evaluators = [evaluation.PanopticPictures(dataset_name)] if has_event_storage() else []
         orders = cfg.TEST.ORDERS if model is not None else ()
         report = by_class = None

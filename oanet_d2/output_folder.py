@@ -1,4 +1,4 @@
-"""Which trainings may start in an output folder that is not empty, or go on there."""
+"""Whether a training may start in an output folder that is not empty, or go on there."""
 
 import logging
 import os

@@ -107,9 +107,11 @@ def main():
             f"{name}: {solver['MAX_ITER']} iterations, {len(runs)} training"
             f"{'s that differ in their seed' * (len(runs) > 1)}, {runs[0]['images']} images."
         )
-        mib, seconds = (spread([run[key] for run in runs], 2) for key in ("mebibytes", "seconds"))
-        cost = f"{mib} MiB of weights; {seconds} seconds an image, with all orders and the report."
-        orders = list(runs[0]["orderings"])
+        seconds = spread([run["seconds"] for run in runs], 2)
+        cost = f"{seconds} seconds an image, including every order and the report."
+        if all(run["mebibytes"] for run in runs):
+            cost = f"{spread([run['mebibytes'] for run in runs])} MiB of weights; {cost}"
+        orders = [x for x in runs[0]["orderings"] if all(x in run["orderings"] for run in runs)]
         table = markdown_table(["order", *COLUMNS.values(), "closure"], orders_rows(runs, COLUMNS, orders))
         text = f"{table}\n\n{about} {cost}\n\n{runs_table(runs, best)}"
         fill_region(args.root / "docs" / "RESULTS.md", f"tools/results.py ({name})", text)

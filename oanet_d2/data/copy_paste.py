@@ -188,8 +188,8 @@ def _regions_and_masks(instances: Instances) -> Tuple[List[Region], List[np.ndar
     for i, corners in enumerate(np.concatenate([first, last], axis=1).astype(int)):
         x0, y0, x1, y1 = corners.tolist()
         regions.append((slice(y0, y1), slice(x0, x1)))
-        # A polygon is drawn up to the end of its box, which saves time, but not moved into the box:
-        # pycocotools would round some pixels of the boundary otherwise.
+        # The canvas ends where the polygon's box ends, which saves time. It begins at the image's
+        # corner: pycocotools rounds some pixels of the boundary otherwise in a polygon that is moved.
         is_bitmask = isinstance(kind, BitMasks)
         mask = kind.tensor[i].numpy() if is_bitmask else polygons_to_bitmask(kind.polygons[i], y1, x1)
         masks.append(mask[regions[i]])

@@ -25,8 +25,8 @@ PADDING = 255
 def index_segments(runs: Runs, shape: Tuple[int, ...], segments_info: List[Dict]) -> np.ndarray:
     """
     Number the segments for augmentations, which are fastest on uint8: by their position in
-    `segments_info`, counted from 1. Where 255 would be one of them, all are 255 more, as float32. Void
-    is 0.
+    `segments_info`, counted from 1. From 255 segments on they count from 256, as float32, because 255
+    is padding. Void is 0.
 
     Args:
         runs, shape: of the segment ids, see :func:`read_truth`.

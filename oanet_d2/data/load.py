@@ -52,7 +52,7 @@ FARTHEST = 10**6  # a coordinate of a polygon; pycocotools walks along its edges
 
 
 def _is_coordinate(x: Any) -> bool:
-    return isinstance(x, (int, float)) and abs(x) < FARTHEST  # not so NaN
+    return isinstance(x, (int, float)) and abs(x) < FARTHEST  # False for NaN
 
 
 Fields = Dict[str, Tuple[str, Callable[[Any], bool]]]
@@ -358,7 +358,7 @@ def read_file(d: Dict, what: str, format: Optional[str] = None, report: Report =
         the array of :func:`decode`; None without a format, and where something was reported.
 
     Raises:
-        ValueError: the file is damaged behind its header.
+        ValueError: the header is as it should be, but the pixels cannot be decoded.
     """
     path = d[FILES[what]]
     try:

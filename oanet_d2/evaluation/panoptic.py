@@ -57,10 +57,10 @@ class PanopticEvaluator(DatasetEvaluator):
         self.orders = tuple(orders)
         self.report = report
         self.class_margins = class_margins
-        self.own_order = "" if model is None else model.order
         self.reset()
 
     def reset(self):
+        self.own_order = "" if self.model is None else self.model.order
         self._start = time.perf_counter()
         self._images = 0
         self._counts: Dict[str, Counter] = defaultdict(Counter)  # order -> sum of pq_counts

@@ -43,7 +43,7 @@ def with_false_positives(
     scores = _LEAST_SCORE + (1 - _LEAST_SCORE) * torch.rand(num, device=device)
     chosen = torch.rand(num, device=device) < probability
     whole, moved = instances.masks, _moved(instances.masks, *_OF_INSTANCES)
-    lost = ~moved.flatten(1).any(1)  # a tiny one may lie between the centres of cells now
+    lost = ~moved.flatten(1).any(1)  # a tiny mask may cover no cell's centre now
     moved[lost] = whole[lost]
     instances = replace(instances, scores=scores, masks=moved, boxes=_extents(moved))
     if not chosen.any():

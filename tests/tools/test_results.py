@@ -49,21 +49,38 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
     found = [x.split("|")[1].strip() for x in text.splitlines() if x.startswith("| ")]
     assert found[:5] == ["order", "score", "srm_pairs", "srm_pairs, annotations", "oracle"]
     assert "| 45.5 ± 0.7 " in text
-    assert "1.00 ± 0.00 MiB of weights; 0.50 ± 0.00 seconds an image" in text
+    assert "1.0 ± 0.0 MiB of weights; 0.50 ± 0.00 seconds an image" in text
     assert len(list(pictures.glob("*_[12].jpg"))) == len(list(pictures.iterdir())) == 4
     assert Image.open(pictures / "wrong_2.jpg").getpixel((4, 4))[0] == pytest.approx(60, abs=5)
 
 
-def test_every_command_of_the_trainings_has_a_valid_config(tmp_path):
+def commands_of(script, tmp_path, *arguments):
     """A Python that only writes down its arguments stands in for the real one."""
     calls, python = tmp_path / "calls", tmp_path / "python"
     python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >> {calls}\necho >> {calls}\n')
     python.chmod(0o755)
-    script = tmp_path / "tools" / "train_results.sh"  # it works in the folder above its own
-    script.parent.mkdir()
-    script.write_bytes((REPOSITORY / "tools" / "train_results.sh").read_bytes())
-    subprocess.run(["bash", script], check=True, env={"PATH": "/usr/bin:/bin", "PY": str(python)})
-    commands = [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
+    copied = tmp_path / "tools" / script  # it works in the folder above its own
+    copied.parent.mkdir()
+    copied.write_bytes((REPOSITORY / "tools" / script).read_bytes())
+    env = {"PATH": "/usr/bin:/bin", "PY": str(python)}
+    subprocess.run(["bash", copied, *arguments], check=True, env=env)
+    return [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
+
+
+def test_photographs_without_whole_masks_in_a_folder_with_a_space(tmp_path):
+    folder = tmp_path / "my photographs"
+    folder.mkdir()
+    (folder / "instances_train.json").write_text("")
+    ((_, _, path, *opts),) = commands_of("train_photos.sh", tmp_path, folder, "SEED", "7")
+    cfg = load_config(REPOSITORY / path, opts)
+    assert cfg.SEED == 7 and cfg.OUTPUT_DIR == "output/my photographs"
+    train, val = (cfg.DATASETS.PANOPTIC[f"photographs_{split}"] for split in ("train", "val"))
+    assert f"{folder}/images/train" == train.IMAGE_ROOT and f"{folder}/panoptic_val" == val.PANOPTIC_ROOT
+    assert f"{folder}/instances_train.json" == train.INSTANCES_JSON and not val.INSTANCES_JSON
+
+
+def test_every_command_of_the_trainings_has_a_valid_config(tmp_path):
+    commands = commands_of("train_results.sh", tmp_path)
     assert len(commands) == 3 * 3 * 4 + 3 + 1 and commands[-1][0] == "tools/results.py"
     kinds = set()
     for program, *arguments in commands[:-1]:

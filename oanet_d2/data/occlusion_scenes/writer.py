@@ -81,7 +81,7 @@ def _files(root: Path, split: str) -> list[Path]:
 
 
 def _can_stay(root: Path, wanted: dict, overwrite: bool) -> bool:
-    """Whether the split is complete. One of ours that will be overwritten counts as incomplete."""
+    """Whether the split is complete and will not be overwritten."""
     split, found = wanted["split"], None
     files = _files(root, split)  # before the lock, which another process makes before it writes them
     try:
@@ -122,7 +122,7 @@ def _write(root: Path, parameters: dict, num_workers: int | None) -> None:
         worker_init_fn=_start_worker,
         # forked workers could hang if this process has used threads
         multiprocessing_context="spawn" if num_workers > 1 else None,
-        generator=torch.Generator(),  # or it would take a random number from the training
+        generator=torch.Generator(),  # or its seed would be a random number of the training
     )
     annotated = list(tqdm(scenes, desc=f"{GENERATOR} {split}", unit="scene", disable=None))
     description = f"{GENERATOR}: synthetic panoptic scenes of things that lie on one another"
