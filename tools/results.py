@@ -59,7 +59,7 @@ def read_run(folder: Path) -> Dict:
         orders["oracle"] = oracle
     run["seconds"] = run["seconds"]["eval"] / run["images"]
     model = folder / "model_final.pth"  # which an evaluation does not have
-    state = torch.load(model, map_location="cpu")["model"] if model.exists() else {}
+    state = torch.load(model, map_location="cpu", weights_only=True)["model"] if model.exists() else {}
     run["mebibytes"] = sum(x.nbytes for x in state.values()) / 2**20 or None
     return {**run, "config": yaml.safe_load((folder / "config.yaml").read_text())}
 

@@ -3,7 +3,7 @@
 # interruption the same command goes on. Python is $PY, by default python.
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-py=$(command -v "${PY:-python}")
+py=${PY:-python}
 masks=(MODEL.SRM_HEAD.TRAIN_MASKS gt MODEL.SRM_HEAD.PAIRS.EVIDENCE "('geometry',)"
     MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT 0.0 TEST.ORDERS "('score', 'srm_pairs', 'oracle')")
 without_images=(MODEL.META_ARCHITECTURE SRMFromAnnotations MODEL.WEIGHTS "" SOLVER.IMS_PER_BATCH 8

@@ -1,6 +1,5 @@
 import json
 import os
-from itertools import chain
 from typing import Dict, List, Union
 
 import torch
@@ -35,7 +34,8 @@ class PanopticSubmission:
         self.categories: List[Dict] = []
         self._dataset_ids = {}
         for isthing, group in ((True, "thing"), (False, "stuff")):
-            names, colors = (metadata.get(f"{group}_{x}") for x in ("classes", "colors"))
+            names = metadata.get(f"{group}_classes")
+            colors = metadata.get(f"{group}_colors")
             for dataset_id, index in metadata.get(f"{group}_dataset_id_to_contiguous_id").items():
                 self._dataset_ids[isthing, index] = dataset_id
                 category = {"id": dataset_id, "name": names[index], "isthing": int(isthing)}
@@ -63,8 +63,9 @@ class PanopticSubmission:
         ids = panoptic_seg.cpu().numpy()
         with atomic_path(os.path.join(self.folder, png_name)) as path:
             Image.fromarray(id2rgb(ids)).save(path)
-        size = dict(zip(("height", "width"), ids.shape))
-        self.images.append({"id": image_id, "file_name": image_name, **size})
+        height, width = ids.shape
+        image = {"id": image_id, "file_name": image_name, "height": height, "width": width}
+        self.images.append(image)
         segments = [
             {"id": s["id"], "category_id": self._dataset_ids[s["isthing"], s["category_id"]]}
             for s in segments_info
@@ -107,8 +108,8 @@ class PanopticFiles(DatasetEvaluator):
             self._submission.add(ids, segments_info, x["image_id"], image, png)
 
     def evaluate(self):
-        images, annotations = self._submission.images, self._submission.annotations
-        parts = comm.gather((images, annotations))
+        parts = comm.gather((self._submission.images, self._submission.annotations))
         if comm.is_main_process():
-            images[:], annotations[:] = ([*chain(*x)] for x in zip(*parts))
+            self._submission.images = [x for images, _ in parts for x in images]
+            self._submission.annotations = [x for _, annotations in parts for x in annotations]
             self._submission.save()

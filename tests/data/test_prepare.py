@@ -34,7 +34,8 @@ def prepare(monkeypatch, name, source):
 
 
 def test_street_fashion(tmp_path, monkeypatch):
-    [(tmp_path / x).mkdir(parents=True) for x in ("photos", "annotations/pixel-level")]
+    for folder in ("photos", "annotations/pixel-level"):
+        (tmp_path / folder).mkdir(parents=True)
     listed = np.array([["null", "skin", "shoes", "boots", "purse", "coat", "tie"]], dtype=object)
     savemat(tmp_path / "label_list.mat", {"label_list": listed})
     labels = np.zeros((416, 208), np.uint8)
