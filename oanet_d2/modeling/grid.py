@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from detectron2.structures import BitMasks, Instances
 
-from ..painting.masks import BoxedMasks
+from ..painting.masks import paste_on_grid
 
 __all__ = ["GridInstances", "GridTruth", "Maps", "detections_on_grid", "grid_size"]
 __all__ += ["ground_truth_on_grid", "map_on_grid", "truth_on_grid"]
@@ -43,7 +43,8 @@ class GridTruth:
 
 def grid_size(image_size: Tuple[int, int], stride: int) -> Tuple[int, int]:
     """(h, w) of the grid that covers an image of `image_size` = (H, W) pixels."""
-    return -(-image_size[0] // stride), -(-image_size[1] // stride)
+    # ONNX divides negative numbers otherwise.
+    return (image_size[0] + stride - 1) // stride, (image_size[1] + stride - 1) // stride
 
 
 def detections_on_grid(instances: Instances, stride: int, score_threshold: float) -> GridInstances:
@@ -62,11 +63,10 @@ def detections_on_grid(instances: Instances, stride: int, score_threshold: float
     """
     size = grid_size(instances.image_size, stride)
     boxes, scores = instances.pred_boxes.tensor.float(), instances.scores.float()
-    masks = torch.zeros((len(instances), *size), dtype=torch.bool, device=boxes.device)
     painted = (scores >= score_threshold).nonzero()[:, 0]
     roi_masks = instances.pred_masks[painted, 0].float()
     cells = boxes[painted] / stride
-    of_painted = BoxedMasks.paste(roi_masks, cells, size).full()
+    of_painted = paste_on_grid(roi_masks, cells, size) >= 0.5
 
     best_probability, best_pixel = roi_masks.flatten(1).max(dim=1)
     side = roi_masks.shape[-1]
@@ -76,6 +76,7 @@ def detections_on_grid(instances: Instances, stride: int, score_threshold: float
     lost = (nowhere & (best_probability >= 0.5)).nonzero()[:, 0]
     column, row = (best_cell[lost, i].clamp(0, size[1 - i] - 1) for i in (0, 1))
     of_painted[lost, row, column] = True
+    masks = of_painted.new_zeros(scores.shape[0], *size)
     masks[painted] = of_painted
     boxes = relative_boxes(boxes, instances.image_size)
     return GridInstances(masks, instances.pred_classes, scores, boxes)
@@ -164,7 +165,8 @@ def relative_boxes(boxes: torch.Tensor, image_size: Sequence[int]) -> torch.Tens
     Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
     """
     height, width = image_size
-    return boxes / boxes.new_tensor([width, height, width, height])
+    x, y = boxes[:, 0::2] / width, boxes[:, 1::2] / height
+    return torch.stack([x, y], dim=2).flatten(1)
 
 
 def _sample(labels: torch.Tensor, stride: int) -> torch.Tensor:

@@ -168,7 +168,7 @@ class OANet(PanopticFPN):
         instances = self._training_instances(images, features, proposals, gt_instances)
         with torch.autocast(self.device.type, enabled=False):
             truth = [truth_on_grid(x, self.srm_stride, self.device) for x in batched_inputs]
-            maps = self.ranking_maps(images, semantic, features)
+            maps = self.ranking_maps(images.image_sizes, semantic, features)
             losses.update(self.srm_head.losses(instances, truth, maps))
         return losses
 
@@ -197,7 +197,7 @@ class OANet(PanopticFPN):
     def _on_grid(self, detected: Instances) -> GridInstances:
         return detections_on_grid(detected, self.srm_stride, self.combine_instances_score_thresh)
 
-    def ranking_maps(self, images: ImageList, semantic: torch.Tensor, features: Dict) -> List[Maps]:
+    def ranking_maps(self, image_sizes, semantic: torch.Tensor, features: Dict) -> List[Maps]:
         """
         What every image itself tells the ranking head. It is detached: the loss of the ranking would
         lower the quality of the other branches.
@@ -208,9 +208,9 @@ class OANet(PanopticFPN):
             found["semantic"] = semantic[:, :num_things], self.sem_seg_head.common_stride
         if name in features:
             found["features"] = features[name], self.backbone.output_shape()[name].stride
-        maps: List[Maps] = [{} for _ in images.image_sizes]
+        maps: List[Maps] = [{} for _ in image_sizes]
         for key, (batch, stride) in found.items():
-            for of_image, x, size in zip(maps, batch.detach().float(), images.image_sizes):
+            for of_image, x, size in zip(maps, batch.detach().float(), image_sizes):
                 of_image[key] = map_on_grid(x, stride, self.srm_stride, size)
         return maps
 
@@ -287,7 +287,7 @@ class OANet(PanopticFPN):
             masks = [x.pred_masks.new_zeros(len(x), 0, 0).bool() for x in detected]
             return [OrderInputs(x.scores, x.pred_classes, m) for x, m in zip(detected, masks)]
         instances = [self._on_grid(x) for x in detected]
-        return self.srm_head.order_inputs(instances, self.ranking_maps(images, semantic, features))
+        return self.srm_head.order_inputs(instances, self.ranking_maps(images.image_sizes, semantic, features))
 
     def _postprocess(self, image_size, size, detected: Instances, logits, order_inputs: OrderInputs):
         # One image's result at `size` = (H, W), still without "panoptic_seg", and its fusion inputs.

@@ -121,7 +121,7 @@ class PairwiseRankingHead(nn.Module):
         }
 
     def forward(
-        self, instances: List[GridInstances], maps: List[Maps]
+        self, instances: List[GridInstances], maps: List[Maps], appearance=appearance_means
     ) -> Tuple[List[Pairs], torch.Tensor]:
         """
         Compare the instances of every image that overlap.
@@ -129,6 +129,7 @@ class PairwiseRankingHead(nn.Module):
         Args:
             instances: the instances of B images.
             maps: for every image the maps that are evidence; "score_map" is S, (C, h, w) float.
+            appearance: a function that computes :func:`appearance_means`.
 
         Returns:
             the pairs of every image, and (P,) float logits for all of them together, positive where
@@ -136,13 +137,14 @@ class PairwiseRankingHead(nn.Module):
         """
         pairs = [overlapping_pairs(x.masks) for x in instances]
         # One call for all images: the network is so small that a call costs more than its work.
-        descriptions = [self._describe(*x) for x in zip(instances, pairs, maps)]
+        descriptions = [self._describe(*x, appearance) for x in zip(instances, pairs, maps)]
         return pairs, self.network(*map(torch.cat, zip(*descriptions)))
 
-    def _describe(self, instances: GridInstances, pairs: Pairs, maps: Maps):
+    def _describe(self, instances: GridInstances, pairs: Pairs, maps: Maps, appearance):
         classes = instances.classes
-        numbers = [pairs.areas.new_zeros(len(pairs.a), 2, 0)]
-        means = pairs.areas.new_zeros(len(pairs.a), 3, 0)
+        number = pairs.a.shape[0]
+        numbers = [pairs.areas.new_zeros(number, 2, 0)]
+        means = pairs.areas.new_zeros(number, 3, 0)
         if "geometry" in self.evidence:
             numbers.append(geometry_evidence(classes, instances.scores, instances.boxes, pairs))
         if "score_map" in self.evidence:
@@ -151,7 +153,7 @@ class PairwiseRankingHead(nn.Module):
             numbers.append(class_evidence(maps["semantic"].softmax(0), classes, pairs))
             numbers.append(class_evidence(maps["semantic"] / 4, classes, pairs))
         if "features" in self.evidence:
-            means = appearance_means(maps["features"], pairs)
+            means = appearance(maps["features"], pairs)
         of_both = torch.stack([classes[pairs.a], classes[pairs.b]], dim=1)
         return of_both, torch.cat(numbers, dim=2), means
 
@@ -192,7 +194,9 @@ class PairwiseRankingHead(nn.Module):
             get_event_storage().put_scalar("srm/pair_accuracy", float(right.float().mean()))
         return losses
 
-    def order_inputs(self, instances: List[GridInstances], maps: List[Maps]) -> List[OrderInputs]:
+    def order_inputs(
+        self, instances: List[GridInstances], maps: List[Maps], appearance=appearance_means
+    ) -> List[OrderInputs]:
         """
         As :meth:`SpatialRankingHead.order_inputs`, with `pair_margins`: the cells that two instances
         share, times P(a before b) - P(b before a).
@@ -200,11 +204,12 @@ class PairwiseRankingHead(nn.Module):
         if self.score_map is not None:
             score_maps = [self.score_map(x).softmax(0) for x in instances]
             maps = [{**m, "score_map": x} for m, x in zip(maps, score_maps)]
-        all_pairs, answers = self(instances, maps)
-        logits = answers.split([len(x.a) for x in all_pairs])
+        all_pairs, answers = self(instances, maps, appearance)
+        logits = answers.split([x.a.shape[0] for x in all_pairs])
         ranked = []
         for x, m, pairs, of_pairs in zip(instances, maps, all_pairs, logits):
-            margins = x.scores.new_zeros(len(x.scores), len(x.scores))
+            number = x.scores.shape[0]
+            margins = x.scores.new_zeros(number, number)
             margins[pairs.a, pairs.b] = torch.tanh(of_pairs / 2) * pairs.cells
             known = m.get("score_map"), margins - margins.t()
             ranked.append(OrderInputs(x.scores, x.classes, x.masks, *known))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-__all__ = ["BoxedMasks", "mask_extents"]
+__all__ = ["BoxedMasks", "mask_extents", "paste_on_grid"]
 
 Region = Tuple[slice, slice]  # rows and columns
 
@@ -114,6 +114,29 @@ class BoxedMasks:
         for i, region in enumerate(self.regions):
             full[i][region] = self._make(i)
         return full
+
+
+def paste_on_grid(
+    roi_masks: torch.Tensor, boxes: torch.Tensor, size: Tuple[int, int]
+) -> torch.Tensor:
+    """
+    What :meth:`BoxedMasks.paste` samples, for all instances at once: on a small grid that is faster.
+
+    Args:
+        roi_masks, boxes, size: see :meth:`BoxedMasks.paste`.
+
+    Returns:
+        (N, H, W) float probabilities.
+    """
+    cells = torch.arange(roi_masks.shape[-1], device=boxes.device)
+    weights = []
+    for length, first, last in zip(size, boxes.T[[1, 0], :, None], boxes.T[[3, 2], :, None]):
+        centres = torch.arange(length, device=boxes.device) + 0.5
+        positions = (centres - first) / (last - first) * len(cells) - 0.5
+        # Bilinear interpolation treats rows and columns apart: (N, length, M) each.
+        weights.append((1 - (positions[:, :, None] - cells).abs()).clamp(min=0))
+    rows, columns = weights
+    return rows @ roi_masks @ columns.transpose(1, 2)
 
 
 def _regions(boxes: torch.Tensor) -> List[Region]:
