@@ -21,6 +21,7 @@ setup(
         "fvcore>=0.1.5",
         "iopath>=0.1.9",
         "pyyaml",
+        "safetensors",
         "tabulate",
         "tqdm",
         "jinja2",

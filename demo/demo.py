@@ -45,7 +45,8 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="path to config file")
+    about = "path to config file; not needed with MODEL.WEIGHTS model_final.safetensors in --opts"
+    add("--config-file", metavar="FILE", help=about)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--webcam", action="store_true", help="take inputs from webcam")
     source.add_argument("--video-input", metavar="FILE", help="path to video file")
@@ -70,6 +71,8 @@ def check_arguments(args) -> None:
     threshold = args.confidence_threshold
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--confidence-threshold is {threshold}; it must lie in [0, 1].")
+    if args.config_file is None and "MODEL.WEIGHTS" not in args.opts[:-1:2]:
+        raise ValueError("Give --config-file, or --opts MODEL.WEIGHTS model_final.safetensors.")
     if args.webcam and args.output is not None:
         raise ValueError("--webcam shows a window; it takes no --output.")
     if args.save_panoptic is not None:
@@ -119,7 +122,12 @@ class Segmenter:
             "MODEL.OANET.ORDER": args.order,
         }
         opts = [x for item in changes.items() if item[1] is not None for x in item]
-        self.predictor = PanopticPredictor.from_config(args.config_file, opts=[*args.opts, *opts])
+        opts = [*args.opts, *opts]
+        if args.config_file is not None:
+            self.predictor = PanopticPredictor.from_config(args.config_file, opts=opts)
+        else:
+            weights = dict(zip(args.opts[::2], args.opts[1::2]))["MODEL.WEIGHTS"]
+            self.predictor = PanopticPredictor.from_file(weights, opts)
         self.orders = ["score", self.predictor.model.order] if args.compare else []
         if self.orders == ["score", "score"]:
             raise ValueError("--compare needs another order than 'score'; name it by --order.")

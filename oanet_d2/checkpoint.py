@@ -1,19 +1,23 @@
 import codecs
+import json
 import os
 import pickle
 import re
 from collections import OrderedDict
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 from urllib.parse import urlparse
 
+import safetensors.torch
 import torch
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 
 from .files import atomic_path, write_atomically
 from .modeling.timm_backbone import TimmBackbone
 
-__all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite"]
+__all__ = ["CheckpointError", "OANetCheckpointer", "first_not_finite", "read_description"]
 
 
 class CheckpointError(ValueError):
@@ -22,9 +26,9 @@ class CheckpointError(ValueError):
 
 class OANetCheckpointer(DetectionCheckpointer):
     """
-    Reads what :class:`DetectionCheckpointer` reads, but runs no code from a file unless
-    `allow_pickle` is set, and refuses a file without one tensor for the model. It writes the same
-    files, whole or not at all.
+    Reads what :class:`DetectionCheckpointer` reads, and `.safetensors`, but runs no code from a file
+    unless `allow_pickle` is set, and refuses a file without one tensor for the model. It writes the
+    same files, whole or not at all.
 
     Attributes:
         new (list[str]): tensors of the model that the last file lacks or has in another shape.
@@ -54,18 +58,44 @@ class OANetCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        last = f"The last checkpoint is {self.get_checkpoint_file() or 'none yet'}."
         data = {"model": self.model.state_dict()}
-        broken = first_not_finite(data["model"].items())
-        if broken is not None:
-            raise FloatingPointError(f"{path} is not saved: {broken} is not finite. {last}")
         data.update({key: x.state_dict() for key, x in self.checkpointables.items()}, **kwargs)
-        self.logger.info(f"Saving checkpoint to {path}")
-        try:
+        with self._saving(f"{name}.pth") as path:
             with atomic_path(path) as temporary, open(temporary, "wb") as f:
                 torch.save(data, f)
             write_atomically(os.path.join(self.save_dir, "last_checkpoint"), f"{name}.pth")
+
+    def save_safetensors(self, name: str, config: str, categories: List[Dict]) -> None:
+        """
+        Write `name`.safetensors: the model's tensors, and in its metadata what
+        :func:`read_description` gives. No training resumes from it.
+
+        Args:
+            config: yaml of the whole config.
+            categories: of the dataset, as in a COCO panoptic JSON.
+
+        Raises:
+            CheckpointError, FloatingPointError: as :meth:`save`.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        metadata = {"config": config, "categories": json.dumps(categories)}
+        # The format takes no two tensors that share memory.
+        state = self.model.state_dict().items()
+        tensors = {k: x.to("cpu", copy=True).contiguous() for k, x in state}
+        with self._saving(f"{name}.safetensors") as path:
+            write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[str]:
+        path = os.path.join(self.save_dir, name)
+        last = f"The last checkpoint is {self.get_checkpoint_file() or 'none yet'}."
+        broken = first_not_finite(self.model.state_dict().items())
+        if broken is not None:
+            raise FloatingPointError(f"{path} is not saved: {broken} is not finite. {last}")
+        self.logger.info(f"Saving checkpoint to {path}")
+        try:
+            yield path
         except (OSError, RuntimeError) as error:  # torch may raise the latter for a full disk
             reason = f"{error.__context__ or error}. {last} Make room and go on with --resume."
             raise CheckpointError(f"{path} cannot be written: {reason}") from error
@@ -82,14 +112,9 @@ class OANetCheckpointer(DetectionCheckpointer):
         if path.startswith("timm://"):
             return self._load_timm(path[len("timm://") :])
         self._parsed_url_during_load = None  # Detectron2 keeps the last one after an error
-        file = urlparse(path)._replace(query="").geturl()
-        try:
-            found = not path or os.path.isfile(self.path_manager.get_local_path(file))
-        except Exception as error:  # each kind of URL raises its own
-            raise CheckpointError(f"{path} cannot be fetched: {error!r}.") from error
-        if not found:
+        if path:
             tag = os.path.join(self.save_dir, "last_checkpoint")
-            raise CheckpointError(f"{path} is no file. Correct MODEL.WEIGHTS or, to resume, {tag}.")
+            _local_file(path, self.path_manager, f"Correct MODEL.WEIGHTS or, to resume, {tag}.")
         return super().load(path, *args, **kwargs)
 
     def _load_timm(self, source: str) -> Dict[str, Any]:
@@ -129,10 +154,13 @@ class OANetCheckpointer(DetectionCheckpointer):
                 ) from error
             raise CheckpointError(
                 f"{self._path} cannot be read as a checkpoint: {reason!r}. It must be a .pkl of the "
-                f"model zoo, or a .pth with tensors by name; {filename} is damaged or another kind."
+                f"model zoo, or a .pth or .safetensors with tensors by name; {filename} is damaged or "
+                "another kind."
             ) from error
 
     def _torch_load(self, f: str) -> Dict[str, Any]:
+        if f.endswith(".safetensors"):
+            return {"model": safetensors.torch.load_file(f)}
         return torch.load(f, map_location="cpu", weights_only=not self.allow_pickle)
 
     def _log_incompatible_keys(self, incompatible) -> None:
@@ -147,6 +175,43 @@ class OANetCheckpointer(DetectionCheckpointer):
                 f"{[*self.unused, *self.left_out][:3]}, and the model {names[:3]}. If it is a "
                 "backbone's .pth, put ?matching_heuristics=True after the path."
             )
+
+
+def read_description(path: str) -> Tuple[str, List[Dict]]:
+    """
+    What a file of :meth:`OANetCheckpointer.save_safetensors` says about its model.
+
+    Args:
+        path: a path or a URL.
+
+    Returns:
+        config (str): yaml, as untrusted as the file.
+        categories (list[dict]): of the dataset, as in a COCO panoptic JSON.
+
+    Raises:
+        CheckpointError: there is no such file, or it is another one.
+    """
+    file = _local_file(path, PathManager)
+    try:
+        with safetensors.safe_open(file, "pt") as f:
+            found = f.metadata() or {}
+        return found["config"], list(json.loads(found["categories"]))
+    except Exception as error:  # damaged, or of another program
+        raise CheckpointError(
+            f"{path} has no config and classes inside ({error!r}), as a training's "
+            "model_final.safetensors has. Use another checkpoint with its yaml, by --config-file or "
+            "PanopticPredictor.from_config."
+        ) from error
+
+
+def _local_file(path: str, path_manager, remedy: str = "") -> str:
+    try:
+        file = path_manager.get_local_path(urlparse(path)._replace(query="").geturl())
+    except Exception as error:  # each kind of URL raises its own
+        raise CheckpointError(f"{path} cannot be fetched: {error!r}.") from error
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{path} is no file. {remedy}".rstrip())
+    return file
 
 
 def first_not_finite(tensors: Iterable[Tuple[str, torch.Tensor]]) -> Optional[str]:

@@ -1,5 +1,5 @@
 import os
-from typing import Sequence, Union
+from typing import Optional, Sequence, Union
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -123,7 +123,9 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.DATASETS.OCCLUSION_SCENES.SEED = 0
 
 
-def load_config(config_file: Union[str, os.PathLike], opts: Sequence = ()) -> CfgNode:
+def load_config(
+    config_file: Union[str, os.PathLike], opts: Sequence = (), content: Optional[str] = None
+) -> CfgNode:
     """
     Detectron2's defaults and this project's, then a yaml, then overrides. Class counts and datasets
     are left to :func:`oanet_d2.complete_config`.
@@ -131,6 +133,7 @@ def load_config(config_file: Union[str, os.PathLike], opts: Sequence = ()) -> Cf
     Args:
         config_file: a path, or a URL that Detectron2's PathManager knows. Code in a yaml is refused.
         opts: keys and values in turn, as on the command line.
+        content: the yaml itself, where `config_file` is a checkpoint that holds it.
 
     Raises:
         ValueError: the file or an override is wrong. The message names it.
@@ -138,9 +141,13 @@ def load_config(config_file: Union[str, os.PathLike], opts: Sequence = ()) -> Cf
     cfg = get_cfg()
     add_oanet_config(cfg)
     try:
-        cfg.merge_from_file(os.fspath(config_file), allow_unsafe=False)
+        if content is None:
+            cfg.merge_from_file(os.fspath(config_file), allow_unsafe=False)
+        else:
+            cfg.merge_from_other_cfg(CfgNode.load_cfg(content))
     except Exception as error:  # yaml, yacs and Detectron2 raise many kinds
-        raise ValueError(f"config {config_file}: {_reason(error)}") from error
+        where = config_file if content is None else f"in {config_file}, perhaps of another version"
+        raise ValueError(f"config {where}: {_reason(error)}") from error
     if len(opts) % 2:
         raise ValueError(f"overrides are KEY VALUE in turn; {opts[-1]!r} has no value.")
     for key, value in zip(opts[::2], opts[1::2]):

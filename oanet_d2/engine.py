@@ -20,6 +20,7 @@ from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import dataset_root
 from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
+from .data.register import categories_of
 from .data.training_stream import TrainingStream, build_train_loader
 from .output_folder import RunConfig
 from .report import ReportRecorder, write_report
@@ -122,6 +123,11 @@ class OANetTrainer(DefaultTrainer):
             )
 
     def after_train(self):
+        """At the end, before a last evaluation, `model_final.safetensors` is written."""
+        names = (*self.cfg.DATASETS.TEST, *self.cfg.DATASETS.TRAIN)  # as PanopticPredictor
+        if names and self.iter >= self.max_iter:
+            categories = categories_of(MetadataCatalog.get(names[0]))
+            self.checkpointer.save_safetensors("model_final", self.cfg.dump(), categories)
         try:
             super().after_train()
         except Exception as error:

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import VisImage
 
-from .checkpoint import CheckpointError, OANetCheckpointer
+from .checkpoint import CheckpointError, OANetCheckpointer, read_description
 from .config import load_config
 from .data import complete_config
 from .data.images import read_image
-from .data.register import Path
+from .data.register import Path, category_metadata
 from .modeling import OANet
 from .visualization import draw_panoptic
 
@@ -28,6 +28,8 @@ __all__ = ["PanopticPredictor", "PanopticResult"]
 logger = logging.getLogger(__name__)
 
 Picture = Union[Path, np.ndarray]
+# What nobody asks a predictor for is not made.
+_OPTS = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
 _building = threading.Lock()  # Detectron2's catalogs of datasets belong to the whole process
 
 
@@ -72,12 +74,14 @@ class PanopticPredictor:
 
     The names of the classes come from what is registered under the name of the config's dataset
     or, for a dataset of `DATASETS.PANOPTIC`, from its panoptic JSON. Nothing else of it is read.
+    :meth:`from_file` needs neither.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, metadata: Optional[Metadata] = None):
         """
         Args:
             cfg: config of the network, with `MODEL.WEIGHTS`.
+            metadata: Detectron2's of the classes, instead of that dataset's.
 
         Raises:
             ValueError: the config or the checkpoint cannot be used. The message says why.
@@ -95,8 +99,8 @@ class PanopticPredictor:
             torch.zeros(1, device=cfg.MODEL.DEVICE)
         except Exception as error:  # every kind of device has its own
             raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
-        names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1]
-        if not names:
+        names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1] if metadata is None else ()
+        if not names and metadata is None:
             raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
         cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = names, ()
         described = {k: v for k, v in cfg.DATASETS.PANOPTIC.items() if k in names}
@@ -116,7 +120,7 @@ class PanopticPredictor:
                 f"{cfg.MODEL.WEIGHTS} lacks {len(new)} tensors of the model or has them in another "
                 f"shape, such as {new[0]}. It is for another config, or for a training to start from."
             )
-        self.metadata = MetadataCatalog.get(names[0])
+        self.metadata = MetadataCatalog.get(names[0]) if metadata is None else metadata
         self.aug = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
@@ -128,10 +132,30 @@ class PanopticPredictor:
             opts: "KEY", value, "KEY", value, ... to override in the config. "MODEL.OANET.OUTPUTS"
                 is () unless it is set here.
         """
-        cfg = load_config(config_file, ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", (), *opts])
+        cfg = load_config(config_file, [*_OPTS, *opts])
         if weights:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         return cls(cfg)
+
+    @classmethod
+    def from_file(cls, weights: Path, opts: Sequence = ()):
+        """
+        A predictor of a training's `model_final.safetensors`, which holds the config and the classes.
+
+        Args:
+            weights: its path or URL.
+            opts: as for :meth:`from_config`.
+
+        Raises:
+            ValueError: it is another file, or its config is for another version of this project.
+        """
+        weights = os.fspath(weights)
+        config, categories = read_description(weights)
+        cfg = load_config(weights, [*_OPTS, *opts], config)
+        cfg.MODEL.WEIGHTS = weights
+        cfg.MODEL.ALLOW_PICKLE = False  # the file must not allow it to itself
+        where = f"{weights}: categories"
+        return cls(cfg, Metadata(name=weights, **category_metadata(categories, where)))
 
     def __call__(self, image: Picture) -> PanopticResult:
         """

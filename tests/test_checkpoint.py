@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import re
@@ -5,12 +6,13 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from detectron2.modeling import build_model
 
-from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer
+from oanet_d2.checkpoint import CheckpointError, OANetCheckpointer, read_description
 from tests.conftest import panoptic_fpn_cfg
 
 
@@ -25,9 +27,12 @@ def zoo(state):
 
 
 def write(path, content):
-    """A pickle, or what torch makes of it, by the path's ending."""
+    """A pickle, a .safetensors of the model alone, or what torch makes of it, by the path's ending."""
     if path.suffix == ".pkl":
         path.write_bytes(pickle.dumps(content, protocol=2))
+    elif path.suffix == ".safetensors":
+        state = {k: torch.as_tensor(v) for k, v in content["model"].items()}
+        safetensors.torch.save_file(state, path)
     else:
         torch.save(content, path)
     return str(path)
@@ -66,6 +71,7 @@ def panoptic_fpn_state(cfg, *opts):
         ("detectron2.pth", lambda state: {"model": state, "iteration": 5}),
         ("parallel.pth", lambda state: {f"module.{k}": v for k, v in state.items()}),
         ("pycls.pyth", lambda state: {"model_state": state}),
+        ("other.safetensors", lambda state: {"model": state}),
     ],
 )
 def test_every_tensor_of_a_panoptic_fpn_arrives(cfg, tmp_path, name, content):
@@ -80,14 +86,15 @@ def test_every_tensor_of_a_panoptic_fpn_arrives(cfg, tmp_path, name, content):
     assert checkpointer.left_out == checkpointer.unused == []
 
 
-def test_another_class_count(cfg, tmp_path):
+@pytest.mark.parametrize("name", ["zoo.pkl", "other.safetensors"])
+def test_another_class_count(cfg, tmp_path, name):
     """The layers that depend on it stay as they were. Everything else is loaded."""
     classes = ["MODEL.ROI_HEADS.NUM_CLASSES", "80", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "54"]
     state, model = panoptic_fpn_state(cfg, *classes), build_model(cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     checkpointer = OANetCheckpointer(model)
     state.update({"neck.weight": torch.ones(1), "pixel_mean": torch.ones(3)})
-    checkpointer.load(write(tmp_path / "zoo.pkl", zoo(state)))
+    checkpointer.load(write(tmp_path / name, zoo(state)))
     assert checkpointer.unused == ["neck.weight"]
     changed = {name: shapes for name, *shapes in checkpointer.left_out}
     assert changed["sem_seg_head.predictor.bias"] == [(54,), (7,)]
@@ -184,7 +191,7 @@ def test_what_is_refused_is_named(tmp_path, module, name):
         refused(tmp_path / "a.pkl", f"holds {module}.{name}, which could run code")
 
 
-@pytest.mark.parametrize("name", ["a.pkl", "a.pth"])
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.safetensors"])
 def test_damaged_files(tmp_path, name):
     path = tmp_path / name
     write(path, zoo(linear(1).state_dict()))
@@ -221,6 +228,57 @@ def test_missing(tmp_path):
         OANetCheckpointer(linear(), str(tmp_path)).resume_or_load("", resume=True)
 
 
+CATEGORIES = [{"id": 7, "name": "Stra\u00dfe", "isthing": 0, "color": [1, 2, 3]}]
+
+
+def test_a_safetensors_file_by_its_specification(tmp_path):
+    """Eight bytes of length, a JSON header, the numbers. Tensors that share memory are there twice."""
+    model = linear()
+    model["tied"] = nn.Linear(3, 2)
+    model["tied"].weight = model["head"].weight
+    model["turned"] = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+    OANetCheckpointer(model, str(tmp_path)).save_safetensors("net", "MODEL: {}", CATEGORIES)
+    data = (tmp_path / "net.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    description = header.pop("__metadata__")
+    assert description["config"] == "MODEL: {}"
+    assert json.loads(description["categories"]) == CATEGORIES
+    state = model.state_dict()
+    assert header.keys() == state.keys()
+    for name, x in state.items():
+        first, last = header[name]["data_offsets"]
+        found = np.frombuffer(data[start + first : start + last], "<f4")
+        assert (found.reshape(x.shape) == x.numpy()).all(), name
+    assert read_description(str(tmp_path / "net.safetensors")) == ("MODEL: {}", CATEGORIES)
+    assert os.listdir(tmp_path) == ["net.safetensors"]  # no training resumes from it
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model = linear()
+    nn.init.constant_(model["head"].bias, float("nan"))
+    checkpointer = OANetCheckpointer(model, str(tmp_path))
+    for save in (checkpointer.save, lambda name: checkpointer.save_safetensors(name, "", [])):
+        with pytest.raises(FloatingPointError, match="net.* is not saved: head.bias is not finite"):
+            save("net")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"config": ""}, {"config": "", "categories": "["}, {"categories": "[]"}]
+)
+def test_files_without_a_description(tmp_path, metadata):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(linear().state_dict(), path, metadata)
+    with pytest.raises(CheckpointError, match="a.safetensors has no config and classes.*yaml"):
+        read_description(str(path))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="a.safetensors has no config and classes"):
+        read_description(str(path))
+    with pytest.raises(CheckpointError, match="none.safetensors is no file"):
+        read_description(str(tmp_path / "none.safetensors"))
+
+
 def test_disk_is_full(small_disk):
     """A disk of 1 MB, with a model of 0.6 MB."""
     model = nn.Linear(400, 400)
@@ -229,6 +287,8 @@ def test_disk_is_full(small_disk):
     checkpointer.save("good", iteration=3)
     with pytest.raises(CheckpointError, match="other.pth .*No space left .*good.pth.*--resume"):
         checkpointer.save("other", iteration=4)
+    with pytest.raises(CheckpointError, match="other.safetensors .*No space left .*good.pth"):
+        checkpointer.save_safetensors("other", "", [])
     assert sorted(os.listdir(small_disk)) == ["good.pth", "last_checkpoint"]
     nn.init.zeros_(model.weight)
     assert checkpointer.resume_or_load("")["iteration"] == 3 and (model.weight == 1).all()

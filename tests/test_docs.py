@@ -5,12 +5,15 @@ import re
 
 import torch
 
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from oanet_d2 import load_config
+from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.data.register import categories_of
 from oanet_d2.modeling.oanet import FusionInputs
 from oanet_d2.painting import RANKING_RULE_REGISTRY, BoxedMasks, OrderInputs
 from tests import conftest
@@ -40,9 +43,10 @@ def test_readme(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(CONFIGS)
     (tmp_path / "my_config.yaml").write_text(*examples("README.md", "yaml"))
     assert set(load_config("my_config.yaml").DATASETS.PANOPTIC) == {"my_train", "my_val"}
-    model = build_model(conftest.load_config("OcclusionScenes/oanet_lite0.yaml"))
-    (tmp_path / "output/occlusion_scenes").mkdir(parents=True)
-    torch.save({"model": model.state_dict()}, "output/occlusion_scenes/model_final.pth")
+    cfg = conftest.load_config("OcclusionScenes/oanet_lite0.yaml")
+    categories = categories_of(MetadataCatalog.get("occlusion_scenes_val"))
+    checkpointer = OANetCheckpointer(build_model(cfg), "output/occlusion_scenes")
+    checkpointer.save_safetensors("model_final", cfg.dump(), categories)
     write_split(tmp_path / "datasets/occlusion_scenes", "val", 1, image_size=64, num_workers=0)
     exec(examples("README.md")[0], {})
 

@@ -3,7 +3,10 @@ import os
 
 import pytest
 import torch
+import yaml
 
+from oanet_d2.checkpoint import read_description
+from oanet_d2.data.occlusion_scenes import CATEGORIES
 from oanet_d2.engine import OANetTrainer
 from tests.conftest import after_step, panoptic_fpn_cfg, trainer_of
 
@@ -33,6 +36,36 @@ def test_first_the_network_learns_then_only_the_ranking(cfg, optimizer):
     ):
         changed = (x for x in states[0] if not torch.equal(states[first][x], states[last][x]))
         assert {name.split(".")[0] for name in changed} == parts
+
+
+def test_what_a_training_leaves(cfg, tmp_path):
+    """Nothing before its end. Another training starts from it."""
+    trainer, path = trainer_of(cfg), os.path.join(cfg.OUTPUT_DIR, "model_final.safetensors")
+    early = []
+    trainer.register_hooks([after_step(5, lambda: early.append(os.path.exists(path)))])
+    trainer.train()
+    assert early == [False]
+    config, categories = read_description(path)
+    assert yaml.safe_load(config) == yaml.safe_load(cfg.dump())
+    known = ("id", "name", "isthing", "color")
+    expected = [{key: c[key] for key in known} for c in CATEGORIES]
+    assert sorted(categories, key=lambda c: c["id"]) == expected
+    with open(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")) as f:
+        assert f.read() == "model_final.pth"
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.SEED = path, str(tmp_path / "other"), 7
+    other = OANetTrainer(cfg)
+    other.resume_or_load(resume=False)
+    assert other.start_iter == 0 and other.checkpointer.new == []
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], tensor), name
+
+
+def test_a_training_that_fails_leaves_no_final_weights(cfg):
+    trainer = trainer_of(cfg)
+    trainer.register_hooks([after_step(4, lambda: 1 / 0)])
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not os.path.exists(os.path.join(cfg.OUTPUT_DIR, "model_final.safetensors"))
 
 
 def learning_rates(cfg, iterations):

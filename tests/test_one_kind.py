@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -54,6 +55,8 @@ def test_one_kind_of_classes(tmp_path, kind, supervision):
         result = PanopticPredictor(cfg)(str(dataset.images[1]))
         assert {s["isthing"] for s in result.segments_info} <= {kind == "things"}
         result.draw()
+        alone = PanopticPredictor.from_file(tmp_path / "out" / "model_final.safetensors")
+        assert torch.equal(alone(str(dataset.images[1])).panoptic_seg, result.panoptic_seg)
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

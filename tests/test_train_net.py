@@ -59,7 +59,7 @@ def test_trains_in_two_processes_and_evaluates_again_in_one(train_net, tmp_path)
     assert first["seconds"]["train"] > 0 and first["seconds"]["eval"] > 0
     for file in files:
         file.unlink()
-    train_net("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    train_net("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.safetensors"))
     assert json.loads(files[0].read_text())["orderings"] == first["orderings"] and files[1].exists()
 
 

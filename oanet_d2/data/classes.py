@@ -73,16 +73,19 @@ def _classes(dataset: str) -> Tuple[List[str], List[str]]:
             "describe it in DATASETS.PANOPTIC."
         )
     metadata = MetadataCatalog.get(dataset).as_dict()
+    things = metadata.get("thing_classes", [])
     any_thing, *stuff = metadata.get("stuff_classes") or [""]
-    stuff_ids = metadata.get("stuff_dataset_id_to_contiguous_id", {}).values()
+    keys = [f"{kind}_dataset_id_to_contiguous_id" for kind in ("thing", "stuff")]
+    thing_ids, stuff_ids = (sorted(metadata.get(key, {}).values()) for key in keys)
     # Detectron2's panoptic datasets count things and stuff together. Its "separated" ones look like
     # ours, but the class 0 ("any thing") is one of the dataset's, and they have no segments_info.
-    if any_thing != "things" or sorted(stuff_ids) != [*range(1, len(stuff) + 1)]:
+    known = any_thing == "things" and stuff_ids == [*range(1, len(stuff) + 1)]
+    if not known or thing_ids != [*range(len(things))]:
         raise ValueError(
             f"Dataset {dataset!r} is not registered as this project needs it. Register its files "
             "with oanet_d2.register_panoptic."
         )
-    return metadata["thing_classes"], stuff
+    return things, stuff
 
 
 def _check_values(cfg) -> None:

@@ -10,6 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from ..data.register import categories_of
 from ..files import atomic_path, write_atomically
 
 __all__ = ["PanopticFiles", "PanopticSubmission"]
@@ -31,18 +32,12 @@ class PanopticSubmission:
         self.folder = os.path.splitext(path)[0]
         self.images: List[Dict] = []
         self.annotations: List[Dict] = []
-        self.categories: List[Dict] = []
-        self._dataset_ids = {}
-        for isthing, group in ((True, "thing"), (False, "stuff")):
-            names = metadata.get(f"{group}_classes")
-            colors = metadata.get(f"{group}_colors")
-            for dataset_id, index in metadata.get(f"{group}_dataset_id_to_contiguous_id").items():
-                self._dataset_ids[isthing, index] = dataset_id
-                category = {"id": dataset_id, "name": names[index], "isthing": int(isthing)}
-                if colors:
-                    category["color"] = list(colors[index])
-                self.categories.append(category)
-        self.categories.sort(key=lambda c: c["id"])
+        self.categories = sorted(categories_of(metadata), key=lambda c: c["id"])
+        self._dataset_ids = {
+            (isthing, index): dataset_id
+            for isthing, kind in ((True, "thing"), (False, "stuff"))
+            for dataset_id, index in metadata.get(f"{kind}_dataset_id_to_contiguous_id").items()
+        }
 
     def add(
         self,

@@ -232,7 +232,11 @@ class OANet(PanopticFPN):
             as :meth:`PanopticFPN.inference`: a list of dicts with "instances" and "panoptic_seg", and
             with "sem_seg" and the instances' "pred_masks" as far as `outputs` names them. Without
             post-processing (list[Instances], list[Tensor]).
+
+        Raises:
+            RuntimeError: torch.export runs it, or torch.jit.trace with post-processing.
         """
+        _refuse_export(do_postprocess)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         semantic = self.sem_seg_head.layers(features)
@@ -330,6 +334,26 @@ class OANet(PanopticFPN):
             stuff_area_thresh=self.combine_stuff_area_thresh,
             instances_score_thresh=self.combine_instances_score_thresh,
         )
+
+
+def _refuse_export(do_postprocess: bool) -> None:
+    # How often the fusion paints depends on the picture, and a trace would keep the number.
+    compiler = getattr(torch, "compiler", None)
+    exported = getattr(compiler, "is_exporting", lambda: False)()  # older versions have neither
+    if exported or (do_postprocess and _is_jit_trace()):
+        raise RuntimeError(
+            "An OANet cannot be exported by torch.jit.trace, torch.export or torch.onnx: the result "
+            "would be wrong for other pictures. Export it with `python -m oanet_d2.export`."
+        )
+
+
+def _is_jit_trace() -> bool:
+    """Whether somebody will use the trace. Detectron2's tools/analyze_model.py only counts in it."""
+    if not torch.jit.is_tracing():
+        return False
+    # The counters of fvcore push scopes themselves; torch.jit.trace pushes those in its map, or none.
+    counted = torch._C._get_tracing_state().current_scope()
+    return torch.jit._trace._trace_module_map is not None or not counted
 
 
 def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> None:

@@ -1,6 +1,7 @@
 import pytest
 
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 
 from oanet_d2 import add_oanet_config, complete_config
 from tests.conftest import load_config, registered
@@ -78,6 +79,13 @@ def test_no_class_is_void():
         cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
         complete_config(cfg)
         assert expected == cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+
+
+def test_things_need_their_ids(tmp_path):
+    with registered("set_no_ids", *Dataset(tmp_path).paths()):
+        del MetadataCatalog.get("set_no_ids").thing_dataset_id_to_contiguous_id
+        with pytest.raises(ValueError, match="'set_no_ids'.*register_panoptic"):
+            complete_config(config("DATASETS.TRAIN", ("set_no_ids",)))
 
 
 def test_a_dataset_without_things_has_a_class_that_is_never_detected(tmp_path):

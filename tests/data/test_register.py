@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import yaml
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from oanet_d2 import complete_config, load_config, register_panoptic
 from oanet_d2.data import register_from_config
-from oanet_d2.data.register import KEYS, category_metadata
+from oanet_d2.data.register import KEYS, categories_of, category_metadata
 from tests.conftest import registered
 from tests.data.conftest import PERSON, SKY
 
@@ -32,6 +33,16 @@ def forget():
     if "my_train" in DatasetCatalog:
         DatasetCatalog.remove("my_train")
         MetadataCatalog.remove("my_train")
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_categories_and_back(color):
+    """Detectron2's COCO classes, whose ids have gaps. Among things and among stuff the order stays."""
+    for given in (COCO_CATEGORIES, CATEGORIES):
+        keys = ["id", "name", "isthing", *["color"] * color]
+        given = [{key: c[key] for key in keys} for c in given]
+        found = categories_of(Metadata(**category_metadata(given, "x")))
+        assert found == sorted(given, key=lambda c: -c["isthing"])
 
 
 def test_metadata_by_hand():

@@ -2,9 +2,14 @@ import numpy as np
 import pytest
 import torch
 
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
+import oanet_d2
+from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.data.register import categories_of
 from tests.conftest import SMALLEST, load_config
 
 
@@ -19,6 +24,21 @@ def config_file(tmp_path_factory):
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     (folder / "tiny.yaml").write_text(cfg.dump())
     return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def weights_file(config_file):
+    """The same network as a training on another machine would leave it, of a dataset unknown here."""
+    cfg = oanet_d2.load_config(config_file)
+    model = build_model(cfg)
+    OANetCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("unknown_here",)
+    cfg.DATASETS.PANOPTIC.unknown_here = CfgNode({"IMAGE_ROOT": "/gone"})
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "/gone/start.pth", "/gone"
+    cfg.TEST.ORDERS = ("score", "class_order")
+    categories = categories_of(MetadataCatalog.get("occlusion_scenes_val"))
+    OANetCheckpointer(model, str(config_file.parent)).save_safetensors("tiny", cfg.dump(), categories)
+    return config_file.parent / "tiny.safetensors"
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,20 @@ def test_arguments_change_the_config(config_file):
     assert changed.roi_heads.box_predictor.test_score_thresh == 0.1
 
 
+def test_a_file_that_needs_no_config(weights_file, pictures, tmp_path):
+    """The classes in it are the dataset's."""
+    panoptic = tmp_path / "panoptic.json"
+    args = ["--input", str(pictures[0]), "--save-panoptic", str(panoptic)]
+    assert demo.main([*args, "--opts", "MODEL.WEIGHTS", str(weights_file)]) == 0
+    known = ("id", "name", "isthing", "color")
+    expected = [{key: c[key] for key in known} for c in CATEGORIES]
+    assert json.loads(panoptic.read_text())["categories"] == expected
+    for opts in ([], ["--opts", "MODEL.WEIGHTS"], ["--opts", "MODEL.WEIGHTS", str(pictures[0])]):
+        with pytest.raises(SystemExit) as end:
+            demo.main([*args, *opts])
+        assert end.value.code == 2
+
+
 def test_panopticapi_takes_the_results(run, config_file, scenes, pictures, tmp_path):
     """Without --output nothing is drawn."""
     output = tmp_path / "results.json"

@@ -1,19 +1,21 @@
 import json
 import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from oanet_d2 import PanopticPredictor, PanopticResult
-from oanet_d2.checkpoint import CheckpointError
+from oanet_d2 import PanopticPredictor, PanopticResult, load_config
+from oanet_d2.checkpoint import CheckpointError, read_description
 from tests.conftest import scenes_paths
 from tests.demo.conftest import owners
 
@@ -100,6 +102,66 @@ def test_predictors_built_at_once_from_a_panoptic_json(own_dataset, bgr):
     for result in others:
         assert torch.equal(result.panoptic_seg, first.panoptic_seg)
     assert first.metadata.name == "own_val" and "own_train" not in DatasetCatalog
+
+
+def test_a_file_with_its_config_and_classes(weights_file, predictor, bgr):
+    """It needs nothing else: no yaml, no dataset, none of the paths that a training knew."""
+    alone = PanopticPredictor.from_file(weights_file)
+    a, b = alone(bgr), predictor(bgr)
+    assert torch.equal(a.panoptic_seg, b.panoptic_seg) and a.segments_info == b.segments_info
+    assert a.draw().get_image().shape == b.draw().get_image().shape
+    expected = MetadataCatalog.get("occlusion_scenes_val").as_dict()
+    found = {key: x for key, x in alone.metadata.as_dict().items() if key != "name"}
+    assert found == {key: expected[key] for key in found} and "stuff_colors" in found
+    assert "unknown_here" not in DatasetCatalog and "unknown_here" not in MetadataCatalog
+    changed = PanopticPredictor.from_file(weights_file, ["MODEL.OANET.ORDER", "score"])
+    score, _ = predictor.in_orders(bgr, ["score", "srm_pairs"]).values()
+    assert torch.equal(changed(bgr).panoptic_seg, score.panoptic_seg)
+
+
+def test_a_file_beside_a_config(config_file, weights_file, predictor, bgr):
+    other = PanopticPredictor.from_config(config_file, weights_file)
+    assert torch.equal(other(bgr).panoptic_seg, predictor(bgr).panoptic_seg)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("MODEL: {FROM_THE_FUTURE: 1}", "another version: .*MODEL.FROM_THE_FUTURE"),
+        ("MODEL: {MASK_ON: 'often'}", "another version: .*MODEL.MASK_ON"),
+        ("A: !!python/object/apply:os.mkdir ['made']", "os.mkdir"),
+        ("_BASE_: tiny.yaml", "_BASE_"),
+        ("no config", "another version: "),
+    ],
+)
+def test_a_config_in_a_file_that_cannot_be_used(weights_file, tmp_path, monkeypatch, config, words):
+    monkeypatch.chdir(tmp_path)
+    state = safetensors.torch.load_file(weights_file)
+    safetensors.torch.save_file(state, "a.safetensors", {"config": config, "categories": "[]"})
+    with pytest.raises(ValueError, match=f"(?s)a.safetensors.*{words}"):
+        PanopticPredictor.from_file("a.safetensors")
+    assert os.listdir() == ["a.safetensors"]
+
+
+def test_files_without_a_config(config_file, weights_file, tmp_path):
+    """A checkpoint of torch, a file of another program, and one that is cut."""
+    data = weights_file.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for folder, name in ((config_file.parent, "tiny.pth"), (tmp_path, "other.safetensors")):
+        with pytest.raises(CheckpointError, match=f"{name} has no config and classes.*yaml"):
+            PanopticPredictor.from_file(folder / name)
+    with pytest.raises(CheckpointError, match="cut.safetensors has no config and classes"):
+        PanopticPredictor.from_file(tmp_path / "cut.safetensors")
+
+
+def test_a_file_does_not_allow_itself_to_run_code(weights_file, config_file, tmp_path):
+    config = load_config(config_file, ["MODEL.ALLOW_PICKLE", True]).dump()
+    _, categories = read_description(str(weights_file))
+    description = {"config": config, "categories": json.dumps(categories)}
+    state = safetensors.torch.load_file(weights_file)
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors", description)
+    assert not PanopticPredictor.from_file(tmp_path / "a.safetensors").cfg.MODEL.ALLOW_PICKLE
 
 
 @pytest.mark.parametrize(

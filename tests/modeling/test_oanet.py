@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
 from tests.conftest import make_input, panoptic_fpn_cfg
@@ -316,6 +318,85 @@ def test_eight_threads_share_a_model(tiny_cfg):
             assert torch.equal(x["instances"].pred_masks, y["instances"].pred_masks)
     for part, attributes in zip(model.modules(), before):
         assert all(value is attributes[name] for name, value in vars(part).items())
+
+
+# What torch says about any trace, and about Detectron2's code in it.
+tracing = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+
+
+class PanopticMap(nn.Module):
+    """Takes an image and gives its panoptic map: what one would trace or export."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image):
+        return self.model([{"image": image}])[0]["panoptic_seg"][0]
+
+
+@tracing
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_trace_is_refused(tiny_cfg, as_function):
+    """It would give any other picture a wrong panoptic map, without an error."""
+    module, image = PanopticMap(unsure_model(tiny_cfg)), torch.zeros(3, *SIZE)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="python -m oanet_d2.export"):
+        torch.jit.trace(module.forward if as_function else module, image)
+
+
+@tracing
+def test_the_tracing_adapter_is_refused(tiny_cfg):
+    model, image = unsure_model(tiny_cfg), torch.zeros(3, *SIZE)
+    adapter = TracingAdapter(model, [{"image": image}])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="python -m oanet_d2.export"):
+        torch.jit.trace(adapter, image)
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(torch, "compiler", None), "is_exporting"), reason="this torch cannot tell"
+)
+@pytest.mark.parametrize("do_postprocess", [False, True])
+def test_torch_export_is_refused_but_for_a_part(tiny_cfg, do_postprocess):
+    model, image = unsure_model(tiny_cfg), torch.rand(3, *SIZE)
+    inputs = [{"image": image}]
+    adapter = TracingAdapter(model, inputs, lambda m, x: m.inference(x, do_postprocess))
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="python -m oanet_d2.export"):
+            torch.export.export(adapter, (image,), strict=False)
+        exported = torch.export.export(model.backbone, (image[None],), strict=False).module()
+        for name, x in model.backbone(image[None]).items():
+            torch.testing.assert_close(exported(image[None])[name], x)
+
+
+@tracing
+def test_a_trace_without_post_processing_is_right_for_other_pictures(tiny_cfg):
+    """Other sizes and other numbers of instances, as Panoptic FPN's is."""
+    model, batch = unsure_model(tiny_cfg), unequal_batch()
+    first = batch[0]["image"].float()
+    with torch.no_grad():
+        scores = model.inference(batch, do_postprocess=False)[0][0].scores
+        model.roi_heads.box_predictor.test_score_thresh = scores.median().item()
+        adapter = TracingAdapter(model, [{"image": first}], lambda m, x: m.inference(x, False))
+        traced, counts = torch.jit.trace(adapter, first, check_trace=False), set()
+        for x in batch:
+            expected, found = (f(x["image"].float()) for f in (adapter, traced))
+            counts.add(len(expected[0]))
+            for a, b in zip(expected, found):
+                assert a.shape == b.shape and torch.equal(a, b)
+    assert len(counts) > 1
+
+
+@tracing
+def test_operations_are_counted(tiny_cfg):
+    """Detectron2's tools/analyze_model.py traces a model too: the network costs what it always did."""
+    tiny_cfg.merge_from_list([*STUFF, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", ("geometry",)])
+    inputs, found = [{"image": torch.zeros(3, *SIZE)}], []
+    for cfg in (tiny_cfg, panoptic_fpn_cfg(tiny_cfg)):
+        flops = FlopCountAnalysis(unsure_model(cfg), inputs)
+        flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        found.append(flops.by_module())
+    for part in ("backbone", "proposal_generator", "roi_heads.box_head"):
+        assert found[0][f"model.{part}"] == found[1][f"model.{part}"] > 0
 
 
 def test_order_by_score_equals_panoptic_fpn(tiny_cfg):
