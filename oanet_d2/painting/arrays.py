@@ -8,7 +8,8 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import cv2
 import numpy as np
 
-__all__ = ["fuse", "label_in_tiles", "order_of_sorted", "pasted_mask", "semantic_labels"]
+__all__ = ["fill", "fuse", "label_in_tiles", "order_of_sorted", "paint", "pasted_mask"]
+__all__ += ["semantic_labels", "stuff_to_paint"]
 
 Array = Any  # a NumPy array or a tensor
 Region = Tuple[slice, slice]  # rows and columns

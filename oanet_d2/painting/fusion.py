@@ -7,7 +7,7 @@ from typing import Dict, List, Tuple, Union
 
 import torch
 
-from .arrays import MaskOf, fuse, stuff_to_paint
+from .arrays import MaskOf, fill, fuse, paint, stuff_to_paint
 from .masks import BoxedMasks
 
 __all__ = ["combine", "fill_on_device", "paint_on_device"]
@@ -56,26 +56,30 @@ def combine(
     if not isinstance(masks, BoxedMasks):
         masks = BoxedMasks.from_masks(masks)
     panoptic_seg = torch.zeros_like(semantic, dtype=torch.int32)
-    instances = scores.tolist(), classes.tolist(), order.tolist()
-    limits = {
-        "overlap_threshold": overlap_threshold,
-        "stuff_area_thresh": stuff_area_thresh,
-        "instances_score_thresh": instances_score_thresh,
-    }
-    if panoptic_seg.device.type == "cpu":
-        # NumPy, because PyTorch's overhead is most of the time of such small operations.
-        info = fuse(panoptic_seg.numpy(), masks.array, *instances, semantic.numpy(), **limits)
-    else:
-        on_device = {"paint": paint_on_device, "fill": fill_on_device}
-        info = fuse(panoptic_seg, masks.__getitem__, *instances, semantic, **limits, **on_device)
-    return panoptic_seg, info
+    on_cpu = panoptic_seg.device.type == "cpu"
+    # There in NumPy: PyTorch's overhead would be most of the time of such small operations.
+    segments_info = fuse(
+        panoptic_seg.numpy() if on_cpu else panoptic_seg,
+        masks.array if on_cpu else masks.__getitem__,
+        scores.tolist(),
+        classes.tolist(),
+        order.tolist(),
+        semantic.numpy() if on_cpu else semantic,
+        overlap_threshold=overlap_threshold,
+        stuff_area_thresh=stuff_area_thresh,
+        instances_score_thresh=instances_score_thresh,
+        paint=paint if on_cpu else paint_on_device,
+        fill=fill if on_cpu else fill_on_device,
+    )
+    return panoptic_seg, segments_info
 
 
 def paint_on_device(
     panoptic_seg: torch.Tensor, mask_of: MaskOf, indices: List[int], overlap_threshold: float
 ) -> List[int]:
     """
-    As :func:`oanet_d2.painting.arrays.paint`. The host waits for the device twice, however many instances there are.
+    As :func:`oanet_d2.painting.arrays.paint`. The host waits for the device twice, however many
+    instances there are.
     """
     if not indices:
         return []

@@ -52,9 +52,10 @@ def ours(p, order, masks=None):
 def ours_on_device(p, order):
     """As `combine` paints on a GPU, here on a CPU."""
     panoptic = torch.zeros_like(p.semantic, dtype=torch.int32)
-    given = p.scores.tolist(), p.classes.tolist(), order.tolist(), p.semantic
+    mask_of = BoxedMasks.from_masks(p.masks).__getitem__
+    given = mask_of, p.scores.tolist(), p.classes.tolist(), order.tolist(), p.semantic
     how = {"paint": paint_on_device, "fill": fill_on_device}
-    return panoptic, fuse(panoptic, BoxedMasks.from_masks(p.masks).__getitem__, *given, **p.limits, **how)
+    return panoptic, fuse(panoptic, *given, **p.limits, **how)
 
 
 @settings(max_examples=400)
@@ -77,7 +78,8 @@ def test_boxed_or_full_on_a_device_or_a_cpu_is_the_same_picture(p, step, overlap
     p.semantic *= step
     p.limits["overlap_threshold"] = overlap_threshold
     seg, info = ours(p, p.order)
-    for other_seg, other_info in (ours_on_device(p, p.order), ours(p, p.order, BoxedMasks.from_masks(p.masks))):
+    boxed = ours(p, p.order, BoxedMasks.from_masks(p.masks))
+    for other_seg, other_info in (ours_on_device(p, p.order), boxed):
         assert torch.equal(seg, other_seg) and info == other_info
 
 
