@@ -6,8 +6,9 @@ Segment pictures, a video or what a webcam sees, and look at it.
         --input pictures/ --output segmented/ --compare \\
         --opts MODEL.WEIGHTS output/occlusion_scenes/model_final.pth
 
-It takes what Detectron2's own demo takes, and more. The exit status is 1 if pictures were skipped,
-and 2 after any other error.
+It takes what Detectron2's own demo takes, and more. `--onnx model.onnx` instead of a config runs an
+exported model, for which neither Detectron2 nor PyTorch is needed. The exit status is 1 if pictures
+were skipped, and 2 after any other error.
 """
 
 import argparse
@@ -24,14 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detectron2.utils.logger import setup_logger
-from detectron2.utils.video_visualizer import VideoVisualizer
-
-from oanet_d2 import PanopticPredictor, PanopticResult
-from oanet_d2.evaluation import PanopticSubmission
 from oanet_d2.files import atomic_path
-from oanet_d2.painting.ranking import RANKING_RULE_REGISTRY
-from oanet_d2.visualization import changed_pixels, draw_panels, side_by_side
+from oanet_d2.result import PanopticResult
+from oanet_d2.submission import PanopticSubmission
+
+# What needs Detectron2, PyTorch or ONNX Runtime is imported where it is used.
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4")
@@ -45,8 +43,10 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
     about = "path to config file; not needed with MODEL.WEIGHTS model_final.safetensors in --opts"
-    add("--config-file", metavar="FILE", help=about)
+    model.add_argument("--config-file", metavar="FILE", help=about)
+    model.add_argument("--onnx", metavar="FILE", help="exported model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--webcam", action="store_true", help="take inputs from webcam")
     source.add_argument("--video-input", metavar="FILE", help="path to video file")
@@ -54,8 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--input", nargs="+", help=about)
     add("--output", help="folder for the drawings, or a file for one; without it, a window opens")
     add("--confidence-threshold", type=float, metavar="SCORE", help="minimum score of instances")
-    rules = [name for name, _ in RANKING_RULE_REGISTRY]
-    add("--order", choices=rules, help="painting order instead of the config's")
+    add("--order", metavar="RULE", help="painting order instead of the config's")
     about = "draw the order of detection scores beside the one asked for, changes outlined"
     add("--compare", action="store_true", help=about)
     about = (
@@ -68,11 +67,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args) -> None:
+    if args.onnx is not None:
+        given = {"--order": args.order, "--compare": args.compare or None, "--opts": args.opts or None}
+        given["--confidence-threshold"] = args.confidence_threshold
+        refused = [option for option, value in given.items() if value is not None]
+        if refused:
+            raise ValueError(f"An exported model is as it is: {', '.join(refused)} cannot change --onnx.")
+    elif args.config_file is None and "MODEL.WEIGHTS" not in args.opts[:-1:2]:
+        raise ValueError("Give --config-file, or --opts MODEL.WEIGHTS model_final.safetensors.")
     threshold = args.confidence_threshold
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--confidence-threshold is {threshold}; it must lie in [0, 1].")
-    if args.config_file is None and "MODEL.WEIGHTS" not in args.opts[:-1:2]:
-        raise ValueError("Give --config-file, or --opts MODEL.WEIGHTS model_final.safetensors.")
     if args.webcam and args.output is not None:
         raise ValueError("--webcam shows a window; it takes no --output.")
     if args.save_panoptic is not None:
@@ -116,6 +121,14 @@ class Segmenter:
     """
 
     def __init__(self, args):
+        self.exported = args.onnx is not None
+        if self.exported:
+            from oanet_d2.runtime import OnnxPredictor
+
+            self.predictor, self.orders = OnnxPredictor(args.onnx), []
+            return
+        from oanet_d2 import PanopticPredictor
+
         changes = {
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST": args.confidence_threshold,
             "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": args.confidence_threshold,
@@ -140,6 +153,8 @@ class Segmenter:
     def draw(self, results: List[PanopticResult]) -> np.ndarray:
         if not self.orders:
             return results[0].draw().get_image()
+        from oanet_d2.visualization import changed_pixels, draw_panels, side_by_side
+
         rgb, metadata = results[0].image[:, :, ::-1], results[0].metadata
         drawn = {order: x.panoptic for order, x in zip(self.orders, results)}
         changed = changed_pixels(*drawn.values())
@@ -216,11 +231,15 @@ def run_on_video(args) -> int:
 
 
 def draw_frames(video: cv2.VideoCapture, segmenter: Segmenter) -> Iterator[np.ndarray]:
-    visualizer = VideoVisualizer(segmenter.predictor.metadata)  # an instance keeps its color
+    visualizer = None
+    if not segmenter.exported and not segmenter.orders:
+        from detectron2.utils.video_visualizer import VideoVisualizer
+
+        visualizer = VideoVisualizer(segmenter.predictor.metadata)  # an instance keeps its color
     success, frame = video.read()
     while success:
         results = segmenter(frame)
-        if segmenter.orders:
+        if visualizer is None:
             yield segmenter.draw(results)
         else:
             rgb, panoptic = frame[:, :, ::-1], results[0].panoptic
@@ -245,11 +264,20 @@ def show(rgb: np.ndarray, wait: bool) -> bool:
     return cv2.waitKey(0 if wait else 1) != 27  # escape
 
 
+def set_up_logging(args) -> None:
+    if args.onnx is not None:
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+        return
+    from detectron2.utils.logger import setup_logger
+
+    for name in ("fvcore", "detectron2", "oanet_d2"):
+        setup_logger(name=name)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
-    for name in ("fvcore", "detectron2", "oanet_d2"):
-        setup_logger(name=name)
+    set_up_logging(args)
     with logging_redirect_tqdm([logging.getLogger("oanet_d2")]):
         try:
             check_arguments(args)

@@ -20,10 +20,10 @@ from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import dataset_root
 from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
-from .data.register import categories_of
 from .data.training_stream import TrainingStream, build_train_loader
 from .output_folder import RunConfig
 from .report import ReportRecorder, write_report
+from .submission import categories_of
 
 __all__ = ["OANetTrainer", "prepare_datasets", "report_orderings"]
 

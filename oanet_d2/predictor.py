@@ -3,8 +3,7 @@
 import logging
 import os
 import threading
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from detectron2.utils.visualizer import VisImage
 
 from .checkpoint import CheckpointError, OANetCheckpointer, read_description
 from .config import load_config
@@ -21,7 +19,7 @@ from .data import complete_config
 from .data.images import read_image
 from .data.register import Path, category_metadata
 from .modeling import OANet
-from .visualization import draw_panoptic
+from .result import PanopticResult, check_picture, with_names
 
 __all__ = ["PanopticPredictor", "PanopticResult"]
 
@@ -31,41 +29,6 @@ Picture = Union[Path, np.ndarray]
 # What nobody asks a predictor for is not made.
 _OPTS = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
 _building = threading.Lock()  # Detectron2's catalogs of datasets belong to the whole process
-
-
-@dataclass
-class PanopticResult:
-    """
-    Attributes:
-        image: (H, W, 3) uint8, the picture in BGR.
-        panoptic_seg: (H, W) int32 on the CPU. 0 is void, segments count from 1.
-        segments_info: Detectron2's, with a "category_name" for every segment.
-        metadata: Detectron2's metadata of the classes.
-        predictions: all that the model gave, see `MODEL.OANET.OUTPUTS`.
-    """
-
-    image: np.ndarray
-    panoptic_seg: torch.Tensor
-    segments_info: List[Dict]
-    metadata: Any = field(repr=False)
-    predictions: Dict = field(default_factory=dict, repr=False)
-
-    def draw(self, scale: Optional[float] = None) -> VisImage:
-        """
-        The picture with its segments and their names, as Detectron2 draws them.
-
-        Args:
-            scale: size of the drawing relative to the picture's. The default is 1, or more for a
-                picture whose longer side is below 480 pixels.
-        """
-        if scale is None:  # smaller, the labels would cover everything
-            scale = max(1, 480 / max(self.image.shape[:2]))
-        return draw_panoptic(self.image[:, :, ::-1], self.panoptic, self.metadata, scale)
-
-    @property
-    def panoptic(self) -> Tuple[torch.Tensor, List[Dict]]:
-        """(panoptic_seg, segments_info)"""
-        return self.panoptic_seg, self.segments_info
 
 
 class PanopticPredictor:
@@ -192,10 +155,7 @@ class PanopticPredictor:
     def _predict(self, image: Picture, **options) -> Tuple[np.ndarray, Dict]:
         if not isinstance(image, np.ndarray):
             image = read_image(os.fspath(image), "BGR")
-        elif image.dtype != np.uint8 or image.shape[2:] != (3,):
-            raise ValueError(
-                f"A picture is a path or a (H, W, 3) uint8 array, not {image.dtype} {image.shape}."
-            )
+        check_picture(image)
         given = image[:, :, ::-1] if self.cfg.INPUT.FORMAT == "RGB" else image
         resized = self.aug.get_transform(given).apply_image(given)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1), np.float32))
@@ -203,6 +163,5 @@ class PanopticPredictor:
         return image, self.model.inference([inputs], **options)[0]
 
     def _result(self, image, predictions, panoptic_seg, segments) -> PanopticResult:
-        names = self.metadata.stuff_classes, self.metadata.thing_classes
-        named = [{**s, "category_name": names[s["isthing"]][s["category_id"]]} for s in segments]
+        named = with_names(segments, self.metadata)
         return PanopticResult(image, panoptic_seg.cpu(), named, self.metadata, predictions)

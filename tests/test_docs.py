@@ -13,11 +13,12 @@ from detectron2.structures import Instances
 from oanet_d2 import load_config
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data.occlusion_scenes import write_split
-from oanet_d2.data.register import categories_of
 from oanet_d2.modeling.oanet import FusionInputs
 from oanet_d2.painting import RANKING_RULE_REGISTRY, BoxedMasks, OrderInputs
+from oanet_d2.submission import categories_of
 from tests import conftest
 from tests.conftest import CONFIGS, REPOSITORY, box_mask
+from tests.onnx_models import instances, write_model
 
 
 def examples(page, language="python"):
@@ -48,7 +49,11 @@ def test_readme(tmp_path, monkeypatch):
     checkpointer = OANetCheckpointer(build_model(cfg), "output/occlusion_scenes")
     checkpointer.save_safetensors("model_final", cfg.dump(), categories)
     write_split(tmp_path / "datasets/occlusion_scenes", "val", 1, image_size=64, num_workers=0)
-    exec(examples("README.md")[0], {})
+    picture = next((tmp_path / "datasets/occlusion_scenes/val").glob("*.jpg"))
+    (tmp_path / "picture.jpg").write_bytes(picture.read_bytes())
+    write_model(tmp_path / "model.onnx", instances([(0, 0, 30, 30)], [0]))
+    for example in examples("README.md"):
+        exec(example, {})
 
 
 def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):

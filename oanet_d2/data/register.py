@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .load import CATEGORY, Report, entries, load_panoptic, read_annotations, stop
 
-__all__ = ["categories_of", "category_metadata", "dataset_paths", "register_from_config"]
+__all__ = ["category_metadata", "dataset_paths", "register_from_config"]
 __all__ += ["register_panoptic"]
 
 Path = Union[str, os.PathLike]
@@ -137,23 +137,6 @@ def category_metadata(categories: List, where: str, report: Report = stop) -> Di
         metadata["thing_colors"] = [list(c["color"]) for c in things]
         metadata["stuff_colors"] = [[0, 0, 0], *(list(c["color"]) for c in stuff)]
     return metadata
-
-
-def categories_of(metadata) -> List[Dict]:
-    """
-    The categories that :func:`category_metadata` would make these classes of, things first.
-
-    Args:
-        metadata: Detectron2's of a dataset.
-    """
-    categories = []
-    for isthing, kind in ((1, "thing"), (0, "stuff")):
-        names, colors = metadata.get(f"{kind}_classes"), metadata.get(f"{kind}_colors")
-        ids = metadata.get(f"{kind}_dataset_id_to_contiguous_id", {})
-        for id, index in sorted(ids.items(), key=lambda item: item[1]):
-            category = {"id": id, "name": names[index], "isthing": isthing}
-            categories.append({**category, "color": list(colors[index])} if colors else category)
-    return categories
 
 
 def _is_color(value: Any) -> bool:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .arrays import Region
+
 __all__ = ["BoxedMasks", "mask_extents", "paste_on_grid"]
 
-Region = Tuple[slice, slice]  # rows and columns
 
 
 class BoxedMasks:
@@ -104,9 +105,13 @@ class BoxedMasks:
         """The same masks, each made once, for who looks at them several times."""
         return BoxedMasks(self.regions, cache(self._make), self.image_size, self.device)
 
+    def array(self, index: int) -> Tuple[np.ndarray, Region]:
+        """As `masks[index]`, with the mask on the CPU as a NumPy array."""
+        return self._make(index).cpu().numpy(), self.regions[index]
+
     def numpy(self) -> List[np.ndarray]:
         """Every mask inside its region."""
-        return [self._make(i).cpu().numpy() for i in range(len(self))]
+        return [self.array(i)[0] for i in range(len(self))]
 
     def full(self) -> torch.Tensor:
         """(N, H, W) bool, as Detectron2's evaluators want them."""

@@ -9,10 +9,10 @@ The first instance of the order is painted first and so lies on top, because pai
 from dataclasses import dataclass
 from typing import Iterator, Optional, Tuple
 
-import numpy as np
 import torch
 from fvcore.common.registry import Registry
 
+from .arrays import order_of_sorted
 from .masks import mask_extents
 
 __all__ = ["RANKING_RULE_REGISTRY", "OrderInputs", "mean_scores", "order_from_margins"]
@@ -23,10 +23,6 @@ RANKING_RULE_REGISTRY.__doc__ = """
 Registry of ranking rules. A rule is called with the :class:`OrderInputs` of N instances and returns
 an int64 tensor of shape (N,): a permutation of 0..N-1, first painted first.
 """
-
-# Margins are compared as multiples of this, in integers. Their sums and differences are then exact,
-# so that the result does not depend on the order of additions.
-_MARGIN_QUANTUM = 2.0**-20
 
 
 @dataclass
@@ -196,14 +192,5 @@ def order_from_margins(margins: torch.Tensor, scores: torch.Tensor) -> torch.Ten
         (N,) int64 on scores' device, a permutation of 0..N-1.
     """
     by_score = torch.argsort(-scores)
-    quanta = (-margins).clamp(min=0)[by_score][:, by_score].cpu().double() / _MARGIN_QUANTUM
-    lost = quanta.round().long().numpy()
-    against = lost.sum(axis=1)
-    order = np.empty(len(lost), dtype=np.int64)
-    for position in range(len(lost)):
-        best = int(against.argmin())  # the first minimum: the highest score among equals
-        order[position] = best
-        against -= lost[:, best]
-        against[best] = np.iinfo(np.int64).max
-        lost[best] = 0  # so that later subtractions leave `against[best]` alone
-    return by_score[torch.from_numpy(order).to(by_score.device)]
+    by_margin = order_of_sorted(margins.detach()[by_score][:, by_score].cpu().double().numpy())
+    return by_score[torch.from_numpy(by_margin).to(by_score.device)]

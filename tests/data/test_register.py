@@ -11,7 +11,8 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from oanet_d2 import complete_config, load_config, register_panoptic
 from oanet_d2.data import register_from_config
-from oanet_d2.data.register import KEYS, categories_of, category_metadata
+from oanet_d2.data.register import KEYS, category_metadata
+from oanet_d2.submission import categories_of
 from tests.conftest import registered
 from tests.data.conftest import PERSON, SKY
 

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 import oanet_d2
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data.occlusion_scenes import write_split
-from oanet_d2.data.register import categories_of
+from oanet_d2.submission import categories_of
 from tests.conftest import SMALLEST, load_config
 
 

@@ -19,6 +19,7 @@ from oanet_d2.data.occlusion_scenes import CATEGORIES
 from oanet_d2.visualization import GAP, MARK, PANEL_SIDE, TITLE_HEIGHT
 from tests.conftest import REPOSITORY, scenes_paths
 from tests.demo.conftest import files_in
+from tests.onnx_models import OPTIONS, instances, write_model
 
 built_once = functools.cache(PanopticPredictor.from_config)
 
@@ -28,14 +29,15 @@ def run(config_file, monkeypatch, caplog, capsys):
     """Run the demo with the tiny network. Gives its exit status, and what it logs and prints."""
     once = lambda path, opts=(): built_once(path, opts=tuple(opts))  # noqa: E731
     monkeypatch.setattr(PanopticPredictor, "from_config", once)
-    monkeypatch.setattr(demo, "setup_logger", lambda name: None)  # caplog is there
+    monkeypatch.setattr(demo, "set_up_logging", lambda args: None)  # caplog is there
     monkeypatch.setattr(logging.getLogger("oanet_d2"), "propagate", True)
 
     def run(*args):
         caplog.clear()
         with caplog.at_level(logging.INFO, "oanet_d2"):
             try:
-                status = demo.main(["--config-file", str(config_file), *map(str, args)])
+                model = [] if "--onnx" in args else ["--config-file", str(config_file)]
+                status = demo.main([*model, *map(str, args)])
             except SystemExit as end:
                 status = end.code
         return status, caplog.text + capsys.readouterr().err
@@ -224,9 +226,44 @@ def test_windows(run, pictures, video, monkeypatch):
         assert run(*args)[0] == 0 and len(shown) == len(pressed)
 
 
+@pytest.fixture(scope="module")
+def onnx_model(tmp_path_factory):
+    """It sees a person and a tie in every picture. What surrounds them depends on the picture."""
+    outputs = instances([(0, 0, 30, 30), (20, 20, 50, 60)], [0, 1])
+    return write_model(tmp_path_factory.mktemp("onnx") / "model.onnx", outputs, min_size=64)
+
+
+def test_an_exported_model(run, onnx_model, pictures, video, tmp_path):
+    args = ["--onnx", onnx_model, "--output", tmp_path]
+    assert run(*args, "--input", *pictures[:2], "--save-panoptic")[0] == 0
+    assert run(*args, "--video-input", video)[0] == 0
+    pngs = [f"panoptic/{p.stem}.png" for p in pictures[:2]]
+    drawings = [p.name for p in pictures[:2]]
+    assert files_in(tmp_path) == sorted([*drawings, "panoptic.json", *pngs, "scenes.mp4"])
+    written = json.loads((tmp_path / "panoptic.json").read_text())
+    ids = dict(zip(OPTIONS["thing_classes"], OPTIONS["thing_ids"]))
+    ids.update(zip(OPTIONS["stuff_classes"][1:], OPTIONS["stuff_ids"][1:]))
+    assert {c["name"]: c["id"] for c in written["categories"]} == ids
+    for annotation, png in zip(written["annotations"], pngs):
+        found = rgb2id(np.asarray(Image.open(tmp_path / png)))
+        segments = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
+        assert segments[found[10, 10]] == ids["person"] and segments[found[55, 45]] == ids["tie"]
+        assert set(np.unique(found)) <= {0, *segments}
+    rate, frames = frames_of(tmp_path / "scenes.mp4")
+    assert rate == 5 and [x.shape for x in frames] == [(480, 480, 3)] * 3
+    assert np.asarray(Image.open(tmp_path / pictures[0].name)).shape == (480, 480, 3)
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
+        ("--onnx nowhere.onnx --input PICTURE --output out", "nowhere.onnx"),
+        ("--onnx a.onnx --config-file a.yaml --input PICTURE --output out", "not allowed with"),
+        ("--onnx a.onnx --input PICTURE --output out --compare", "--compare cannot change"),
+        ("--onnx a.onnx --input PICTURE --output out --order score", "--order cannot change"),
+        ("--onnx a.onnx --input PICTURE --confidence-threshold 0", "--confidence-threshold cannot"),
+        ("--onnx a.onnx --input PICTURE --output out --opts A 1", "--opts cannot change"),
+        ("--input PICTURE --output out --order none", "none"),
         ("--input nowhere.jpg --output out", "nowhere.jpg"),
         ("--input PICTURE PICTURE2 --output out.png", "--output is out.png"),
         ("--input PICTURE --output note.txt", "note.txt"),
@@ -252,6 +289,20 @@ def test_bad_arguments(run, pictures, tmp_path, monkeypatch, args, words):
     status, text = run(*args.split())
     assert status == 2 and words in text and "Traceback" not in text
     assert files_in(tmp_path) == ["note.txt"]
+
+
+def test_an_exported_model_needs_neither_detectron2_nor_pytorch(
+    subprocess_env, onnx_model, pictures, tmp_path
+):
+    absent = ["torch", "torchvision", "detectron2", "fvcore", "panopticapi", "scipy", "matplotlib"]
+    script = f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}))\n"
+    script += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", script, REPOSITORY / "demo/demo.py", "--onnx", onnx_model]
+    command += ["--input", pictures[0], "--output", tmp_path / "a.png", "--save-panoptic"]
+    result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert files_in(tmp_path) == ["a.png", "panoptic.json", f"panoptic/{pictures[0].stem}.png"]
+    assert "segmented in" in result.stdout
 
 
 def test_as_a_script(subprocess_env, config_file, pictures, tmp_path):

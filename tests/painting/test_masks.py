@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from detectron2.layers import paste_masks_in_image
 
+from oanet_d2.painting.arrays import pasted_mask
 from oanet_d2.painting.masks import BoxedMasks
 from tests.conftest import box_mask
 
@@ -47,6 +48,19 @@ def test_pasted_masks_equal_detectron2_pixel_for_pixel(prediction):
     full = masks.full()
     assert full.dtype == torch.bool
     assert torch.equal(full, expected.reshape(full.shape))
+
+
+@given(roi_predictions())
+def test_pasted_in_numpy_up_to_rounding(prediction):
+    roi_masks, boxes, threshold = prediction
+    threshold = max(threshold, 0.5)
+    # Between a little less and a little more: at the limit rounding decides.
+    lower, upper = (BoxedMasks.paste(roi_masks, boxes, SIZE, threshold + x).full() for x in (1e-4, -1e-4))
+    for i, box in enumerate(boxes.tolist()):
+        mask, region = pasted_mask(roi_masks[i].numpy(), box, SIZE, threshold)
+        full = torch.zeros(SIZE, dtype=torch.bool)
+        full[region] = torch.from_numpy(mask)
+        assert not (lower[i] & ~full).any() and not (full & ~upper[i]).any()
 
 
 def test_half_precision_is_pasted_in_float():

@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 
+from oanet_d2.painting.arrays import label_in_tiles
 from oanet_d2.painting.semantic import resized_semantic_labels, semantic_labels
 
 
@@ -37,3 +39,7 @@ def test_equals_detectron2s_two_interpolations(cells, image_size, output_size, s
     # and there only by rounding
     best = (expected if free else expected[1:]).amax(dim=0)
     torch.testing.assert_close(expected.gather(0, labels[None])[0], best, rtol=0, atol=1e-5)
+    # NumPy may add in another order.
+    in_numpy = np.empty(output_size, np.int64)
+    label_in_tiles(in_numpy, scores.numpy(), stride, image_size, free)
+    assert (in_numpy != labels.numpy()).mean() <= 0.001

@@ -1,0 +1,163 @@
+"""
+Panoptic segmentation with an exported model: ONNX Runtime, NumPy and OpenCV, without PyTorch and
+Detectron2. `pip install '.[runtime]'` installs what it needs.
+"""
+
+import json
+import os
+from types import SimpleNamespace
+from typing import Any, Dict, Sequence, Tuple, Union
+
+import cv2
+import numpy as np
+import onnxruntime
+
+from .painting.arrays import fuse, label_in_tiles, order_of_sorted, pasted_mask
+from .resize import resize, shortest_edge_size
+from .result import PanopticResult, check_picture, with_names
+
+__all__ = ["FORMAT_VERSION", "OnnxPredictor"]
+
+FORMAT_VERSION = 1
+_KEYS = (
+    "input_format min_size max_size overlap_threshold stuff_area_thresh keep_things_free semantic_stride "
+    "thing_classes stuff_classes thing_colors stuff_colors thing_ids stuff_ids"
+).split()
+
+Path = Union[str, os.PathLike]
+Size = Tuple[int, int]  # height and width
+
+
+class OnnxPredictor:
+    """
+    :class:`PanopticPredictor` of an exported model. One predictor can serve several threads.
+
+    Attributes:
+        session: the `onnxruntime.InferenceSession`.
+        options: what the model was exported with, by name.
+        metadata: the classes, in the attributes of Detectron2's metadata.
+    """
+
+    def __init__(self, path: Path, providers: Sequence = ("CPUExecutionProvider",)):
+        """
+        Args:
+            path: the exported model, `*.onnx`.
+            providers: where it runs, as ONNX Runtime takes them. ("CUDAExecutionProvider",
+                "CPUExecutionProvider") is a GPU where there is one; it needs onnxruntime-gpu.
+
+        Raises:
+            ValueError: the file cannot be used. The message says why.
+        """
+        self.session = _session(path, providers)
+        self.options = options = _options(self.session, path)
+        self.metadata = SimpleNamespace(
+            thing_classes=options["thing_classes"],
+            stuff_classes=options["stuff_classes"],
+            thing_colors=options["thing_colors"],
+            stuff_colors=options["stuff_colors"],
+            thing_dataset_id_to_contiguous_id={x: i for i, x in enumerate(options["thing_ids"])},
+            # Stuff 0 is "things", of no category.
+            stuff_dataset_id_to_contiguous_id={x: i for i, x in enumerate(options["stuff_ids"]) if i},
+        )
+        self._outputs = [x.name for x in self.session.get_outputs()]
+
+    def __call__(self, image: Union[Path, np.ndarray]) -> PanopticResult:
+        """
+        Args:
+            image: path of a picture, or a (H, W, 3) uint8 array in BGR, OpenCV's order.
+
+        Returns:
+            the result. Its "predictions" are "boxes" (N, 4) float32 XYXY in pixels of the picture,
+            "scores" (N,) float32 and "classes" (N,) int64.
+
+        Raises:
+            ValueError: the picture cannot be read, or is something else.
+        """
+        image = _picture(image)
+        height, width = size = image.shape[0], image.shape[1]
+        input_size = shortest_edge_size(size, self.options["min_size"], self.options["max_size"])
+        if min(input_size) < 1:
+            raise ValueError(f"A picture of {width} x {height} pixels is too narrow to be resized.")
+        resized = resize(image, input_size)
+        if self.options["input_format"] == "RGB":
+            resized = cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
+        given = {"image": np.ascontiguousarray(resized)}
+        found = dict(zip(self._outputs, self.session.run(self._outputs, given)))
+        order = _resize_instances(found, input_size, size)
+
+        panoptic, semantic = np.zeros(size, np.int32), np.empty(size, np.int64)
+        stride, free = self.options["semantic_stride"], self.options["keep_things_free"]
+        label_in_tiles(semantic, found["semantic"], stride, input_size, free)
+        boxes = found["boxes"].tolist()
+        segments = fuse(
+            panoptic,
+            lambda i: pasted_mask(found["masks"][i], boxes[i], size),
+            found["scores"].tolist(),
+            found["classes"].tolist(),
+            order.tolist(),
+            semantic,
+            overlap_threshold=self.options["overlap_threshold"],
+            stuff_area_thresh=self.options["stuff_area_thresh"],
+        )
+        predictions = {name: found[name] for name in ("boxes", "scores", "classes")}
+        named = with_names(segments, self.metadata)
+        return PanopticResult(image, panoptic, named, self.metadata, predictions)
+
+
+def _session(path: Path, providers: Sequence) -> onnxruntime.InferenceSession:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file.")
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), providers=list(providers))
+    except Exception as error:  # ONNX Runtime has a dozen kinds, without a common one
+        raise ValueError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
+
+
+def _options(session: onnxruntime.InferenceSession, path: Path) -> Dict[str, Any]:
+    text = session.get_modelmeta().custom_metadata_map.get("oanet_d2")
+    if text is None:
+        raise ValueError(
+            f"{path} is an ONNX model, but not one of `python -m oanet_d2.export`: its metadata have no "
+            "'oanet_d2'."
+        )
+    options = json.loads(text)
+    if options.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has the format version {options.get('version')}; this oanet_d2 reads version "
+            f"{FORMAT_VERSION}. Export it again."
+        )
+    missing = [key for key in _KEYS if key not in options]
+    if missing:
+        raise ValueError(f"{path} lacks {missing} in its metadata 'oanet_d2'. Export it again.")
+    return options
+
+
+def _picture(image: Union[Path, np.ndarray]) -> np.ndarray:
+    if not isinstance(image, np.ndarray):
+        path = os.fspath(image)
+        # With all its bits, so that a picture of 16 bits a channel is refused, not cut to 8.
+        read = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+        if read is None:
+            raise ValueError(f"{path} is no picture that OpenCV can read.")
+        if read.dtype != np.uint8:
+            raise ValueError(f"{path} is a picture of {read.dtype}; convert it to 8 bits per channel.")
+        return read
+    check_picture(image)
+    return image
+
+
+def _resize_instances(found: Dict[str, np.ndarray], input_size: Size, size: Size) -> np.ndarray:
+    """
+    As Detectron2's `detector_postprocess`: the boxes in `found` become boxes in the picture, and
+    instances whose box is empty there go. Returns the painting order of those that are left.
+    """
+    (height, width), (input_height, input_width) = size, input_size
+    scale = np.array([width / input_width, height / input_height] * 2, np.float32)
+    found["boxes"] = boxes = np.clip(found["boxes"] * scale, 0, np.array([width, height] * 2, np.float32))
+    left = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    for name in ("boxes", "scores", "classes", "masks"):
+        found[name] = found[name][left]
+    if "margins" in found:
+        return order_of_sorted(found["margins"][left][:, left])
+    order = found["order"]
+    return (left.cumsum() - 1)[order[left[order]]]  # positions among those that are left
