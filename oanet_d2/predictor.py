@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from typing import Dict, Sequence, Tuple, Union
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch

@@ -197,10 +197,17 @@ class OANet(PanopticFPN):
     def _on_grid(self, detected: Instances) -> GridInstances:
         return detections_on_grid(detected, self.srm_stride, self.combine_instances_score_thresh)
 
-    def ranking_maps(self, image_sizes, semantic: torch.Tensor, features: Dict) -> List[Maps]:
+    def ranking_maps(
+        self, image_sizes: Sequence, semantic: torch.Tensor, features: Dict
+    ) -> List[Maps]:
         """
         What every image itself tells the ranking head. It is detached: the loss of the ranking would
         lower the quality of the other branches.
+
+        Args:
+            image_sizes: (H, W) of every image without padding.
+            semantic: what the layers of the semantic head return.
+            features: the backbone's.
         """
         num_things, name = self.sem_seg_head.num_things, self.srm_in_feature
         found = {}
@@ -291,7 +298,8 @@ class OANet(PanopticFPN):
             masks = [x.pred_masks.new_zeros(len(x), 0, 0).bool() for x in detected]
             return [OrderInputs(x.scores, x.pred_classes, m) for x, m in zip(detected, masks)]
         instances = [self._on_grid(x) for x in detected]
-        return self.srm_head.order_inputs(instances, self.ranking_maps(images.image_sizes, semantic, features))
+        maps = self.ranking_maps(images.image_sizes, semantic, features)
+        return self.srm_head.order_inputs(instances, maps)
 
     def _postprocess(self, image_size, size, detected: Instances, logits, order_inputs: OrderInputs):
         # One image's result at `size` = (H, W), still without "panoptic_seg", and its fusion inputs.

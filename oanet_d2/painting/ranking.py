@@ -7,7 +7,7 @@ The first instance of the order is painted first and so lies on top, because pai
 """
 
 from dataclasses import dataclass
-from typing import Iterator, Optional, Tuple
+from typing import Optional
 
 import torch
 from fvcore.common.registry import Registry
@@ -135,9 +135,8 @@ def mean_scores(inputs: OrderInputs) -> torch.Tensor:
     Raises:
         ValueError: there is no score map.
     """
-    sums = [scores.sum() for scores, _ in _scores_of_instances(inputs)]
-    areas = inputs.masks.flatten(1).sum(1)
-    return (torch.stack(sums) if sums else inputs.scores) / areas.clamp(min=1)
+    sums = _scores_of_instances(inputs).flatten(1).sum(1)
+    return sums / inputs.masks.flatten(1).sum(1).clamp(min=1)
 
 
 def overlap_margins(inputs: OrderInputs) -> torch.Tensor:
@@ -154,25 +153,20 @@ def overlap_margins(inputs: OrderInputs) -> torch.Tensor:
     Raises:
         ValueError: there is no score map.
     """
-    classes, number = inputs.classes, len(inputs.classes)
-    own_class = inputs.scores.new_zeros(number, number)  # [a, b]: S[cls_a] over a and b
-    for a, (scores, region) in enumerate(_scores_of_instances(inputs)):
-        own_class[a] = inputs.masks[region].flatten(1).to(scores) @ scores.flatten()
+    # [a, b]: S[cls_a] over a and b
+    own_class = _scores_of_instances(inputs).flatten(1) @ inputs.masks.flatten(1).float().t()
     margins = own_class - own_class.t()
-    return margins.masked_fill(classes[:, None] == classes[None, :], 0)
+    return margins.masked_fill(inputs.classes[:, None] == inputs.classes[None, :], 0)
 
 
-def _scores_of_instances(inputs: OrderInputs) -> Iterator[Tuple[torch.Tensor, Tuple]]:
-    """The channel of S of every instance, 0 outside of its mask, and the region that it covers."""
+def _scores_of_instances(inputs: OrderInputs) -> torch.Tensor:
+    """(N, h, w): the channel of S of every instance, 0 outside of its mask."""
     if inputs.score_map is None:
         raise ValueError(
             "The orders 'srm_mean' and 'srm_overlap' need the score map; set "
             "MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT to 1, so that it is trained, or leave the order out."
         )
-    extents = mask_extents(inputs.masks).tolist()
-    for mask, c, (left, top, right, bottom) in zip(inputs.masks, inputs.classes.tolist(), extents):
-        region = slice(None), slice(top, bottom), slice(left, right)
-        yield inputs.score_map[c][region[1:]] * mask[region[1:]], region
+    return inputs.score_map[inputs.classes] * inputs.masks
 
 
 def order_from_margins(margins: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
