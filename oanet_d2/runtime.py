@@ -108,7 +108,9 @@ def _session(path: Path, providers: Sequence) -> onnxruntime.InferenceSession:
     if not os.path.isfile(path):
         raise ValueError(f"{path} is no file.")
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), providers=list(providers))
+        options = onnxruntime.SessionOptions()
+        options.enable_mem_pattern = False  # it would keep a block of memory for every size of picture
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime has a dozen kinds, without a common one
         raise ValueError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
 

@@ -188,7 +188,8 @@ class OANet(PanopticFPN):
             proposals = [x[:most] for x in proposals]
             with inference_context(self.roi_heads):
                 detected = self._detect(images, features, proposals, all_masks=False)
-            return [self._on_grid(x) for x in detected]
+            with torch.autocast(self.device.type, enabled=False):
+                return [self._on_grid(x) for x in detected]
         num_classes, probability = self.roi_heads.num_classes, self.gt_false_positives
         on_grid = [ground_truth_on_grid(x, self.srm_stride) for x in gt]
         with torch.autocast(self.device.type, enabled=False):

@@ -126,6 +126,7 @@ def paste_on_grid(
 ) -> torch.Tensor:
     """
     What :meth:`BoxedMasks.paste` samples, for all instances at once: on a small grid that is faster.
+    Half precision has no room for the coordinates, so autocast must be off.
 
     Args:
         roi_masks, boxes, size: see :meth:`BoxedMasks.paste`.
