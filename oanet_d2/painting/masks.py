@@ -136,7 +136,8 @@ def paste_on_grid(
     """
     cells = torch.arange(roi_masks.shape[-1], device=boxes.device)
     weights = []
-    for length, first, last in zip(size, boxes.T[[1, 0], :, None], boxes.T[[3, 2], :, None]):
+    for length, axis in zip(size, (1, 0)):
+        first, last = boxes[:, axis, None], boxes[:, axis + 2, None]
         centres = torch.arange(length, device=boxes.device) + 0.5
         positions = (centres - first) / (last - first) * len(cells) - 0.5
         # Bilinear interpolation treats rows and columns apart: (N, length, M) each.
