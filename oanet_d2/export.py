@@ -14,8 +14,9 @@ import logging
 import os
 import sys
 import time
+import warnings
 from types import SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, no_type_check
 
 import onnxscript
 import torch
@@ -73,8 +74,8 @@ class PanopticGraph(nn.Module):
         """
         super().__init__()
         _check(model)
-        self.model = model
-        self.backbone = _with_constant_padding(model.backbone)
+        self.model: Any = model
+        self.backbone: Any = _with_constant_padding(model.backbone)
 
     def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         """
@@ -128,7 +129,7 @@ class PanopticGraph(nn.Module):
         stages = [(heads.box_head, heads.box_predictor)]
         if isinstance(heads, CascadeROIHeads):
             stages = list(zip(heads.box_head, heads.box_predictor))
-        probabilities = []
+        probabilities: List[torch.Tensor] = []
         for box_head, predictor in stages:
             if probabilities:
                 boxes = _clip(boxes, size)
@@ -137,7 +138,7 @@ class PanopticGraph(nn.Module):
             boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
 
         # As fast_rcnn_inference of the last stage's predictor.
-        scores = sum(probabilities)[:, :-1] * (1 / len(stages))
+        scores = torch.stack(probabilities).mean(0)[:, :-1]
         rows, classes = (scores > predictor.test_score_thresh).nonzero().unbind(1)
         scores, boxes = scores[rows, classes], _clip(boxes.unflatten(1, (-1, 4)), size)
         boxes = boxes[rows, classes] if boxes.shape[1] > 1 else boxes[rows, 0]
@@ -233,6 +234,7 @@ def _(masks, by_cell):
     return by_cell.new_empty(masks.shape[0], masks.shape[0], by_cell.shape[1])
 
 
+@no_type_check
 @onnxscript.script(onnxscript.values.Opset("oanet_d2", 1), default_opset=op)
 def onnx_sums_in_overlaps(masks: BOOL, by_cell: FLOAT) -> FLOAT:
     # The same. For every instance only its own cells are looked at.
@@ -248,7 +250,7 @@ def onnx_sums_in_overlaps(masks: BOOL, by_cell: FLOAT) -> FLOAT:
     return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])
 
 
-def _with_constant_padding(backbone: nn.Module) -> nn.Module:
+def _with_constant_padding(backbone: Any) -> nn.Module:
     """
     A copy without timm's Conv2dSame, which finds its padding from the size of the input. Here that is
     a multiple of all strides, so the padding is always the same.
@@ -256,16 +258,16 @@ def _with_constant_padding(backbone: nn.Module) -> nn.Module:
     backbone = copy.deepcopy(backbone)
     for name, x in list(backbone.named_modules()):
         if type(x).__name__ == "Conv2dSame":
-            padding = []
+            padding: Any = ()
             for k, stride, dilation in zip(x.kernel_size, x.stride, x.dilation):
                 total = max((k - 1) * dilation + 1 - stride, 0)
-                padding = [total // 2, total - total // 2, *padding]  # the last dimension first
+                padding = (total // 2, total - total // 2, *padding)  # the last dimension first
             conv = nn.Conv2d(
                 x.in_channels, x.out_channels, x.kernel_size, x.stride, 0, x.dilation, x.groups,
                 x.bias is not None,
             )  # fmt: skip
             conv.load_state_dict(x.state_dict())
-            backbone.set_submodule(name, nn.Sequential(nn.ZeroPad2d(tuple(padding)), conv))
+            backbone.set_submodule(name, nn.Sequential(nn.ZeroPad2d(padding), conv))
     return backbone
 
 
@@ -320,7 +322,7 @@ def export_onnx(predictor: PanopticPredictor, path: str) -> None:
     try:
         with torch.no_grad():
             program = torch.export.export(graph, (image,), dynamic_shapes=(any_size,), strict=False)
-            onnx = torch.onnx.export(
+            onnx: Any = torch.onnx.export(
                 program,
                 (),
                 input_names=["image"],
@@ -387,6 +389,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
     setup_logger(name="oanet_d2")
+    warnings.simplefilter("ignore")  # of the exporter, about PyTorch's and Detectron2's own code
+    for name in ("onnxscript", "onnx_ir", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     start, opts = time.perf_counter(), [*args.opts, "MODEL.DEVICE", "cpu"]
     weights = dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS")
     try:
