@@ -278,7 +278,8 @@ def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rows", nargs="+", metavar="ROW", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--update", action="store_true", help="write it into docs/performance.md")
+    about = "write it into this page (docs/performance.md)"
+    parser.add_argument("--update", nargs="?", const="docs/performance.md", metavar="PAGE", help=about)
     args = parser.parse_args()
     cpu = f"{os.uname().machine} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
     processor = torch.cuda.get_device_name() if args.device == "cuda" else cpu
@@ -293,7 +294,7 @@ def main():
     print(text)
     if args.update:
         command = f"tools/benchmark.py --device {args.device}"
-        fill_region(ROOT / "docs/performance.md", command, text)
+        fill_region(ROOT / args.update, command, text)
 
 
 if __name__ == "__main__":
