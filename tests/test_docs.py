@@ -52,7 +52,7 @@ def test_readme(tmp_path, monkeypatch):
     picture = next((tmp_path / "datasets/occlusion_scenes/val").glob("*.jpg"))
     (tmp_path / "picture.jpg").write_bytes(picture.read_bytes())
     write_model(tmp_path / "model.onnx", instances([(0, 0, 30, 30)], [0]))
-    for example in examples("README.md"):
+    for example in [*examples("README.md"), *examples("docs/deploy.md")]:
         exec(example, {})
 
 
