@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from types import SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, no_type_check
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import onnxscript
 import torch
@@ -234,20 +234,19 @@ def _(masks, by_cell):
     return by_cell.new_empty(masks.shape[0], masks.shape[0], by_cell.shape[1])
 
 
-@no_type_check
 @onnxscript.script(onnxscript.values.Opset("oanet_d2", 1), default_opset=op)
 def onnx_sums_in_overlaps(masks: BOOL, by_cell: FLOAT) -> FLOAT:
     # The same. For every instance only its own cells are looked at.
     number = op.Shape(masks, start=0, end=1)
     columns = op.CastLike(op.Transpose(masks, perm=[1, 0]), by_cell)
-    none = op.CastLike(0.0, by_cell)
+    none = op.CastLike(0.0, by_cell)  # type: ignore
     none = op.Expand(none, op.Concat(number, op.Shape(by_cell, start=1), axis=0))
     sums = op.SequenceConstruct(none)  # an empty sequence could not be concatenated
-    for i in range(op.Squeeze(number)):
-        own = op.Squeeze(op.NonZero(op.Gather(masks, i)), [0])
+    for i in range(op.Squeeze(number)):  # type: ignore
+        own = op.Squeeze(op.NonZero(op.Gather(masks, i)), [0])  # type: ignore
         of_own = op.Gemm(op.Gather(columns, own), op.Gather(by_cell, own), transA=1)
-        sums = op.SequenceInsert(sums, of_own)
-    return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])
+        sums = op.SequenceInsert(sums, of_own)  # type: ignore
+    return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])  # type: ignore
 
 
 def _with_constant_padding(backbone: Any) -> nn.Module:
