@@ -239,14 +239,14 @@ def onnx_sums_in_overlaps(masks: BOOL, by_cell: FLOAT) -> FLOAT:
     # The same. For every instance only its own cells are looked at.
     number = op.Shape(masks, start=0, end=1)
     columns = op.CastLike(op.Transpose(masks, perm=[1, 0]), by_cell)
-    none = op.CastLike(0.0, by_cell)  # type: ignore
+    none = op.CastLike(0.0, by_cell)  # type: ignore[type-var]
     none = op.Expand(none, op.Concat(number, op.Shape(by_cell, start=1), axis=0))
     sums = op.SequenceConstruct(none)  # an empty sequence could not be concatenated
-    for i in range(op.Squeeze(number)):  # type: ignore
-        own = op.Squeeze(op.NonZero(op.Gather(masks, i)), [0])  # type: ignore
+    for i in range(op.Squeeze(number)):  # type: ignore[call-overload]
+        own = op.Squeeze(op.NonZero(op.Gather(masks, i)), [0])  # type: ignore[arg-type]
         of_own = op.Gemm(op.Gather(columns, own), op.Gather(by_cell, own), transA=1)
-        sums = op.SequenceInsert(sums, of_own)  # type: ignore
-    return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])  # type: ignore
+        sums = op.SequenceInsert(sums, of_own)  # type: ignore[type-var]
+    return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])  # type: ignore[return-value, type-var]
 
 
 def _with_constant_padding(backbone: Any) -> nn.Module:
