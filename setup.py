@@ -38,7 +38,7 @@ setup(
         # An exported model, and demo/demo.py with it. On a server without libGL; a window of the demo
         # needs opencv-python instead. For a GPU, onnxruntime-gpu instead of onnxruntime.
         "runtime": ["onnxruntime>=1.17", "opencv-python-headless>=4.5", "pillow>=9", "tqdm"],
-        "export": ["onnx>=1.16", "onnxscript>=0.5"],  # with `train`
+        "export": ["onnx>=1.16", "onnxruntime>=1.17", "onnxscript>=0.5"],  # with `train`
         "test": ["pytest", "pytest-xdist", "pytest-cov", "hypothesis", "playwright", "onnxruntime"],
         "lint": ["ruff", "mypy"],
         "cityscapes": ["cityscapesscripts"],

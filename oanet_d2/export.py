@@ -44,13 +44,13 @@ from .modeling.grid import detections_on_grid, grid_size
 from .painting.pairs import Pairs
 from .painting.ranking import overlap_margins
 from .predictor import PanopticPredictor
+from .runtime import FORMAT_VERSION
 from .submission import categories_of
 
 __all__ = ["ExportError", "PanopticGraph", "export_onnx"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("oanet_d2.export")  # also as __main__
 
-FORMAT_VERSION = 1  # what runtime.py reads
 OPSET = 18
 # Orders that the runtime makes of comparisons. The graph applies every other rule itself.
 MARGINS = {"srm_pairs": lambda inputs: inputs.pair_margins, "srm_overlap": overlap_margins}
