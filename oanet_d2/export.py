@@ -249,6 +249,12 @@ def onnx_sums_in_overlaps(masks: BOOL, by_cell: FLOAT) -> FLOAT:
     return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])  # type: ignore[return-value, type-var]
 
 
+def onnx_stable_sort(x, stable=True, dim=-1, descending=False):
+    """`aten.sort.stable`, which the exporter lacks. TopK keeps equal values in their order."""
+    length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))  # type: ignore[type-var]
+    return op.TopK(x, length, axis=dim, largest=int(descending))
+
+
 def _with_constant_padding(backbone: Any) -> nn.Module:
     """
     A copy without timm's Conv2dSame, which finds its padding from the size of the input. Here that is
@@ -330,14 +336,15 @@ def export_onnx(predictor: PanopticPredictor, path: str) -> None:
                 dynamo=True,
                 verbose=False,
                 custom_translation_table={
-                    torch.ops.oanet_d2.sums_in_overlaps.default: onnx_sums_in_overlaps
+                    torch.ops.oanet_d2.sums_in_overlaps.default: onnx_sums_in_overlaps,
+                    torch.ops.aten.sort.stable: onnx_stable_sort,
                 },
             )
     except Exception as error:  # the exporter has many kinds
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ExportError(
-            f"PyTorch cannot export this model: {type(error).__name__}: {reason}. If the config names "
-            "parts of your own, one of them decides by the values of tensors."
+            f"PyTorch cannot export this model: {type(error).__name__}: {reason}. A part of your own may "
+            "decide by the values of tensors, or use what ONNX does not have; the error before says more."
         ) from error
     onnx.model.metadata_props["oanet_d2"] = json.dumps(_description(predictor))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

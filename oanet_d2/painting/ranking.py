@@ -117,10 +117,7 @@ def srm_pairs(inputs: OrderInputs) -> torch.Tensor:
 
 def _by(inputs: OrderInputs, values: torch.Tensor) -> torch.Tensor:
     by_score = score(inputs)
-    values, place = values[by_score], torch.arange(values.shape[0], device=by_score.device)
-    # A stable sort, which ONNX does not have: the number of instances that go before each.
-    equal = (values == values[:, None]) & (place < place[:, None])
-    return by_score[torch.argsort((equal | (values < values[:, None])).sum(1))]
+    return by_score[torch.argsort(values[by_score], stable=True)]
 
 
 def mean_scores(inputs: OrderInputs) -> torch.Tensor:
