@@ -73,8 +73,6 @@ def check_arguments(args) -> None:
         refused = [option for option, value in given.items() if value is not None]
         if refused:
             raise ValueError(f"An exported model is as it is: {', '.join(refused)} cannot change --onnx.")
-    elif args.config_file is None and "MODEL.WEIGHTS" not in args.opts[:-1:2]:
-        raise ValueError("Give --config-file, or --opts MODEL.WEIGHTS model_final.safetensors.")
     threshold = args.confidence_threshold
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--confidence-threshold is {threshold}; it must lie in [0, 1].")
@@ -135,12 +133,7 @@ class Segmenter:
             "MODEL.OANET.ORDER": args.order,
         }
         opts = [x for item in changes.items() if item[1] is not None for x in item]
-        opts = [*args.opts, *opts]
-        if args.config_file is not None:
-            self.predictor = PanopticPredictor.from_config(args.config_file, opts=opts)
-        else:
-            weights = dict(zip(args.opts[::2], args.opts[1::2]))["MODEL.WEIGHTS"]
-            self.predictor = PanopticPredictor.from_file(weights, opts)
+        self.predictor = PanopticPredictor.from_config(args.config_file, opts=[*args.opts, *opts])
         self.orders = ["score", self.predictor.model.order] if args.compare else []
         if self.orders == ["score", "score"]:
             raise ValueError("--compare needs another order than 'score'; name it by --order.")

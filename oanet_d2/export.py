@@ -45,7 +45,6 @@ from .painting.pairs import Pairs
 from .painting.ranking import overlap_margins
 from .predictor import PanopticPredictor
 from .runtime import FORMAT_VERSION
-from .submission import categories_of
 
 __all__ = ["ExportError", "PanopticGraph", "export_onnx"]
 
@@ -99,9 +98,11 @@ class PanopticGraph(nn.Module):
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
         backbone, (height, width) = self.backbone, image.shape[:2]
         x = (image.permute(2, 0, 1).float() - self.model.pixel_mean) / self.model.pixel_std
-        divisor, side = backbone.size_divisibility, backbone.padding_constraints.get("square_size", 0)
-        rows, columns = grid_size((height, width), divisor) if divisor > 1 else (height, width)
-        rows, columns = (side, side) if side else (rows * max(divisor, 1), columns * max(divisor, 1))
+        # As Detectron2's ImageList pads.
+        divisor, side = max(backbone.size_divisibility, 1), backbone.padding_constraints.get("square_size")
+        rows, columns = (n * divisor for n in grid_size((height, width), divisor))
+        if side:
+            rows = columns = side
         return F.pad(x, (0, columns - width, 0, rows - height))[None]
 
     def _proposals(self, features: Dict, size: Tuple) -> torch.Tensor:
@@ -286,9 +287,7 @@ def _check(model: Any) -> None:
         if isinstance(x, ROIPooler) and not isinstance(x.level_poolers[0], layers.ROIAlign):
             raise ExportError(f"{name} pools by {type(x.level_poolers[0]).__name__}; it must be ROIAlign.")
     rpn, heads = model.proposal_generator, model.roi_heads
-    standard = StandardROIHeads
-    if isinstance(heads, CascadeROIHeads):
-        standard = CascadeROIHeads
+    standard = CascadeROIHeads if isinstance(heads, CascadeROIHeads) else StandardROIHeads
     _same("MODEL.PROPOSAL_GENERATOR.NAME", rpn, RPN, ["forward", "predict_proposals"])
     _same("MODEL.ANCHOR_GENERATOR.NAME", rpn.anchor_generator, DefaultAnchorGenerator, ["forward"])
     parts = ["forward", "_forward_box", "_forward_mask", "forward_with_given_boxes"]
@@ -304,8 +303,8 @@ def _same(where: str, x: Any, known: type, methods: Sequence[str]) -> None:
     for name in methods:
         if getattr(type(x), name, None) is not getattr(known, name):
             raise ExportError(
-                f"{where} is {type(x).__name__}, whose {name}() is not that of Detectron2's "
-                f"{known.__name__}. Such a part cannot be exported."
+                f"{where} is {type(x).__name__}, which has its own {name}(). Only Detectron2's "
+                f"{known.__name__} can be exported."
             )
 
 
@@ -365,16 +364,13 @@ def _description(predictor: PanopticPredictor) -> Dict[str, Any]:
         "keep_things_free": model.keep_things_free,
         "semantic_stride": model.sem_seg_head.common_stride,
     }
-    for isthing, kind in ((1, "thing"), (0, "stuff")):
-        ids = classes.get(f"{kind}_dataset_id_to_contiguous_id")
-        names = list(classes.get(f"{kind}_classes"))
-        by_index: List[Optional[int]] = [None] * len(names)  # stuff 0, "things", has no id
-        for category in categories_of(classes):
-            if category["isthing"] == isthing:
-                by_index[ids[category["id"]]] = category["id"]
+    for kind in ("thing", "stuff"):
+        names = classes.get(f"{kind}_classes")
         colors = classes.get(f"{kind}_colors") or [[128, 128, 128]] * len(names)
-        description[f"{kind}_classes"], description[f"{kind}_ids"] = names, by_index
-        description[f"{kind}_colors"] = [list(color) for color in colors]
+        id_of = {index: i for i, index in classes.get(f"{kind}_dataset_id_to_contiguous_id").items()}
+        description[f"{kind}_classes"], description[f"{kind}_colors"] = names, colors
+        # Stuff 0, "things", has no id.
+        description[f"{kind}_ids"] = [id_of.get(index) for index in range(len(names))]
     return description
 
 
@@ -395,19 +391,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
     setup_logger(name="oanet_d2")
-    warnings.simplefilter("ignore")  # of the exporter, about PyTorch's and Detectron2's own code
     for name in ("onnxscript", "onnx_ir", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     start, opts = time.perf_counter(), [*args.opts, "MODEL.DEVICE", "cpu"]
-    weights = dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS")
     try:
-        if args.config_file is not None:
-            predictor = PanopticPredictor.from_config(args.config_file, opts=opts)
-        elif weights is not None:
-            predictor = PanopticPredictor.from_file(weights, opts)
-        else:
-            raise ValueError("Give --config-file, or MODEL.WEIGHTS model_final.safetensors.")
-        export_onnx(predictor, args.output)
+        predictor = PanopticPredictor.from_config(args.config_file, opts=opts)
+        with warnings.catch_warnings():  # of the exporter, about PyTorch's and Detectron2's own code
+            warnings.simplefilter("ignore")
+            export_onnx(predictor, args.output)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     size, seconds = os.path.getsize(args.output) / 2**20, time.perf_counter() - start

@@ -87,14 +87,19 @@ class PanopticPredictor:
         self.aug = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
-    def from_config(cls, config_file: Path, weights: Path = "", opts: Sequence = ()):
+    def from_config(cls, config_file: Optional[Path], weights: Path = "", opts: Sequence = ()):
         """
         Args:
-            config_file: yaml that the network was trained with.
+            config_file: yaml that the network was trained with. None: see :meth:`from_file`.
             weights: path or URL of its checkpoint. The default is the config's `MODEL.WEIGHTS`.
             opts: "KEY", value, "KEY", value, ... to override in the config. "MODEL.OANET.OUTPUTS"
                 is () unless it is set here.
         """
+        if config_file is None:
+            weights = weights or dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS", "")
+            if not weights:
+                raise ValueError("Give --config-file, or MODEL.WEIGHTS model_final.safetensors.")
+            return cls.from_file(weights, opts)
         cfg = load_config(config_file, [*_OPTS, *opts])
         if weights:
             cfg.MODEL.WEIGHTS = os.fspath(weights)

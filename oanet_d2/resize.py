@@ -1,5 +1,5 @@
 """
-How Detectron2 resizes a picture before the network sees it, to the bit, without Detectron2 and PIL.
+Resize pictures exactly as Detectron2 does by PIL, with NumPy alone.
 """
 
 from typing import Tuple

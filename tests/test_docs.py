@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -71,6 +71,9 @@ def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):
     exec("\n".join(examples("docs/migration.md")), scope := {})
     trained = scope["trainer"].model.state_dict()
     assert all(torch.equal(trained[name], network[name]) for name in network)
+    for name in ("my_train", "my_val"):  # other tests register these names, too
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_extensions(tiny_cfg, monkeypatch):

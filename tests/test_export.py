@@ -8,8 +8,8 @@ from torch import nn
 from detectron2.layers import DeformConv
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_model
 
-from oanet_d2 import PanopticPredictor
-from oanet_d2.export import ExportError, PanopticGraph, export_onnx, main
+from oanet_d2 import PanopticPredictor, export
+from oanet_d2.export import ExportError, PanopticGraph, export_onnx
 from oanet_d2.modeling.pair_head import EVIDENCE
 from oanet_d2.painting.ranking import RANKING_RULE_REGISTRY, overlap_margins
 from oanet_d2.runtime import OnnxPredictor
@@ -99,6 +99,13 @@ EXPORTED = {
 }
 
 
+def run(*args):
+    """The command line, without a logger that the tests after it would keep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "setup_logger", lambda name: None)
+        return export.main([*map(str, args)])
+
+
 @pytest.fixture(scope="module", params=EXPORTED)
 def predictors(request, tmp_path_factory):
     """PyTorch's and the exported one of a network with random weights, and the file."""
@@ -112,7 +119,7 @@ def predictors(request, tmp_path_factory):
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     (folder / "tiny.yaml").write_text(cfg.dump())
     file = folder / "new" / "tiny.onnx"
-    assert main(["--config-file", str(folder / "tiny.yaml"), "--output", str(file)]) == 0
+    assert run("--config-file", folder / "tiny.yaml", "--output", file) == 0
     return PanopticPredictor.from_config(folder / "tiny.yaml"), OnnxPredictor(file), file
 
 
@@ -183,9 +190,9 @@ def test_a_rule_that_cannot_be_exported(tmp_path):
 
 
 def test_the_command_line_names_what_is_wrong(tmp_path, capsys):
-    for args in ([], ["MODEL.WEIGHTS", str(tmp_path / "gone.safetensors")]):
+    for args in ([], ["MODEL.WEIGHTS", tmp_path / "gone.safetensors"]):
         with pytest.raises(SystemExit) as error:
-            main(["--output", str(tmp_path / "m.onnx"), *args])
+            run("--output", tmp_path / "m.onnx", *args)
         assert error.value.code == 2
         assert "safetensors" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .load import CATEGORY, Report, entries, load_panoptic, read_annotations, stop
 
-__all__ = ["category_metadata", "dataset_paths", "register_from_config"]
-__all__ += ["register_panoptic"]
+__all__ = ["category_metadata", "dataset_paths", "register_from_config", "register_panoptic"]
 
 Path = Union[str, os.PathLike]
 

@@ -14,7 +14,6 @@ from .arrays import Region
 __all__ = ["BoxedMasks", "mask_extents", "paste_on_grid"]
 
 
-
 class BoxedMasks:
     """
     The masks of N instances of one image. `masks[i]` is a (h, w) bool tensor and the region (rows,
