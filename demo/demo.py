@@ -259,7 +259,10 @@ def show(rgb: np.ndarray, wait: bool) -> bool:
 
 def set_up_logging(args) -> None:
     if args.onnx is not None:
-        logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+        ours, handler = logging.getLogger("oanet_d2"), logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        ours.setLevel(logging.INFO)
+        ours.addHandler(handler)
         return
     from detectron2.utils.logger import setup_logger
 
