@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """
 Fill docs/RESULTS.md, the table of README.md and their pictures from finished runs: of one or several
-datasets, and for each of them trainings that differ in their seed. A run is the OUTPUT_DIR of a
-training, or of an evaluation, with TEST.ORDERS. Pictures of street_fashion are left out.
-tools/train_results.sh trains all runs of the page and calls this.
+datasets, and for each of them trainings that differ in their seed. Those with other settings than the
+first of their dataset have a table of their own. A run is the OUTPUT_DIR of a training, or of an
+evaluation, with TEST.ORDERS. Pictures of street_fashion are left out. tools/train_results.sh trains all
+runs of the page and calls this.
 
     python tools/results.py output/seed_1 output/seed_2 output/seed_3
 """
 
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -32,6 +35,12 @@ COLUMNS = {
 IN_README = ("score", "smaller_first", "class_order", "srm_pairs, annotations", "srm_pairs", "oracle")
 # What their names begin with. (The photographs of street_fashion show persons.)
 PICTURES = {"occlusion_scenes": "", "facades": "facades_"}
+# What a dataset's trainings may differ in beside their seed.
+SETTINGS = {
+    "iterations": ("SOLVER", "MAX_ITER"),
+    "shorter side": ("INPUT", "MIN_SIZE_TEST"),
+    "network": ("MODEL", "TIMM", "NAME"),
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -95,6 +104,26 @@ def name_of(run: Dict) -> str:
     return f"{name}, copy-paste" if run["config"]["INPUT"]["COPY_PASTE"] > 0 else name
 
 
+def settings_of(run: Dict) -> Tuple[str, ...]:
+    return tuple(str(reduce(getitem, keys, run["config"])) for keys in SETTINGS.values())
+
+
+def settings_table(all_runs: List[Dict]) -> str:
+    """A row for all trainings on one dataset with the same settings, where a dataset has several."""
+    rows: Dict[str, Dict[Tuple[str, ...], List[Dict]]] = {}
+    for run in all_runs:
+        rows.setdefault(name_of(run), {}).setdefault(settings_of(run), []).append(run)
+    orders = "score", "srm_pairs", "oracle"
+    cells = [
+        [name, *settings, str(len(runs)), *(row[1] for row in found), found[1][2]]
+        for name, by_settings in rows.items()
+        if len(by_settings) > 1
+        for settings, runs in by_settings.items()
+        for found in [orders_rows(runs, ("PQ_th",), orders)]
+    ]
+    return markdown_table(["PQ of things", *SETTINGS, "trainings", *orders, "closure"], cells)
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with orderings.json")
@@ -103,6 +132,7 @@ def main():
     all_runs, rows, notes = [read_run(folder) for folder in args.runs], [], []
     for name in dict.fromkeys(map(name_of, all_runs)):
         runs = [run for run in all_runs if name_of(run) == name]
+        runs = [run for run in runs if settings_of(run) == settings_of(runs[0])]
         solver, best = runs[0]["config"]["SOLVER"], runs[0]["config"]["MODEL"]["OANET"]["ORDER"]
         about = (
             f"{name}: {solver['MAX_ITER']} iterations, {len(runs)} training"
@@ -124,6 +154,7 @@ def main():
         if name in PICTURES:
             run = args.runs[all_runs.index(runs[0])]
             copy_pictures(run, args.root / "docs" / "pictures", PICTURES[name])
+    fill_region(args.root / "docs" / "RESULTS.md", "tools/results.py (settings)", settings_table(all_runs))
     table = markdown_table(["PQ of things", *IN_README, "closure"], rows)
     fill_region(args.root / "README.md", "tools/results.py", "\n\n".join([table, " ".join(notes)]))
 

@@ -9,18 +9,19 @@ from PIL import Image
 from oanet_d2 import complete_config, load_config
 from tests.conftest import REPOSITORY
 
-PQ_TH = {"score": (40, 50), "srm_pairs": (50, 66), "oracle": (60, 70)}  # of two seeds
+# Two seeds, and a longer training.
+PQ_TH = {"score": (40, 50, 60), "srm_pairs": (50, 66, 78), "oracle": (60, 70, 80)}
 CONFIG = """
 SEED: 1
-INPUT: {COPY_PASTE: 0.0}
+INPUT: {COPY_PASTE: 0.0, MIN_SIZE_TEST: 256}
 SOLVER: {MAX_ITER: 5}
-MODEL: {OANET: {ORDER: srm_pairs}}
+MODEL: {OANET: {ORDER: srm_pairs}, TIMM: {NAME: small}}
 DATASETS: {TEST: [occlusion_scenes_val]}
 """
 
 
 def test_tables_and_pictures(tmp_path, monkeypatch):
-    runs, pictures = [tmp_path / "0", tmp_path / "1"], tmp_path / "docs" / "pictures"
+    runs, pictures = [tmp_path / x for x in "012"], tmp_path / "docs" / "pictures"
     for i, run in enumerate(runs):  # as far as the script reads them
         for name in ("pictures", "pictures_still_wrong"):
             (run / name).mkdir(parents=True)
@@ -30,14 +31,15 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
         evaluation = {"orderings": orders, "images": 7, "seconds": {"eval": 3.5}}
         (run / "orderings.json").write_text(json.dumps(evaluation))
         torch.save({"model": {"a": torch.zeros(2**18)}}, run / "model_final.pth")
-        (run / "config.yaml").write_text(CONFIG)
+        (run / "config.yaml").write_text(CONFIG.replace("MAX_ITER: 5", "MAX_ITER: 50") if i == 2 else CONFIG)
         alone = {"orderings": {"srm_pairs": dict.fromkeys(results.COLUMNS, 45 + i)}}
         (run / "from_annotations").mkdir()
         (run / "from_annotations" / "orderings.json").write_text(json.dumps(alone))
     pictures.mkdir(parents=True)
     pages = [tmp_path / "README.md", tmp_path / "docs" / "RESULTS.md"]
-    for page, name in zip(pages, ("", " (occlusion_scenes)")):
-        page.write_text(f"before\n<!-- tools/results.py{name} fills this in -->old<!-- end -->\nafter\n")
+    for page, names in zip(pages, ([""], [" (settings)", " (occlusion_scenes)"])):
+        regions = [f"<!-- tools/results.py{x} fills this in -->old<!-- end -->\n" for x in names]
+        page.write_text("before\n" + "".join(regions) + "after\n")
     monkeypatch.setattr("sys.argv", ["results.py", "--root", *map(str, [tmp_path, *runs])])
     results.main()
     for page in pages:
@@ -46,6 +48,12 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
         row = next(x for x in text.splitlines() if "58.0 ± 11.3" in x)
         # By hand: closures 10 / 20 and 16 / 20; the deviation divides by n - 1.
         assert row.endswith("| 0.650 ± 0.212 |") and "old" not in text
+    settings, text = text.split("<!-- end -->", 1)
+    rows = [" ".join(x.split("|")).split() for x in settings.splitlines() if x.startswith("| occ")]
+    assert rows == [
+        "occlusion_scenes 5 256 small 2 45.0 ± 7.1 58.0 ± 11.3 65.0 ± 7.1 0.650 ± 0.212".split(),
+        "occlusion_scenes 50 256 small 1 60.0 78.0 80.0 0.900".split(),
+    ]
     found = [x.split("|")[1].strip() for x in text.splitlines() if x.startswith("| ")]
     assert found[:5] == ["order", "score", "srm_pairs", "srm_pairs, annotations", "oracle"]
     assert "| 45.5 ± 0.7 " in text
@@ -81,7 +89,7 @@ def test_photographs_without_whole_masks_in_a_folder_with_a_space(tmp_path):
 
 def test_every_command_of_the_trainings_has_a_valid_config(tmp_path):
     commands = commands_of("train_results.sh", tmp_path)
-    assert len(commands) == 3 * 3 * 4 + 3 + 1 and commands[-1][0] == "tools/results.py"
+    assert len(commands) == 3 * 3 * 4 + 3 + 3 + 1 and commands[-1][0] == "tools/results.py"
     kinds = set()
     for program, *arguments in commands[:-1]:
         first = next(i for i, x in enumerate(arguments) if x.split(".")[0].isupper() or x == "--")
