@@ -20,8 +20,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import onnxscript
 import torch
-from onnxscript import BOOL, FLOAT
-from onnxscript import opset18 as op
+from onnxscript import BOOL, FLOAT, INT64, opset18
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import nms
@@ -51,6 +50,7 @@ __all__ = ["ExportError", "PanopticGraph", "export_onnx"]
 logger = logging.getLogger("oanet_d2.export")  # also as __main__
 
 OPSET = 18
+op: Any = opset18  # its types know more about tensors than mypy can follow
 # Orders that the runtime makes of comparisons. The graph applies every other rule itself.
 MARGINS = {"srm_pairs": lambda inputs: inputs.pair_margins, "srm_overlap": overlap_margins}
 OUTPUTS = "boxes", "scores", "classes", "masks", "semantic"
@@ -237,23 +237,36 @@ def _(masks, by_cell):
 
 @onnxscript.script(onnxscript.values.Opset("oanet_d2", 1), default_opset=op)
 def onnx_sums_in_overlaps(masks: BOOL, by_cell: FLOAT) -> FLOAT:
-    # The same. For every instance only its own cells are looked at.
-    number = op.Shape(masks, start=0, end=1)
+    # The same. For every instance only its own cells are looked at. One without a cell is added,
+    # because a loop without a turn has no sizes.
     columns = op.CastLike(op.Transpose(masks, perm=[1, 0]), by_cell)
-    none = op.CastLike(0.0, by_cell)  # type: ignore[type-var]
-    none = op.Expand(none, op.Concat(number, op.Shape(by_cell, start=1), axis=0))
-    sums = op.SequenceConstruct(none)  # an empty sequence could not be concatenated
-    for i in range(op.Squeeze(number)):  # type: ignore[call-overload]
-        own = op.Squeeze(op.NonZero(op.Gather(masks, i)), [0])  # type: ignore[arg-type]
+    padded = op.Pad(masks, op.Constant(value_ints=[0, 0, 1, 0]))
+
+    @onnxscript.graph()
+    def of_one(i: INT64, go_on: BOOL):
+        own = op.Squeeze(op.NonZero(op.Gather(padded, i)), [0])
         of_own = op.Gemm(op.Gather(columns, own), op.Gather(by_cell, own), transA=1)
-        sums = op.SequenceInsert(sums, of_own)  # type: ignore[type-var]
-    return op.Slice(op.ConcatFromSequence(sums, axis=0, new_axis=1), [1], [2147483647], [0])  # type: ignore[return-value, type-var]
+        return op.Identity(go_on), of_own
+
+    sums = op.Loop(op.Squeeze(op.Shape(padded, start=0, end=1)), True, body=of_one)
+    return op.Slice(sums, [0], [-1], [0])
 
 
 def onnx_stable_sort(x, stable=True, dim=-1, descending=False):
-    """`aten.sort.stable`, which the exporter lacks. TopK keeps equal values in their order."""
-    length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))  # type: ignore[type-var]
-    return op.TopK(x, length, axis=dim, largest=int(descending))
+    """
+    `aten.sort.stable` of a vector, which the exporter lacks. Not every engine's TopK keeps equal values
+    in their order, so it sorts positions, which are all different.
+    """
+    if len(x.shape) != 1:
+        raise ExportError(f"A stable sort of {len(x.shape)} dimensions cannot be exported; sort vectors.")
+    length = op.Shape(x)
+    index = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
+    own, own_index = (op.Unsqueeze(y, op.Constant(value_ints=[1])) for y in (x, index))
+    beats = op.Greater(x, own) if descending else op.Less(x, own)
+    before = op.Or(beats, op.And(op.Equal(x, own), op.Less(index, own_index)))
+    position = op.ReduceSum(op.Cast(before, to=7), op.Constant(value_ints=[1]), keepdims=0)  # int64
+    _, order = op.TopK(position, length, largest=0)
+    return op.Gather(x, order), order
 
 
 def _with_constant_padding(backbone: Any) -> nn.Module:

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import cv2
 import numpy as np
@@ -28,13 +29,20 @@ def semantic(*classes, size=(4, 6)):
     return scores
 
 
+@pytest.fixture(params=["onnxruntime", "openvino"], scope="module")
+def load(request):
+    """Makes a predictor of a file."""
+    pytest.importorskip(request.param)
+    return partial(OnnxPredictor, openvino={} if request.param == "openvino" else None)
+
+
 @pytest.mark.parametrize(
     "how, on_top", [({"margins": FIRST_WINS}, 0), ({"margins": SECOND_WINS}, 1), ({"order": [1, 0]}, 1)]
 )
-def test_by_hand(tmp_path, how, on_top):
+def test_by_hand(load, tmp_path, how, on_top):
     outputs = {**instances(BOXES, [0, 1], **how), "semantic": semantic(1, 1, 1, 2, 2, 2)}
     image = picture()
-    result = OnnxPredictor(write_model(tmp_path / "a.onnx", outputs))(image)
+    result = load(write_model(tmp_path / "a.onnx", outputs))(image)
     expected = np.full((16, 24), 3)  # sky, and road on the right
     expected[:, 12:] = 4
     below = slice(*(0, 8) if on_top else (4, 12))
@@ -54,13 +62,13 @@ def test_by_hand(tmp_path, how, on_top):
     assert result.image is image and set(result.predictions) == {"boxes", "scores", "classes"}
 
 
-def test_at_another_size_than_the_networks(tmp_path):
+def test_at_another_size_than_the_networks(load, tmp_path):
     """The picture is enlarged twice. An instance without a box there is dropped from either order."""
     boxes = [(0, 0, 16, 16), (48, 3, 60, 20), (8, 8, 24, 24)]  # the second lies beside the picture
     grid = semantic(1, size=(8, 12))
     for how in ({"order": [2, 1, 0]}, {"margins": [[0, 0, -1], [0, 0, 0], [1, 0, 0]]}):
         outputs = {**instances(boxes, [0, 1, 1], **how), "semantic": grid}
-        result = OnnxPredictor(write_model(tmp_path / "a.onnx", outputs, min_size=32))(picture())
+        result = load(write_model(tmp_path / "a.onnx", outputs, min_size=32))(picture())
         assert result.predictions["boxes"].tolist() == [[0, 0, 8, 8], [4, 4, 12, 12]]
         assert [s.get("instance_id") for s in result.segments_info] == [1, 0, None]
         assert (result.panoptic_seg[4:12, 4:12] == 1).all() and (result.panoptic_seg == 2).sum() == 48
@@ -87,14 +95,14 @@ def test_the_network_gets_the_channels_it_wants(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory):
+def predictor(load, tmp_path_factory):
     """What it sees depends on the picture."""
     path = write_model(
         tmp_path_factory.mktemp("onnx") / "a.onnx",
         instances(BOXES, [0, 1], margins=SECOND_WINS, masks=np.random.default_rng(0).random((2, 4, 4))),
         min_size=24,
     )
-    return OnnxPredictor(path)
+    return load(path)
 
 
 def test_eight_threads_give_what_one_gives(predictor):
@@ -139,15 +147,15 @@ def write_foreign(path):
     "write, words",
     [
         (lambda path: None, "no file"),
-        (write_bytes, "ONNX Runtime"),
+        (write_bytes, "ONNX Runtime|OpenVINO"),
         (write_foreign, "oanet_d2.export"),
         (lambda path: write_model(path, instances([], []), version=7), "version 7.*version 1"),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path, write, words):
+def test_files_that_cannot_be_used(load, tmp_path, write, words):
     write(tmp_path / "a.onnx")
     with pytest.raises(ValueError, match=f"a.onnx .*{words}"):
-        OnnxPredictor(tmp_path / "a.onnx")
+        load(tmp_path / "a.onnx")
 
 
 def test_a_file_without_all_metadata(tmp_path, monkeypatch):

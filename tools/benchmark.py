@@ -4,8 +4,10 @@ What OANet costs, beside Detectron2's own functions on the same inputs.
 
     python tools/benchmark.py --rows semantic_labels mapper    # every row if none is named
     python tools/benchmark.py --device cuda --update           # into docs/performance.md
+    python tools/benchmark.py --rows exported openvino openvino_bf16 --update docs/deploy.md
 
 The sides take turns, each row in its own process. It needs Linux. OMP_NUM_THREADS sets the threads.
+The row "exported" also counts PQ with the weights that `make demo` leaves.
 """
 
 import ctypes
@@ -17,10 +19,11 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -35,15 +38,18 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_mode
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
 from oanet_d2 import PanopticPredictor, complete_config, load_config, register_panoptic
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
+from oanet_d2.data.load import read_truth
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.export import export_onnx
 from oanet_d2.painting import BoxedMasks, combine
+from oanet_d2.painting.metrics import pq_averages, pq_counts, shared_pixels
 from oanet_d2.painting.semantic import resized_semantic_labels
 from oanet_d2.runtime import OnnxPredictor
 
@@ -145,12 +151,8 @@ def inference(
         yield torch.no_grad()(partial(model.inference, [{"image": image}], is_whole))
 
 
-def exported(device: str) -> Sides:
-    """
-    One file with ONNX Runtime, from the picture to the panoptic map with 100 instances, against
-    Panoptic FPN's module.
-    """
-    image = np.random.default_rng(0).integers(0, 256, (800, 1216, 3), dtype=np.uint8)
+def panoptic_fpn_and_ours() -> Tuple[torch.nn.Module, Callable[[str], None]]:
+    """An R-50 Panoptic FPN that detects 100 instances, and what exports an OANet of its weights."""
     # So that random weights detect something: activations of about 1, and unequal scores.
     opts = ["MODEL.PIXEL_STD", "[1e4, 1e4, 1e4]", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.5"]
     torch.manual_seed(0)
@@ -158,14 +160,74 @@ def exported(device: str) -> Sides:
     theirs.roi_heads.box_predictor.cls_score.weight.data *= 100
     model = build_model(build_config(COCO, "cpu", *opts))
     model.load_state_dict(theirs.state_dict(), strict=False)
+
+    def export(file: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            weights = f"{folder}/weights.pth"
+            torch.save({"model": model.state_dict()}, weights)
+            cpu = [*opts, "MODEL.DEVICE", "cpu"]
+            export_onnx(PanopticPredictor.from_config(ROOT / COCO, weights, cpu), file)
+
+    return theirs, export
+
+
+EXPORTED_SIZE = (800, 1216)
+
+
+def exported(device: str, openvino: Optional[Dict] = None) -> Sides:
+    """One file, from the picture to the panoptic map with 100 instances, against Panoptic FPN's module."""
+    image = np.random.default_rng(0).integers(0, 256, (*EXPORTED_SIZE, 3), dtype=np.uint8)
+    theirs, export = panoptic_fpn_and_ours()
+    if openvino is not None:
+        openvino = {**openvino, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
-        weights, file = f"{folder}/weights.pth", f"{folder}/model.onnx"
-        torch.save({"model": model.state_dict()}, weights)
-        opts += ["MODEL.DEVICE", "cpu"]
-        export_onnx(PanopticPredictor.from_config(ROOT / COCO, weights, opts), file)
-        ours = OnnxPredictor(file)
+        export(f"{folder}/model.onnx")
+        ours = OnnxPredictor(f"{folder}/model.onnx", openvino=openvino)
     given = {"image": torch.as_tensor(image.transpose(2, 0, 1).copy()), "height": 800, "width": 1216}
     return partial(ours, image), torch.no_grad()(partial(theirs.inference, [given]))
+
+
+def facts_of_exported() -> str:
+    """What the file weighs and takes, and the least time that its network could take on this processor."""
+    theirs, export = panoptic_fpn_and_ours()
+    given = {"image": torch.zeros(3, *EXPORTED_SIZE), "height": 800, "width": 1216}
+    operations = 2 * FlopCountAnalysis(theirs, ([given],)).total()
+    square = torch.randn(4096, 4096)
+    fastest = min(milliseconds_of(partial(torch.mm, square, square), "cpu") for _ in range(5))
+    speed = 2 * 4096**3 / fastest
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        seconds = [milliseconds_of(partial(export, file), "cpu") / 1e3]
+        for openvino in (None, {}):
+            load = partial(OnnxPredictor, file, openvino=openvino)
+            seconds.append(milliseconds_of(load, "cpu") / 1e3)
+        mebibytes = os.path.getsize(file) / 2**20
+    return (
+        f"The file has {mebibytes:.0f} MiB. Exporting it took {seconds[0]:.0f} s, loading it "
+        f"{seconds[1]:.1f} s with ONNX Runtime and {seconds[2]:.1f} s with OpenVINO. Panoptic FPN adds and "
+        f"multiplies {operations / 1e9:.0f} billion times for this picture. At the speed of a product of "
+        f"two matrices of 4096 x 4096 in float32 ({speed / 1e6:.0f} billion a second) that alone takes "
+        f"{operations / speed:.0f} ms."
+    )
+
+
+def quality_of_exported() -> str:
+    """PQ on the demo's validation set, with the weights that `make demo` leaves."""
+    predictor = PanopticPredictor.from_file(ROOT / "output/occlusion_scenes/model_final.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(predictor, f"{folder}/model.onnx")
+        engines = {"PyTorch": predictor, "ONNX Runtime": OnnxPredictor(f"{folder}/model.onnx")}
+        for name, openvino in (("OpenVINO", {}), ("OpenVINO in bfloat16", BF16)):
+            engines[name] = OnnxPredictor(f"{folder}/model.onnx", openvino=openvino)
+    counts = {name: Counter() for name in engines}
+    for d in DatasetCatalog.get("occlusion_scenes_val"):
+        truth, _ = read_truth(d)
+        for name, engine in engines.items():
+            ids, segments_info = engine(d["file_name"]).panoptic
+            shared = shared_pixels(truth, np.asarray(ids))
+            counts[name].update(pq_counts(shared, d["segments_info"], segments_info))
+    found = ", ".join(f"{pq_averages(x)['PQ']:.2f} with {name}" for name, x in counts.items())
+    return f"PQ on the demo's validation set is {found}."
 
 
 def scenes(folder: str, number: int, size: int) -> List[Dict]:
@@ -222,6 +284,7 @@ BY_SCORE = [*ONLY_PANOPTIC, "MODEL.OANET.ORDER", "score"]
 SMALL, LARGE = (partial(paste_and_combine, size) for size in (IMAGE_SIZE, (2160, 3840)))
 WHOLE = partial(inference, ONLY_PANOPTIC)
 NETWORK = partial(inference, PANOPTIC_FPN, PANOPTIC_FPN, 100, network_alone=True)
+BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
 ROWS: Dict[str, Tuple[str, Callable[[str], Sides], int]] = {  # title, what to measure, turns
     "paste_combine": ("paste + combine, 100 instances, 800 x 1333", SMALL, 15),
     "paste_combine_4k": ("the same, 2160 x 3840", LARGE, 3),
@@ -229,7 +292,9 @@ ROWS: Dict[str, Tuple[str, Callable[[str], Sides], int]] = {  # title, what to m
     "inference": ("inference, 800 x 1333, 100 painted", partial(WHOLE, PANOPTIC_FPN, 100), 7),
     "inference_20": ("the same, 20 painted", partial(WHOLE, PANOPTIC_FPN, 20), 7),
     "network": ("Panoptic FPN's network alone against the whole", NETWORK, 7),
-    "exported": ("exported, 800 x 1216, 100 painted", exported, 7),
+    "exported": ("exported, 800 x 1216, 100 painted, ONNX Runtime", exported, 7),
+    "openvino": ("the same, OpenVINO, float32", partial(exported, openvino={}), 7),
+    "openvino_bf16": ("the same, OpenVINO, bfloat16", partial(exported, openvino=BF16), 7),
     "ranking": ("100 painted, *srm_pairs* against *score*", partial(WHOLE, BY_SCORE, 100), 7),
     "training_network": ("demo's step, network's phase", partial(training_step, "network"), 12),
     "training_ranking": ("demo's step, ranking's phase", partial(training_step, "ranking"), 12),
@@ -246,6 +311,11 @@ def measure(name: str, device: str) -> List[str]:
     cells = [title, *(f"{x:.1f}" for x in np.median(turns, axis=0))]
     cells.append(f"{np.median(turns[:, 0] / turns[:, 1]):.3f}")
     return [*cells, *(f"{x:.1f}" for x in mebibytes), f"{mebibytes[0] / mebibytes[1]:.3f}"]
+
+
+def in_a_process(function: Callable, *args):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 def milliseconds_of(function: Callable, device: str) -> float:
@@ -285,12 +355,13 @@ def main():
     processor = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     rows = []
     for name in args.rows:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            rows.append(process.submit(measure, name, args.device).result())
+        rows.append(in_a_process(measure, name, args.device))
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     headers = ["", "ours, ms", "Detectron2, ms", "time", "ours, MiB", "Detectron2, MiB", "memory"]
     about = f"{processor}, PyTorch {torch.__version__}, Python {sys.version.split()[0]}."
     text = f"{about}\n\n{markdown_table(headers, rows)}"
+    if "exported" in args.rows:
+        text += f"\n\n{in_a_process(facts_of_exported)}\n\n{in_a_process(quality_of_exported)}"
     print(text)
     if args.update:
         command = f"tools/benchmark.py --device {args.device}"

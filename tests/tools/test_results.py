@@ -31,7 +31,7 @@ def test_tables_and_pictures(tmp_path, monkeypatch):
         evaluation = {"orderings": orders, "images": 7, "seconds": {"eval": 3.5}}
         (run / "orderings.json").write_text(json.dumps(evaluation))
         torch.save({"model": {"a": torch.zeros(2**18)}}, run / "model_final.pth")
-        (run / "config.yaml").write_text(CONFIG.replace("MAX_ITER: 5", "MAX_ITER: 50") if i == 2 else CONFIG)
+        (run / "config.yaml").write_text(CONFIG.replace("ITER: 5", "ITER: 50" if i == 2 else "ITER: 5"))
         alone = {"orderings": {"srm_pairs": dict.fromkeys(results.COLUMNS, 45 + i)}}
         (run / "from_annotations").mkdir()
         (run / "from_annotations" / "orderings.json").write_text(json.dumps(alone))
