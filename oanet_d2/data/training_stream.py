@@ -106,10 +106,11 @@ def build_train_loader(cfg, mapper):
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is (); a training needs at least one dataset.")
-    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     # One by one: in one call Detectron2 takes it that either all or none have instances.
-    of_each = [get_detection_dataset_dicts(x, filter_empty=filter_empty) for x in cfg.DATASETS.TRAIN]
-    dicts: Any = [*chain.from_iterable(of_each)]
+    read = partial(
+        get_detection_dataset_dicts, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    dicts: Any = [*chain.from_iterable(map(read, cfg.DATASETS.TRAIN))]
     if cfg.INPUT.COPY_PASTE > 0:
         dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
         mapper = partial(mapper, others=dicts)
