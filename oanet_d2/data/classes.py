@@ -44,6 +44,8 @@ def complete_config(cfg) -> None:
                         f"The {kind} class {i} of dataset {name!r} is {y!r}, of {names[0]!r} it is "
                         f"{x!r}. Datasets of one config must have the same classes in the same order."
                     )
+    if len({*cfg.DATASETS.TEST}) < len(cfg.DATASETS.TEST):
+        raise ValueError(f"DATASETS.TEST is {cfg.DATASETS.TEST!r}; it must name each dataset once.")
     if not things:
         # Detectron2's ROI heads need a class. This one is never annotated, and never detected.
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0

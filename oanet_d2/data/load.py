@@ -184,8 +184,8 @@ def load_panoptic(
                 "segments_info": segments,
             }
             dicts.append(d if instances is None else {**d, "annotations": instances[image_id]})
-        annotated.add(image_id)
-        pngs.add(png)
+        annotated.add(x.get("image_id", at))  # without one, it is nobody's
+        pngs.add(x.get("file_name", at))
     for image_id in [i for i in images if i not in annotated]:
         detail = f"no annotation has the image_id {image_id!r}; it is left out"
         report("image without annotation", f"{panoptic_json}: images", detail, fatal=False)

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Dict, Iterator, List, Sequence
 
 import numpy as np
@@ -100,9 +100,17 @@ def build_train_loader(cfg, mapper):
     """
     Detectron2's `build_detection_train_loader`; its `dataset` is a :class:`TrainingStream`. For
     `INPUT.COPY_PASTE` the mapper gets the whole dataset, too, as `others`.
+
+    Raises:
+        ValueError: the config names no training set.
     """
-    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is (); a training needs at least one dataset.")
+    # One by one: in one call Detectron2 takes it that either all or none have instances.
+    read = partial(
+        get_detection_dataset_dicts, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    dicts: Any = [*chain.from_iterable(map(read, cfg.DATASETS.TRAIN))]
     if cfg.INPUT.COPY_PASTE > 0:
         dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
         mapper = partial(mapper, others=dicts)

@@ -31,9 +31,7 @@ class PanopticFiles(DatasetEvaluator):
     def process(self, inputs: List[Dict], outputs: List[Dict]):
         for x, output in zip(inputs, outputs):
             png = os.path.relpath(x["pan_seg_file_name"], self.metadata.panoptic_root)
-            if png.startswith(os.pardir):
-                png = os.path.basename(png)
-            png = os.path.splitext(png)[0] + ".png"
+            png = png.replace(os.pardir + os.sep, "_" + os.sep)  # stays in the folder
             image = os.path.relpath(x["file_name"], self.metadata.image_root)
             ids, segments_info = output["panoptic_seg"]
             self._submission.add(ids.cpu(), segments_info, x["image_id"], image, png)

@@ -63,6 +63,7 @@ def test_what_the_user_sets_stays():
         # As the first one, its classes look like ours, one more; a worker would fail at the first image.
         ("DATASETS.TRAIN", ("coco_2017_val_panoptic_separated",), "_separated.*register_panoptic"),
         ("MODEL.META_ARCHITECTURE", "SRMFromAnnotations", "DATASETS.TEST is .*occlusion_scenes_val"),
+        ("DATASETS.TEST", ("occlusion_scenes_val",) * 2, "DATASETS.TEST .*once"),
     ],
 )
 def test_contradictions_name_both_sides(key, value, words):

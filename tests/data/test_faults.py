@@ -371,6 +371,14 @@ def test_faults_together_are_all_found(dataset):
     assert kinds_of(dataset.paths()) == expected
 
 
+@pytest.mark.parametrize("field", ["image_id", "file_name"])
+def test_what_two_entries_lack_they_do_not_share(dataset, field):
+    for x in dataset.panoptic["annotations"][1:]:
+        del x[field]
+    assert kinds_of(dataset.paths())[:2] == [MALFORMED] * 2
+    assert not [kind for kind in kinds_of(dataset.paths()) if kind.startswith("several")]
+
+
 @pytest.mark.parametrize("which", [1, 3])
 @pytest.mark.parametrize(
     "content",

@@ -49,6 +49,30 @@ def test_same_order_as_detectron2(cfg, grouping, sampler):
     assert list(islice(build_train_loader(cfg, dict), 30)) == theirs
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_sets_with_and_without_instances(cfg, step):
+    """An image is left out if annotations say that it has no instance, not if there are none."""
+    dicts = [{"file_name": f"{i}", "width": 9, "height": 9} for i in range(3)]
+    dicts[0]["annotations"] = []
+    dicts[1]["annotations"] = [{"iscrowd": 0, "category_id": 0}]
+    names = ["test_stream_with", "test_stream_without"]
+    DatasetCatalog.register(names[0], lambda: dicts[:2])
+    DatasetCatalog.register(names[1], lambda: dicts[2:])
+    cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = names[::step], True
+    try:
+        batches = islice(build_train_loader(cfg, dict), 5)
+        assert {x["file_name"] for batch in batches for x in batch} == {"1", "2"}
+    finally:
+        for name in names:
+            DatasetCatalog.remove(name)
+
+
+def test_without_a_training_set(cfg):
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ValueError, match="DATASETS.TRAIN"):
+        build_train_loader(cfg, dict)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_enters_anywhere_with_any_number_of_workers(cfg, workers):
     """No image is lost, not even those that wait for others of their orientation just then."""

@@ -1,13 +1,35 @@
 import pytest
+import torch
 from panopticapi.evaluation import pq_compute
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
 
+from oanet_d2.data.images import read_segment_ids
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.evaluation import PanopticEvaluator, PanopticFiles
 from tests.conftest import registered, scenes_paths
+from tests.data.conftest import Dataset
 from tests.evaluation.silhouettes import SilhouetteModel
+
+
+def test_names_that_differ_little_have_a_file_each(tmp_path):
+    """Frames without an extension, extensions that differ, and a file outside of the folder."""
+    dataset = Dataset(tmp_path)
+    for names in (["clip.0000", "clip.0001", "clip"], ["1.png", "1.tiff", "../1.png"]):
+        for i, name in enumerate(names):
+            dataset.pngs[i] = dataset.pngs[i].rename(tmp_path / "pngs" / name)
+            dataset.panoptic["annotations"][i]["file_name"] = name
+        images, truth, pngs, _ = dataset.paths()
+        with registered("test_submission", images, truth, pngs) as name:
+            files = PanopticFiles(name, str(tmp_path / "out" / "results.json"))
+            for d in DatasetCatalog.get(name):
+                ids = torch.from_numpy(read_segment_ids(d["pan_seg_file_name"]))
+                files.process([d], [{"panoptic_seg": (ids, d["segments_info"])}])
+            files.evaluate()
+        assert pq_compute(truth, files.path, pngs)["All"]["pq"] == 1
+    written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert len(written) == 7
 
 
 def test_panopticapi_scores_the_files_as_we_score_the_results(tmp_path):
