@@ -98,7 +98,7 @@ class LearnedOrder:
         Args:
             mask_of: gives the (h, w) bool array of an instance in [0, N) and the region of the image
                 that it covers.
-            boxes: (N, 4) float, XYXY in pixels.
+            boxes: (N, 4) float, XYXY in pixels; in training they were the boxes of the masks.
             scores: (N,) float in [0, 1].
             class_names: of the N instances.
             image_size: (H, W).
@@ -179,7 +179,8 @@ def masks_on_grid(
         inside = mask[rows[:, None], columns]
         on_grid[i, first_row:last_row, first_column:last_column] = inside
         if not inside.any() and mask.any():
-            middle = np.median(mask.nonzero(), axis=1) + [r.start for r in region]
-            cell = middle * lengths / image_size / stride
-            on_grid[i][tuple(np.minimum(cell.astype(int), np.array(size) - 1))] = True
+            middle = np.quantile(mask.nonzero(), 0.5, axis=1, method="lower")
+            middle += [r.start for r in region]
+            row, column = (middle * lengths / image_size / stride).astype(int)
+            on_grid[i, min(row, size[0] - 1), min(column, size[1] - 1)] = True
     return on_grid
