@@ -22,9 +22,9 @@ class SRMFromAnnotations(nn.Module):
     ground truth, so no image is read and no backbone runs. The weights are named `srm_head.*`, as in
     :class:`OANet`; `tools/attach_srm.py` puts them into any Panoptic FPN checkpoint.
 
-    It learns from the instances of the annotations, or from results of a segmenter instead, which have
-    scores. Both are ground truth in form, so `MODEL.SRM_HEAD.TRAIN_MASKS` must be "gt", and
-    `MODEL.SRM_HEAD.PAIRS.EVIDENCE` may hold "geometry" and "score_map", not what an image shows.
+    It learns from the masks of the annotations, or of a segmenter's results in their place, so
+    `MODEL.SRM_HEAD.TRAIN_MASKS` must be "gt", and `MODEL.SRM_HEAD.PAIRS.EVIDENCE` may hold "geometry"
+    and "score_map", not what an image shows.
     """
 
     @configurable
