@@ -79,7 +79,9 @@ def test_any_image(size, number):
 
 
 def test_many_instances():
-    found = order_of(make_order(), [box_mask(2, 2, 9, 9)] * 1000, ["dog"] * 1000, np.ones(1000))
+    size = 100, 120
+    masks = [box_mask(i % 100, i % 83, i % 100 + 9, i % 83 + 9, size) for i in range(1000)]
+    found = order_of(make_order(), masks, ["dog"] * 1000, np.ones(1000), None, size)
     assert sorted(found) == list(range(1000))
 
 
