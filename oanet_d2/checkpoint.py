@@ -65,7 +65,7 @@ class OANetCheckpointer(DetectionCheckpointer):
                 torch.save(data, f)
             write_atomically(os.path.join(self.save_dir, "last_checkpoint"), f"{name}.pth")
 
-    def save_safetensors(self, name: str, config: str, categories: List[Dict]) -> None:
+    def save_safetensors(self, name: str, config: str, categories: List[Dict], **more: str) -> None:
         """
         Write `name`.safetensors: the model's tensors, and in its metadata what
         :func:`read_description` gives. No training resumes from it.
@@ -73,13 +73,14 @@ class OANetCheckpointer(DetectionCheckpointer):
         Args:
             config: yaml of the whole config.
             categories: of the dataset, as in a COCO panoptic JSON.
+            more: other metadata.
 
         Raises:
             CheckpointError, FloatingPointError: as :meth:`save`.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        metadata = {"config": config, "categories": json.dumps(categories)}
+        metadata = {"config": config, "categories": json.dumps(categories), **more}
         # The format takes no two tensors that share memory.
         state = self.model.state_dict().items()
         tensors = {k: x.to("cpu", copy=True).contiguous() for k, x in state}

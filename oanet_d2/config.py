@@ -53,7 +53,7 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SRM_HEAD.TRAIN_MASKS = "detections"
     # For "gt": the probability of a false positive beside a mask, a moved and stretched copy with a
     # lower score. Above 0, all masks are moved a little, too. 0: ground truth as it is, with scores
-    # of 1 (the paper).
+    # of 1 (the paper). Results of a segmenter stay as they are.
     cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 0.3
     # The feature map that the head may look at.
     cfg.MODEL.SRM_HEAD.IN_FEATURE = "p2"
@@ -113,7 +113,8 @@ def add_oanet_config(cfg: CfgNode) -> None:
     # whole mask, so the ranking learns from datasets whose masks do not overlap, too.
     cfg.INPUT.COPY_PASTE = 0.0
     # Panoptic datasets to register, by name. Each has IMAGE_ROOT, PANOPTIC_JSON, PANOPTIC_ROOT and,
-    # if there is one, INSTANCES_JSON: the arguments of `oanet_d2.register_panoptic`.
+    # if there is one, INSTANCES_JSON: the arguments of `oanet_d2.register_panoptic`. For
+    # SRMFromAnnotations that may be a segmenter's results on these images, as COCO evaluates them.
     cfg.DATASETS.PANOPTIC = CN(new_allowed=True)
     # The synthetic scenes, drawn at their first use. IMAGE_SIZE: the side of the squares in pixels.
     cfg.DATASETS.OCCLUSION_SCENES = CN()

@@ -2,7 +2,7 @@ import logging
 import os
 import time
 import weakref
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
 
@@ -22,6 +22,7 @@ from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
 from .data.training_stream import TrainingStream, build_train_loader
 from .output_folder import RunConfig
+from .painting.learned import order_metadata
 from .report import ReportRecorder, write_report
 from .submission import categories_of
 
@@ -123,11 +124,15 @@ class OANetTrainer(DefaultTrainer):
             )
 
     def after_train(self):
-        """At the end, before a last evaluation, `model_final.safetensors` is written."""
+        """
+        At the end, before a last evaluation, `model_final.safetensors` is written. It is also a
+        :class:`LearnedOrder` if the ranking head looks at nothing but the geometry of masks.
+        """
         names = (*self.cfg.DATASETS.TEST, *self.cfg.DATASETS.TRAIN)  # as PanopticPredictor
         if names and self.iter >= self.max_iter:
             categories = categories_of(MetadataCatalog.get(names[0]))
-            self.checkpointer.save_safetensors("model_final", self.cfg.dump(), categories)
+            order = self._learned_order(categories)
+            self.checkpointer.save_safetensors("model_final", self.cfg.dump(), categories, **order)
         try:
             super().after_train()
         except Exception as error:
@@ -135,6 +140,14 @@ class OANetTrainer(DefaultTrainer):
                 raise
             # The error that ended the training comes next, and is what the user has to know.
             logger.warning(f"After that error, a hook failed too: {error}")
+
+    def _learned_order(self, categories: List[Dict]) -> Dict[str, str]:
+        head = getattr(self.checkpointer.model, "srm_head", None)
+        if getattr(head, "evidence", None) != ("geometry",):
+            return {}
+        names = [x["name"] for x in categories if x["isthing"]]
+        sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        return order_metadata(names, self.cfg.MODEL.SRM_HEAD.STRIDE, *sizes)
 
     @classmethod
     def build_optimizer(cls, cfg, model):

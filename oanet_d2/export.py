@@ -39,7 +39,8 @@ from detectron2.utils.logger import setup_logger
 
 from .files import atomic_path
 from .modeling import OANet, PairwiseRankingHead
-from .modeling.grid import detections_on_grid, grid_size
+from .modeling.grid import detections_on_grid
+from .painting.masks import grid_size
 from .painting.pairs import Pairs
 from .painting.ranking import overlap_margins
 from .predictor import PanopticPredictor

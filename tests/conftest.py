@@ -16,7 +16,8 @@ from detectron2.utils.env import seed_all_rng
 import oanet_d2
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
-from oanet_d2.modeling.grid import GridInstances, relative_boxes
+from oanet_d2.modeling.grid import GridInstances
+from oanet_d2.painting.masks import relative_boxes
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"

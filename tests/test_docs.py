@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Dict
 
 import torch
 
@@ -15,6 +16,8 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.modeling.oanet import FusionInputs
 from oanet_d2.painting import RANKING_RULE_REGISTRY, BoxedMasks, OrderInputs
+from oanet_d2.painting.learned import LearnedOrder
+from oanet_d2.painting.pairs import GEOMETRY_NUMBERS, PairNetwork
 from oanet_d2.submission import categories_of
 from tests import conftest
 from tests.conftest import CONFIGS, REPOSITORY, box_mask
@@ -54,6 +57,20 @@ def test_readme(tmp_path, monkeypatch):
     write_model(tmp_path / "model.onnx", instances([(0, 0, 30, 30)], [0]))
     for example in [*examples("README.md"), *examples("docs/deploy.md")]:
         exec(example, {})
+
+
+def test_an_order_for_any_segmenter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    _, text = examples("docs/training.md", "yaml")
+    (tmp_path / "my_order.yaml").write_text(text)
+    folder = tmp_path / load_config("my_order.yaml").OUTPUT_DIR
+    network = PairNetwork(2, GEOMETRY_NUMBERS, 0)
+    LearnedOrder(network, ["person", "tie"], 4, 256, 384).save(folder / "model_final.safetensors")
+    (example,) = examples("docs/training.md")
+    found: Dict = {}
+    exec(example, found)
+    assert sorted(found["order"].tolist()) == [0, 1]
 
 
 def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):

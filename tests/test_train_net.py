@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
+from oanet_d2.painting.learned import LearnedOrder
 from tests.conftest import REPOSITORY, SMALLEST, load_config, registered, scenes_paths, trainer_of
 
 
@@ -64,7 +66,10 @@ def test_trains_in_two_processes_and_evaluates_again_in_one(train_net, tmp_path)
 
 
 def test_the_ranking_trains_from_annotations_alone(tmp_path):
-    """The images are empty files: nobody reads them. An OANet takes the ranking head."""
+    """
+    The images are empty files: nobody reads them. An OANet takes the ranking head, and masks of any
+    program an order.
+    """
     write_split(tmp_path, "train", 6, image_size=64, seed=0, num_workers=0)
     for image in (tmp_path / "train").iterdir():
         image.write_bytes(b"")
@@ -78,6 +83,17 @@ def test_the_ranking_trains_from_annotations_alone(tmp_path):
     assert any(not torch.equal(after[k], v) for k, v in before.items())
     oanet = build_model(load_config("OcclusionScenes/oanet_R_18_masks.yaml", *SMALL))
     assert {x for x in oanet.state_dict() if x.startswith("srm_head.")} == set(after)
+    order = LearnedOrder.load(tmp_path / "out/model_final.safetensors")
+    assert order.classes == MetadataCatalog.get("occlusion_scenes_train").thing_classes
+    assert (order.stride, order.min_size, order.max_size) == (4, 64, 192)
+    for key, value in order.network.state_dict().items():
+        assert torch.equal(value, after[f"srm_head.network.{key}"])
+
+
+def test_an_order_that_needs_an_image_is_not_for_any_masks(train_cfg):
+    trainer_of(train_cfg).train()
+    with pytest.raises(ValueError, match="EVIDENCE \\('geometry',\\)"):
+        LearnedOrder.load(os.path.join(train_cfg.OUTPUT_DIR, "model_final.safetensors"))
 
 
 def test_several_test_sets_have_a_folder_each(train_cfg, few_scenes):

@@ -125,6 +125,15 @@ def _check_dataset(cfg, name: str) -> None:
             f"Dataset {name!r} has images with up to {most} things, but TEST.DETECTIONS_PER_IMAGE is "
             f"{limit}: no more of them can be found."
         )
+    without_images = cfg.MODEL.META_ARCHITECTURE == "SRMFromAnnotations"
+    # Anything else would take results for the ground truth.
+    takes_results = without_images and name not in cfg.DATASETS.TEST and cfg.INPUT.COPY_PASTE == 0
+    if not takes_results and any("score" in x for d in dicts for x in d.get("annotations", [])):
+        raise ValueError(
+            f"The INSTANCES_JSON of dataset {name!r} holds results of a segmenter. Only a training with "
+            "MODEL.META_ARCHITECTURE 'SRMFromAnnotations' and INPUT.COPY_PASTE 0 learns from them; "
+            "anything else needs annotations."
+        )
     # Detectron2 filters only what has "annotations".
     is_filtered = name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     if is_filtered and all("annotations" in d and not _no_crowds(d["annotations"]) for d in dicts):
@@ -132,7 +141,7 @@ def _check_dataset(cfg, name: str) -> None:
             f"No image of dataset {name!r} has an instance, so DATALOADER.FILTER_EMPTY_ANNOTATIONS "
             "True leaves nothing to learn from. Set it False."
         )
-    whats = ("PNG",) if cfg.MODEL.META_ARCHITECTURE == "SRMFromAnnotations" else ("image", "PNG")
+    whats = ("PNG",) if without_images else ("image", "PNG")
 
     def look_at(d: Dict) -> None:
         if not any(re.match(r"\w+://", d[key]) for key in FILES.values()):

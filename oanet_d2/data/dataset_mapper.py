@@ -207,6 +207,8 @@ class PanopticDatasetMapper(DatasetMapper):
         if not transformed:
             return _instances([], np.zeros((0, *image_shape), dtype=bool))
         instances = utils.annotations_to_instances(transformed, image_shape, mask_format)
+        if "score" in transformed[0]:
+            instances.scores = torch.tensor([x["score"] for x in transformed])
         if mask_format == "bitmask":
             instances.gt_boxes = _boxes(instances.gt_masks.tensor.numpy())
         else:

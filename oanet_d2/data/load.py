@@ -44,6 +44,7 @@ LENGTH = "a whole number from 1 on", lambda x: INTEGER[1](x) and x > 0
 ID = "a whole number or a string", lambda x: INTEGER[1](x) or isinstance(x, str)
 TEXT = "a string that is not empty", lambda x: isinstance(x, str) and x != ""
 LIST = "a list", lambda x: isinstance(x, list)
+SHARE = "a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1
 FLAG = "0 or 1", lambda x: isinstance(x, Integral) and x in (0, 1)
 SEGMENT_ID = "1 to 16777215 (0 is void)", lambda x: INTEGER[1](x) and 0 < x < 256**3
 
@@ -64,6 +65,8 @@ ANNOTATION: Fields = {"image_id": ID, "file_name": TEXT, "segments_info": LIST}
 SEGMENT: Fields = {"id": SEGMENT_ID, "category_id": INTEGER, "iscrowd": FLAG}
 INSTANCE: Fields = {"image_id": ID, "category_id": INTEGER, "iscrowd": FLAG}
 INSTANCE["segmentation"] = "polygons or an RLE", bool
+RESULT: Fields = {"image_id": ID, "category_id": INTEGER, "score": SHARE}
+RESULT["segmentation"] = INSTANCE["segmentation"]
 
 
 def entries(
@@ -102,13 +105,16 @@ def entries(
         yield at, item, not wrong
 
 
-def read_annotations(path: str, report: Report = stop) -> Dict:
+def read_annotations(path: str, report: Report = stop, takes_results: bool = False) -> Dict:
     """
     Read a JSON of one of COCO's formats.
 
+    Args:
+        takes_results: COCO's results, a list that is not empty, are taken, too.
+
     Returns:
-        dict with the lists "images", "annotations" and "categories"; {} if it was reported that the
-        file is missing or is something else.
+        dict with the lists "images", "annotations" and "categories", or "results"; {} if it was
+        reported that the file is missing or is something else.
     """
     try:
         with PathManager.open(path, "rb") as f:
@@ -117,6 +123,8 @@ def read_annotations(path: str, report: Report = stop) -> Dict:
         reason = getattr(error, "strerror", None) or f"it is not JSON in UTF-8: {error}"
         report("annotation file unusable", path, reason)
         return {}
+    if takes_results and isinstance(content, list) and content:
+        return {"results": content}
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             detail = f"it has no list {key!r}; it must have 'images', 'annotations', 'categories'"
@@ -145,7 +153,8 @@ def load_panoptic(
     Returns:
         list[dict] in Detectron2's standard format: "file_name", "image_id", "height", "width",
         "pan_seg_file_name", "segments_info" (with contiguous "category_id", "isthing", "iscrowd")
-        and, with an instances JSON, "annotations" as Detectron2's `load_coco_json` makes them.
+        and, with an instances JSON, "annotations" as Detectron2's `load_coco_json` makes them. Those
+        of results have a "score", too.
 
     Raises:
         ValueError: something is wrong. It names the file, the entry and what was found.
@@ -220,29 +229,24 @@ def _instances(
     path: str, panoptic: Dict, images: Dict, thing_ids: Dict, report: Report
 ) -> Optional[Dict[Any, List[Dict]]]:
     """Image id -> annotations; None if it was reported that the file cannot be used."""
-    content = read_annotations(path, report)
+    content = read_annotations(path, report, takes_results=True)
     if not content:
         return None
-    for key, fields in (("categories", CATEGORY_NAME), ("images", IMAGE)):
-        own = _by_id(content, key, fields, path, report)
-        others = _by_id(panoptic, key, fields, "", lambda *args, **kwargs: None)
-        for i, k in product(own.keys() & others.keys(), fields):
-            ours, theirs = own[i].get(k), others[i].get(k)
-            if ours != theirs and None not in (ours, theirs):
-                detail = f"the {k!r} of id {i!r} is {ours!r}, there it is {theirs!r}"
-                report(f"{key} contradict the panoptic JSON", f"{path}: {key}", detail, fatal=False)
-    for i in [i for i in images if i not in own]:
-        detail = f"the image {i!r} is missing; training takes it to have no instances"
-        report("image only in the panoptic JSON", f"{path}: images", detail, fatal=False)
+    is_results = "results" in content
+    if is_results:
+        where, items, fields = path, content["results"], RESULT
+    else:
+        _compare_headers(content, path, panoptic, images, report)
+        where, items, fields = f"{path}: annotations", content["annotations"], INSTANCE
 
-    instances, where = defaultdict(list), f"{path}: annotations"
-    for at, x, usable in entries(content["annotations"], INSTANCE, where, report):
+    instances = defaultdict(list)
+    for at, x, usable in entries(items, fields, where, report):
         image_id, category = x.get("image_id"), x.get("category_id")
         image = images.get(image_id, {})
         at += f" ({image['file_name']})" if "file_name" in image else ""
         if "image_id" in x and image_id not in images:
             detail = f"the panoptic JSON has no image {image_id!r}"
-            report("instance of an unknown image", at, detail, fatal=False)
+            report("instance of an unknown image", at, detail, fatal=is_results)
         if "category_id" in x and category not in thing_ids:
             detail = f"the category {category} is not a thing in the panoptic JSON"
             report("instance of no thing", at, detail)
@@ -255,19 +259,36 @@ def _instances(
             detail = "its mask has no pixel in the image; the instance is left out"
             report("instance without a pixel", at, detail, fatal=False)
             continue
-        if x.get("bbox") is not None and not _is_near(x["bbox"], box):
+        # A detector predicts its boxes beside its masks.
+        if not is_results and x.get("bbox") is not None and not _is_near(x["bbox"], box):
             found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
             detail = f"{found} (x, y, width, height); the mask counts"
             report("box contradicts the mask", at, detail, fatal=False)
         instance = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
         instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
+        if is_results:
+            instance["score"] = x["score"]
         instances[image_id].append(instance)
-    if content["annotations"] and not instances:
+    if items and not instances:
         detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
     elif all(x["iscrowd"] for of_image in instances.values() for x in of_image):
         report("no instance", where, "there is none but crowds, so none is learned", fatal=False)
     return instances
+
+
+def _compare_headers(content: Dict, path: str, panoptic: Dict, images: Dict, report: Report) -> None:
+    for key, fields in (("categories", CATEGORY_NAME), ("images", IMAGE)):
+        own = _by_id(content, key, fields, path, report)
+        others = _by_id(panoptic, key, fields, "", lambda *args, **kwargs: None)
+        for i, k in product(own.keys() & others.keys(), fields):
+            ours, theirs = own[i].get(k), others[i].get(k)
+            if ours != theirs and None not in (ours, theirs):
+                detail = f"the {k!r} of id {i!r} is {ours!r}, there it is {theirs!r}"
+                report(f"{key} contradict the panoptic JSON", f"{path}: {key}", detail, fatal=False)
+    for i in [i for i in images if i not in own]:
+        detail = f"the image {i!r} is missing; training takes it to have no instances"
+        report("image only in the panoptic JSON", f"{path}: images", detail, fatal=False)
 
 
 def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:

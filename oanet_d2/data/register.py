@@ -39,7 +39,9 @@ def register_panoptic(
         panoptic_json: COCO panoptic annotation file.
         panoptic_root: folder of the panoptic PNGs.
         instances_json: COCO instances annotation file of the same images. Its masks may overlap,
-            which is what the ranking learns from. Without it, the masks are the visible parts.
+            which is what the ranking learns from. Without it, the masks are the visible parts. Or
+            results of a segmenter, a list as COCO's evaluation takes it, for
+            :class:`SRMFromAnnotations` to learn from.
         categories: "categories" of `panoptic_json`; read from the file by default.
         kwargs: see :func:`load_panoptic`.
 

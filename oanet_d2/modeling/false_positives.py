@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from ..painting.masks import mask_extents
-from .grid import GridInstances, relative_boxes
+from ..painting.masks import mask_extents, relative_boxes
+from .grid import GridInstances
 
 __all__ = ["with_false_positives"]
 

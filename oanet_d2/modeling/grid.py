@@ -5,16 +5,16 @@ its batch, so that nothing here depends on the other images.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Sequence, Set, Tuple
+from typing import Dict, List, Set, Tuple
 
 import torch
 from torch.nn import functional as F
 
 from detectron2.structures import BitMasks, Instances
 
-from ..painting.masks import paste_on_grid
+from ..painting.masks import grid_size, paste_on_grid, relative_boxes
 
-__all__ = ["GridInstances", "GridTruth", "Maps", "detections_on_grid", "grid_size"]
+__all__ = ["GridInstances", "GridTruth", "Maps", "detections_on_grid"]
 __all__ += ["ground_truth_on_grid", "map_on_grid", "truth_on_grid"]
 
 # What the image itself shows, on the grid, as far as it is known: "semantic", (C, h, w) float, logits
@@ -39,12 +39,6 @@ class GridTruth:
     categories: torch.Tensor  # (h, w) int64: things in [0, C), stuff from C on, void -1
     ids: torch.Tensor  # (h, w) int64, segment ids
     segments_info: List[Dict]
-
-
-def grid_size(image_size: Tuple[int, int], stride: int) -> Tuple[int, int]:
-    """(h, w) of the grid that covers an image of `image_size` = (H, W) pixels."""
-    # ONNX divides negative numbers otherwise.
-    return (image_size[0] + stride - 1) // stride, (image_size[1] + stride - 1) // stride
 
 
 def detections_on_grid(instances: Instances, stride: int, score_threshold: float) -> GridInstances:
@@ -158,15 +152,6 @@ def map_on_grid(
         feature_map = F.interpolate(feature_map[None], scale_factor=map_stride // stride)[0]
     rows, columns = grid_size(image_size, stride)
     return feature_map[:, :rows, :columns]
-
-
-def relative_boxes(boxes: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
-    """
-    Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
-    """
-    height, width = image_size
-    x, y = boxes[:, 0::2] / width, boxes[:, 1::2] / height
-    return torch.stack([x, y], dim=2).flatten(1)
 
 
 def _sample(labels: torch.Tensor, stride: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..painting.pairs import (
     class_evidence,
     geometry_evidence,
     overlapping_pairs,
+    pair_margins,
 )
 from ..painting.ranking import OrderInputs
 from .grid import GridInstances, GridTruth, Maps
@@ -198,8 +199,7 @@ class PairwiseRankingHead(nn.Module):
         self, instances: List[GridInstances], maps: List[Maps], appearance=appearance_means
     ) -> List[OrderInputs]:
         """
-        As :meth:`SpatialRankingHead.order_inputs`, with `pair_margins`: the cells that two instances
-        share, times P(a before b) - P(b before a).
+        As :meth:`SpatialRankingHead.order_inputs`, with :func:`pair_margins`.
         """
         if self.score_map is not None:
             score_maps = [self.score_map(x).softmax(0) for x in instances]
@@ -208,10 +208,7 @@ class PairwiseRankingHead(nn.Module):
         logits = answers.split([x.a.shape[0] for x in all_pairs])
         ranked = []
         for x, m, pairs, of_pairs in zip(instances, maps, all_pairs, logits):
-            number = x.scores.shape[0]
-            margins = x.scores.new_zeros(number, number)
-            margins[pairs.a, pairs.b] = torch.tanh(of_pairs / 2) * pairs.cells
-            known = m.get("score_map"), margins - margins.t()
+            known = m.get("score_map"), pair_margins(pairs, of_pairs)
             ranked.append(OrderInputs(x.scores, x.classes, x.masks, *known))
         return ranked
 

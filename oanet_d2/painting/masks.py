@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .arrays import Region
 
-__all__ = ["BoxedMasks", "mask_extents", "paste_on_grid"]
+__all__ = ["BoxedMasks", "grid_size", "mask_extents", "paste_on_grid", "relative_boxes"]
 
 
 class BoxedMasks:
@@ -143,6 +143,21 @@ def paste_on_grid(
         weights.append((1 - (positions[:, :, None] - cells).abs()).clamp(min=0))
     rows, columns = weights
     return rows @ roi_masks @ columns.transpose(1, 2)
+
+
+def grid_size(image_size: Tuple[int, int], stride: int) -> Tuple[int, int]:
+    """(h, w) of the grid that covers an image of `image_size` = (H, W) pixels."""
+    # ONNX divides negative numbers otherwise.
+    return (image_size[0] + stride - 1) // stride, (image_size[1] + stride - 1) // stride
+
+
+def relative_boxes(boxes: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
+    """
+    Boxes (N, 4) in pixels as shares of the width and height of an image of `image_size` = (H, W).
+    """
+    height, width = image_size
+    x, y = boxes[:, 0::2] / width, boxes[:, 1::2] / height
+    return torch.stack([x, y], dim=2).flatten(1)
 
 
 def _regions(boxes: torch.Tensor) -> List[Region]:

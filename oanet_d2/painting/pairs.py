@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 __all__ = ["CLASS_NUMBERS", "GEOMETRY_NUMBERS", "PairNetwork", "Pairs", "appearance_means"]
-__all__ += ["class_evidence", "geometry_evidence", "overlapping_pairs"]
+__all__ += ["class_evidence", "geometry_evidence", "overlapping_pairs", "pair_margins"]
 
 GEOMETRY_NUMBERS = 3 * 8 + 4  # 8 of each instance, see geometry_evidence
 CLASS_NUMBERS = 6
@@ -222,6 +222,22 @@ class PairNorm(nn.Module):
         share = self.momentum * (count > 1)
         self.running_mean += share * shift
         self.running_var += share * (variance - self.running_var)
+
+
+def pair_margins(pairs: Pairs, logits: torch.Tensor) -> torch.Tensor:
+    """
+    What :func:`oanet_d2.painting.order_from_margins` takes, from the answers of :class:`PairNetwork`.
+
+    Args:
+        logits: (P,) float.
+
+    Returns:
+        (N, N) antisymmetric float: the cells that a and b share, times P(a before b) - P(b before a).
+    """
+    number = pairs.areas.shape[0]
+    margins = pairs.areas.new_zeros(number, number)
+    margins[pairs.a, pairs.b] = torch.tanh(logits / 2) * pairs.cells
+    return margins - margins.t()
 
 
 def _likeness(overlap: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

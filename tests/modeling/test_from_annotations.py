@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from detectron2.utils.events import EventStorage
 
 from oanet_d2 import OANet
 from oanet_d2.modeling import SRMFromAnnotations
+from oanet_d2.modeling.grid import ground_truth_on_grid, truth_on_grid
 from tests.conftest import load_config, make_input
 
 PERSON, TIE = 0, 1
@@ -54,6 +57,23 @@ def test_same_losses_as_the_oanet(srm_cfg):
         expected = oanet(batch)
     for name, loss in model(batch).items():
         torch.testing.assert_close(loss, expected[name])
+
+
+def test_results_keep_their_masks_and_scores(srm_cfg):
+    """Those below the threshold are not painted, and the others are the detections of inference."""
+    srm_cfg.MODEL.SRM_HEAD.GT_FALSE_POSITIVES = 1.0
+    srm_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry",)
+    model = build_model(srm_cfg).train()
+    boxes, classes = WORN_TIE
+    training_input = make_input(SIZE, [*boxes, [0, 0, 30, 30]], [*classes, PERSON], 2)
+    expected = ground_truth_on_grid(training_input["instances"][:2], model.stride)
+    expected.scores[:] = torch.tensor([0.9, 0.6])
+    truth = truth_on_grid(training_input, model.stride, torch.device("cpu"))
+    training_input["instances"].scores = torch.tensor([0.9, 0.6, 0.49])
+    norm = copy.deepcopy(model.srm_head.network.norm.state_dict())
+    losses = model([training_input])
+    model.srm_head.network.norm.load_state_dict(norm)  # it has seen the pair
+    assert losses == model.srm_head.losses([expected], [truth], [{}])
 
 
 @pytest.mark.parametrize(

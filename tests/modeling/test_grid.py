@@ -11,11 +11,11 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 
 from oanet_d2.modeling.grid import (
     detections_on_grid,
-    grid_size,
     ground_truth_on_grid,
     map_on_grid,
     truth_on_grid,
 )
+from oanet_d2.painting.masks import grid_size
 from tests.conftest import make_input, make_instances
 
 seeds, lengths = st.integers(0, 2**31 - 1), st.integers(1, 30)

@@ -2,6 +2,9 @@ import json
 import subprocess
 import sys
 
+from oanet_d2.painting.learned import LearnedOrder
+from oanet_d2.painting.pairs import GEOMETRY_NUMBERS, PairNetwork
+
 # An import that finds None in sys.modules fails like one of a package that is not installed, and
 # importlib.util.find_spec answers None.
 SCRIPT = """
@@ -18,11 +21,35 @@ print(json.dumps([oanet_d2.__all__, ours, seg.tolist(), [s["category_id"] for s 
 """
 
 
-def test_painting_needs_no_detectron2(subprocess_env):
-    command = [sys.executable, "-c", SCRIPT]
+LEARNED = """
+import json, sys
+sys.modules.update(dict.fromkeys(["detectron2", "panopticapi", "pycocotools"]))
+import numpy as np
+from oanet_d2.painting.learned import LearnedOrder
+
+order, whole = LearnedOrder.load(sys.argv[1]), (slice(0, 8), slice(0, 8))
+masks, boxes = np.ones((3, 8, 8), dtype=bool), np.tile([0, 0, 8, 8], (3, 1))
+found = order.order(lambda i: (masks[i], whole), boxes, [0.7, 0.9, 0.8], "aba", (8, 8))
+print(json.dumps([order.classes, found.tolist()]))
+"""
+
+
+def run(subprocess_env, *args):
+    command = [sys.executable, "-c", *map(str, args)]
     result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    public, modules, seg, categories = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+def test_a_learned_order_needs_no_detectron2(subprocess_env, tmp_path):
+    path = tmp_path / "order.safetensors"
+    LearnedOrder(PairNetwork(2, GEOMETRY_NUMBERS, 0), ["a", "b"], 4, 16, 16).save(path)
+    classes, order = run(subprocess_env, LEARNED, path)
+    assert classes == ["a", "b"] and sorted(order) == [0, 1, 2]
+
+
+def test_painting_needs_no_detectron2(subprocess_env):
+    public, modules, seg, categories = run(subprocess_env, SCRIPT)
     assert public == ["painting"]
     assert all(name.startswith("oanet_d2.painting") for name in modules)
     assert seg == [[2, 1, 3]] and categories == [1, 0, 3]
