@@ -143,12 +143,12 @@ def _full(masks: np.ndarray) -> Detections:
 
 def _extent(mask: np.ndarray) -> Region:
     """The smallest region with all pixels of a mask."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if not len(rows):
+    y = np.flatnonzero(mask.any(axis=1))
+    if not len(y):
         return slice(0, 0), slice(0, 0)
-    rows = slice(int(rows[0]), int(rows[-1]) + 1)
-    columns = np.flatnonzero(mask[rows].any(axis=0))
-    return rows, slice(int(columns[0]), int(columns[-1]) + 1)
+    rows = slice(int(y[0]), int(y[-1]) + 1)
+    x = np.flatnonzero(mask[rows].any(axis=0))
+    return rows, slice(int(x[0]), int(x[-1]) + 1)
 
 
 def _in_boxes(masks: np.ndarray, boxes: np.ndarray, size: Size) -> Detections:
