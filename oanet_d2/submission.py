@@ -1,13 +1,14 @@
+import io
 import json
 import os
 from typing import Any, Dict, List, Union
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from .files import write_atomically
 
-__all__ = ["PanopticSubmission", "categories_of"]
+__all__ = ["PanopticSubmission", "categories_of", "png_of"]
 
 
 class PanopticSubmission:
@@ -50,10 +51,7 @@ class PanopticSubmission:
             png_name: relative to the folder.
         """
         ids = np.asarray(panoptic_seg)
-        # An id is R + 256 * G + 256**2 * B.
-        bgr = np.stack([ids >> shift & 255 for shift in (16, 8, 0)], axis=2).astype(np.uint8)
-        png = cv2.imencode(".png", bgr)[1].tobytes()
-        write_atomically(os.path.join(self.folder, png_name), png)
+        write_atomically(os.path.join(self.folder, png_name), png_of(ids))
         height, width = ids.shape
         image = {"id": image_id, "file_name": image_name, "height": height, "width": width}
         self.images.append(image)
@@ -68,6 +66,14 @@ class PanopticSubmission:
         """Write the JSON."""
         keys = ("images", "annotations", "categories")
         write_atomically(self.path, json.dumps({key: getattr(self, key) for key in keys}))
+
+
+def png_of(ids: np.ndarray) -> bytes:
+    """The PNG of a panoptic map, (H, W) integers: an id is R + 256 * G + 256**2 * B."""
+    rgb = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def categories_of(metadata) -> List[Dict]:

@@ -12,7 +12,7 @@ import reprlib
 from collections import defaultdict
 from itertools import chain, product
 from numbers import Integral
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from pycocotools import mask as mask_util
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..painting.formats import rle_runs
 from .images import Runs, decode, read_header, runs
 
 __all__ = ["CATEGORY", "FILES", "Report", "as_rle", "entries", "load_panoptic", "read_annotations"]
@@ -313,29 +314,11 @@ def _mask(mask: Any, height: int, width: int, at: str, report: Report) -> Any:
         report("RLE size differs from the image", at, detail)
     elif not isinstance(counts := mask.get("counts"), (list, str, bytes)):
         report(kind, at, f"the 'counts' of its RLE are {reprlib.repr(counts)}")
-    elif sum(_runs(counts)) != height * width:
+    elif rle_runs(counts).sum() != height * width:
         report(kind, at, f"the runs of its RLE do not add up to {height} x {width} pixels")
     else:
         return mask_util.frPyObjects(mask, *size) if isinstance(counts, list) else mask
     return []
-
-
-def _runs(counts: Union[List, str, bytes]) -> List[int]:
-    """The lengths of the runs of an RLE, as `rleFrString` of pycocotools reads them; [] if it is none."""
-    if isinstance(counts, list):
-        return counts if all(INTEGER[1](x) and x >= 0 for x in counts) else []
-    if isinstance(counts, str):
-        counts = counts.encode() if counts.isascii() else b""
-    runs: List[int] = []
-    number = shift = 0
-    for c in counts:
-        number |= (c - 48 & 31) << shift
-        shift += 5
-        if not c - 48 & 32:
-            number -= (c - 48 & 16) << shift - 4
-            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-            number = shift = 0
-    return runs if not shift and min(runs, default=-1) >= 0 else []
 
 
 def _box(mask: Any, height: int, width: int) -> Optional[List[float]]:

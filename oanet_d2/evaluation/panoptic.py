@@ -1,12 +1,10 @@
 import json
 import math
 import time
-from collections import Counter, defaultdict
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -15,26 +13,12 @@ from ..data.images import naming
 from ..data.load import read_truth
 from ..files import write_atomically
 from ..painting.matching import match_to_segments, visible_margins
-from ..painting.metrics import (
-    KINDS,
-    METRICS,
-    correct_pixels,
-    occluded_pairs,
-    order_f1,
-    pq_averages,
-    pq_counts,
-    shared_pixels,
-)
+from ..painting.metrics import correct_pixels, occluded_pairs, pq_averages, shared_pixels
+from ..painting.order_counts import OrderCounts, Orderings, orderings_table
 from ..painting.ranking import order_from_margins
 from .class_order import class_order
 
 __all__ = ["PanopticEvaluator", "orderings_of", "orderings_table", "write_orderings"]
-
-# How often an order is right about two instances that overlap, in percent: all pairs, those of each
-# of KINDS, and the mean over the images of InstaOrder's F1.
-PAIR_METRICS = ("pairs", *(f"pairs, {kind}" for kind in KINDS), "order F1")
-Orderings = Dict[str, Dict[str, Optional[float]]]
-
 
 class PanopticEvaluator(DatasetEvaluator):
     """
@@ -63,10 +47,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.own_order = "" if self.model is None else self.model.order
         self._start = time.perf_counter()
         self._images = 0
-        self._counts: Dict[str, Counter] = defaultdict(Counter)  # order -> sum of pq_counts
-        self._overlaps: Counter = Counter()  # (front class, behind class, kind) -> pairs
-        self._right: Counter = Counter()  # (that, order) -> pairs that the order has right
-        self._f1: Counter = Counter()  # order -> sum over the images; None -> images with a pair
+        self._counts = OrderCounts()
         if self.report is not None:
             self.report.reset()
 
@@ -91,7 +72,7 @@ class PanopticEvaluator(DatasetEvaluator):
         ids, segments_info = panoptic_seg
         segments = input["segments_info"], segments_info
         shared = shared_pixels(truth, torch.as_tensor(ids).cpu().numpy())
-        self._counts[order].update(pq_counts(shared, *segments))
+        self._counts.add_result(order, shared, *segments)
         return correct_pixels(shared, *segments)
 
     def _compare(self, input: Dict, truth: np.ndarray, output: Dict, own_correct: int):
@@ -119,26 +100,10 @@ class PanopticEvaluator(DatasetEvaluator):
             results[name] = self.model.combine(fusion_inputs, orders[name])
             correct[name] = self._count(name, input, truth, results[name])
         decided, overlapping = occluded_pairs(masks, instances.pred_classes, matched, margins)
-        pairs = self._count_pairs(decided, overlapping, instances.pred_classes.tolist(), orders)
+        by_name = {name: order.tolist() for name, order in orders.items()}
+        pairs = self._counts.add_pairs(decided, overlapping, instances.pred_classes.tolist(), by_name)
         if self.report is not None:
             self.report.add(input, truth, pairs, results, correct)
-
-    def _count_pairs(self, decided, overlapping: int, class_of: List[int], orders) -> List[Dict]:
-        position = {name: order.argsort().tolist() for name, order in orders.items()}
-        pairs: List[Dict] = []
-        for front, behind, kind, pixels in decided:
-            right = [name for name, x in position.items() if x[front] < x[behind]]
-            key = class_of[front], class_of[behind], kind
-            self._overlaps[key] += 1
-            self._right.update((key, name) for name in right)
-            pairs.append({"key": key, "pixels": pixels, "right": right})
-        if pairs:
-            rights = Counter(name for pair in pairs for name in pair["right"])
-            self._f1[None] += 1
-            for name in orders:
-                f1 = order_f1(rights[name], len(pairs), overlapping)
-                self._f1[name] += f1  # type: ignore[assignment]
-        return pairs
 
     def evaluate(self):
         """
@@ -147,39 +112,17 @@ class PanopticEvaluator(DatasetEvaluator):
             also "panoptic_seg/<order>" -> the METRICS and PAIR_METRICS (NaN without a pair) and
             "evaluation" -> {"images", "seconds"}. None on all processes but the main one.
         """
-        state = self._images, self._counts, self._overlaps, self._right, self._f1
-        images, parts, *pairs = zip(*comm.all_gather(state))
-        overlaps, right, f1 = map(_total, pairs)
-        names = (*self.orders, self.own_order)
-        counts = {order: _total(part[order] for part in parts) for order in names}
-        results: Dict[str, Dict] = {"panoptic_seg": pq_averages(counts[self.own_order])}
+        images, parts = zip(*comm.all_gather((self._images, self._counts)))
+        counts = OrderCounts.total(parts)
+        results: Dict[str, Dict] = {"panoptic_seg": pq_averages(counts.quality[self.own_order])}
         for order in self.orders:
-            values = [*_pair_accuracies(overlaps, right, order), _share(f1[order], f1[None])]
-            results[_key(order)] = {**pq_averages(counts[order]), **dict(zip(PAIR_METRICS, values))}
+            results[_key(order)] = counts.metrics(order)
         if self.orders:
             seconds = time.perf_counter() - self._start
             results["evaluation"] = {"images": sum(images), "seconds": seconds}
         if self.report is not None:
-            self.report.save(results, counts, overlaps, right)
+            self.report.save(results, counts.quality, counts.overlaps, counts.right)
         return results if comm.is_main_process() else None
-
-
-def _total(counters: Iterable[Counter]) -> Counter:
-    return sum(counters, Counter())
-
-
-def _pair_accuracies(overlaps: Counter, right: Counter, order: str) -> List[float]:
-    """In percent, over all pairs and over those of each kind."""
-    accuracies = []
-    for kinds in (KINDS, *((kind,) for kind in KINDS)):
-        keys = [key for key in overlaps if key[2] in kinds]
-        all_pairs = sum(overlaps[key] for key in keys)
-        accuracies.append(100 * _share(sum(right[key, order] for key in keys), all_pairs))
-    return accuracies
-
-
-def _share(part: float, whole: int) -> float:
-    return part / whole if whole else math.nan
 
 
 def orderings_of(results: Dict) -> Orderings:
@@ -196,17 +139,6 @@ def orderings_of(results: Dict) -> Orderings:
         for key, metrics in results.items()
         if key.startswith(prefix)
     }
-
-
-def orderings_table(orderings: Orderings) -> str:
-    """
-    PQ, SQ and RQ for all classes, things and stuff, the share of pairs in the right order, and the F1
-    of the occlusion order; a row for each painting order.
-    """
-    columns = [*METRICS, "pairs", "order F1"]
-    rows = [[order, *(metrics.get(m) for m in columns)] for order, metrics in orderings.items()]
-    headers = ["order", *columns]
-    return tabulate(rows, headers, tablefmt="pipe", floatfmt=".1f", missingval="-")
 
 
 def write_orderings(path: str, results: Dict, seconds: Dict[str, Optional[float]]) -> None:

@@ -13,7 +13,7 @@ from .masks import BoxedMasks
 from .matching import overlapping_regions
 
 __all__ = ["CLEAR_SHARE", "KINDS", "METRICS", "class_quality", "closure", "correct_pixels"]
-__all__ += ["occluded_pairs", "order_f1", "pq_averages", "pq_counts", "shared_pixels"]
+__all__ += ["occluded_pairs", "order_scores", "pq_averages", "pq_counts", "shared_pixels"]
 
 METRICS = [metric + group for group in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")]
 # What two overlapping instances are to each other: both match a segment, of different classes or of
@@ -222,17 +222,17 @@ def occluded_pairs(
     return pairs, overlapping
 
 
-def order_f1(right: int, decided: int, overlapping: int) -> float:
+def order_scores(right: int, decided: int, overlapping: int) -> Tuple[float, float, float]:
     """
-    InstaOrder's F1 of the occlusion order of one image (Lee and Park, CVPR 2022), in percent. An order
-    says of every pair that overlaps who lies on whom.
+    InstaOrder's precision, recall and F1 of the occlusion order of one image (Lee and Park, CVPR 2022),
+    in percent. An order says of every pair that overlaps who lies on whom.
 
     Args:
         right: pairs that the ground truth decides and the order has right.
         decided: pairs that the ground truth decides, at least 1.
         overlapping: pairs that overlap.
     """
-    return 100 * 2 * right / (decided + overlapping)
+    return 100 * right / overlapping, 100 * right / decided, 100 * 2 * right / (decided + overlapping)
 
 
 def _stuff(segment: Dict) -> Tuple[int, bool]:

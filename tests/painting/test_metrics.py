@@ -21,7 +21,7 @@ from oanet_d2.painting.metrics import (
     closure,
     correct_pixels,
     occluded_pairs,
-    order_f1,
+    order_scores,
     pq_averages,
     pq_counts,
     shared_pixels,
@@ -255,7 +255,7 @@ def test_f1_by_hand():
     """Of four pairs that overlap the truth decides three, and the order has two of them right."""
     precision, recall = 2 / 4, 2 / 3
     expected = 100 * 2 * precision * recall / (precision + recall)
-    assert order_f1(2, 3, 4) == pytest.approx(expected)
+    assert order_scores(2, 3, 4) == pytest.approx(expected)
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 6))

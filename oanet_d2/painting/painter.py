@@ -1,0 +1,180 @@
+"""
+A panoptic map of anyone's masks. It needs NumPy and, for RLEs and polygons, pycocotools.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from .arrays import fuse
+from .formats import Detections, read_detections
+
+__all__ = ["Painted", "paint", "paint_detections"]
+
+
+@dataclass
+class Painted:
+    panoptic_seg: np.ndarray  # (H, W) int32; 0 is void, segments count from 1
+    segments_info: List[Dict]  # see oanet_d2.painting.combine
+    order: np.ndarray  # int64 indices of the instances, first painted first: it lies on top
+
+
+def paint(
+    masks: Any,
+    scores: Any = None,
+    classes: Any = None,
+    order: Any = "score",
+    *,
+    boxes: Any = None,
+    image_size: Optional[Tuple[int, int]] = None,
+    semantic: Any = None,
+    score_threshold: float = 0.0,
+    overlap_threshold: float = 0.5,
+    stuff_area_threshold: int = 4096,
+    class_names: Union[Mapping[int, str], Sequence[str], None] = None,
+) -> Painted:
+    """
+    Decide whose every pixel is. Instances are painted in an order, each onto the pixels that are still
+    free, then the stuff classes onto the rest: Panoptic FPN's fusion, with an order of your choice.
+
+    Args:
+        masks, scores, classes, boxes, image_size: see :func:`oanet_d2.painting.read_detections`. Without
+            classes they are all of class 0.
+        order: "score" (highest first), "smaller_first" (fewest pixels), "lower_first" (which reaches
+            further down), a :class:`LearnedOrder` or its file `*.safetensors`, or a permutation of the
+            instances.
+        semantic: (H, W) integers, a stuff class for what is left, 0 for none.
+        score_threshold: instances with a lower score are not painted.
+        overlap_threshold: an instance is dropped if more than this share of it is covered; 1 keeps
+            whatever has a visible pixel.
+        stuff_area_threshold: a stuff class with fewer pixels left is dropped.
+        class_names: names by class. A learned order needs them; then segments have "category_name", too.
+
+    Raises:
+        ValueError: something does not fit together. The message names it.
+    """
+    detections = read_detections(masks, scores, classes, boxes, image_size)
+    if class_names is not None:
+        by_class = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
+        detections.class_names = dict(by_class)
+    if isinstance(order, (str, os.PathLike)) and os.fspath(order).endswith(".safetensors"):
+        from .learned import LearnedOrder
+
+        order = LearnedOrder.load(order)
+    return paint_detections(
+        detections,
+        order,
+        semantic,
+        score_threshold=score_threshold,
+        overlap_threshold=overlap_threshold,
+        stuff_area_threshold=stuff_area_threshold,
+    )
+
+
+def paint_detections(
+    detections: Detections,
+    order: Any,
+    semantic: Any = None,
+    *,
+    score_threshold: float,
+    overlap_threshold: float,
+    stuff_area_threshold: int,
+) -> Painted:
+    """:func:`paint` of detections that are read already."""
+    size, number = detections.image_size, len(detections)
+    semantic = np.zeros(size, np.uint8) if semantic is None else np.asarray(semantic)
+    if semantic.shape != size or semantic.dtype.kind not in "iu" or semantic.min(initial=0) < 0:
+        raise ValueError(
+            f"The semantic labels are {semantic.dtype} {semantic.shape}; they must be integers from 0 on, "
+            f"{size} as the masks."
+        )
+    scores = np.full(number, np.inf) if detections.scores is None else detections.scores
+    classes = np.zeros(number, np.int64) if detections.classes is None else detections.classes
+    chosen = np.flatnonzero(scores >= score_threshold)
+    ordered = chosen[_order(order, detections, chosen)]
+    panoptic_seg = np.zeros(size, np.int32)
+    segments_info = fuse(
+        panoptic_seg,
+        lambda i: detections.mask_of(ordered[i]),
+        scores[ordered].tolist(),
+        classes[ordered].tolist(),
+        list(range(len(ordered))),
+        semantic,
+        overlap_threshold=overlap_threshold,
+        stuff_area_thresh=stuff_area_threshold,
+        instances_score_thresh=-np.inf,
+    )
+    for segment in segments_info:
+        if segment["isthing"]:
+            segment["instance_id"] = int(ordered[segment["instance_id"]])
+            if detections.scores is None:
+                del segment["score"]
+            if detections.class_names:
+                segment["category_name"] = detections.class_names.get(segment["category_id"], "")
+    return Painted(panoptic_seg, segments_info, ordered)
+
+
+def _order(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    """Positions in `chosen`, first painted first."""
+    if isinstance(order, str):
+        if order not in RULES:
+            raise ValueError(f"The order {order!r} is none of {[*RULES]}, and no file *.safetensors.")
+        return RULES[order](detections, chosen)
+    if hasattr(order, "order"):  # a LearnedOrder
+        return _learned(order, detections, chosen)
+    order = np.asarray(order)
+    if sorted(order.tolist()) != list(range(len(detections))):
+        raise ValueError(
+            f"The order is {order.tolist()}; it must hold each of the {len(detections)} instances once."
+        )
+    return np.searchsorted(chosen, order[np.isin(order, chosen)])
+
+
+def _by_score(detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    if detections.scores is None:
+        raise ValueError("The order 'score' needs scores.")
+    return np.argsort(-detections.scores[chosen], kind="stable")
+
+
+def _smaller_first(detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    return _by(detections, chosen, [np.count_nonzero(detections.make(i)) for i in chosen])
+
+
+def _lower_first(detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    return _by(detections, chosen, [-_box(detections, i)[3] for i in chosen])
+
+
+RULES = {"score": _by_score, "smaller_first": _smaller_first, "lower_first": _lower_first}
+
+
+def _by(detections: Detections, chosen: np.ndarray, values: Sequence) -> np.ndarray:
+    """By ascending values; the higher score first among equals."""
+    first = np.arange(len(chosen)) if detections.scores is None else _by_score(detections, chosen)
+    return first[np.argsort(np.asarray(values)[first], kind="stable")]
+
+
+def _box(detections: Detections, i: int) -> Tuple[int, int, int, int]:
+    """XYXY of the pixels of a mask; zeros for a mask without one."""
+    mask, (rows, columns) = detections.mask_of(i)
+    y, x = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(y):
+        return 0, 0, 0, 0
+    return (
+        columns.start + int(x[0]), rows.start + int(y[0]),
+        columns.start + int(x[-1]) + 1, rows.start + int(y[-1]) + 1,
+    )  # fmt: skip
+
+
+def _learned(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    if detections.classes is None or detections.scores is None or not detections.class_names:
+        raise ValueError("A learned order needs scores, classes and class_names.")
+    of_classes = detections.classes[chosen].tolist()
+    unnamed = sorted(set(of_classes) - set(detections.class_names))
+    if unnamed:
+        raise ValueError(f"The class_names lack a name for {unnamed}.")
+    boxes = np.array([_box(detections, i) for i in chosen], float).reshape(-1, 4)
+    names = [detections.class_names[c] for c in of_classes]
+    of_chosen = detections.scores[chosen], names, detections.image_size
+    return order.order(lambda i: detections.mask_of(int(chosen[i])), boxes, *of_chosen)
