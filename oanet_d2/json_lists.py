@@ -64,7 +64,7 @@ class JsonLists:
             return f.read(_CHUNK).lstrip()[:1] == b"["
 
     def _entries(self) -> Iterator[Tuple[Optional[str], Range, Any]]:
-        """The key of the list, or None, where the entry is, and the entry with strings as they are in the file."""
+        """The key of the list, or None, where the entry is, and the entry, whose strings may be garbled."""
         with open(self.path, "rb") as f:
             text = _Text(f, self.path)
             if text.next() == "[":

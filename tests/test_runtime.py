@@ -217,14 +217,10 @@ absent = ["torch", "torchvision", "detectron2", "fvcore", "iopath", "PIL", "scip
 sys.modules.update(dict.fromkeys([*absent, "panopticapi", "matplotlib"]))
 import numpy as np, oanet_d2
 from oanet_d2.runtime import OnnxPredictor
-from oanet_d2.submission import PanopticSubmission
 
 predictor = OnnxPredictor(sys.argv[1])
 result = predictor(np.zeros((16, 24, 3), np.uint8))
 result.draw().save(sys.argv[2] + "/a.png")
-submission = PanopticSubmission(sys.argv[2] + "/a.json", predictor.metadata)
-submission.add(*result.panoptic, 1, "a.jpg", "a.png")
-submission.save()
 print([s["category_name"] for s in result.segments_info], oanet_d2.__all__, oanet_d2.painting.__all__)
 """
 

@@ -25,6 +25,7 @@ class Detections:
     image_size: Size
     scores: Optional[np.ndarray] = None  # (N,) float64
     classes: Optional[np.ndarray] = None  # (N,) int64
+    crowds: Optional[np.ndarray] = None  # (N,) bool
     class_names: Dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ def read_detections(
     if size is not None and detections.image_size != size:
         raise ValueError(f"The masks have {detections.image_size} pixels; the image has {size}.")
     number = len(detections)
-    for name, dtype in (("scores", np.float64), ("classes", np.int64)):
+    for name, dtype in (("scores", np.float64), ("classes", np.int64), ("crowds", np.bool_)):
         values = found.get(name)
         if values is not None:
             array = _array(values).astype(dtype)
@@ -110,7 +111,8 @@ def _parts(x: Any) -> Dict[str, Any]:
         parts = {"masks": [y["segmentation"] for y in x]}
         if all(hasattr(m, "shape") for m in parts["masks"]):
             parts["masks"] = np.stack(parts["masks"])
-        for name, keys in (("scores", ("score", "predicted_iou")), ("classes", ("category_id",))):
+        names = {"scores": ("score", "predicted_iou"), "classes": ("category_id",), "crowds": ("iscrowd",)}
+        for name, keys in names.items():
             key = next((key for key in keys if key in x[0]), None)
             if key is not None:
                 parts[name] = [y[key] for y in x]

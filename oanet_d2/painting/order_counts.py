@@ -8,7 +8,15 @@ from typing import Dict, Iterable, List, Mapping, Optional, Sequence
 
 from tabulate import tabulate
 
-from .metrics import KINDS, METRICS, OccludedPair, SharedPixels, order_scores, pq_averages, pq_counts
+from .metrics import (
+    KINDS,
+    METRICS,
+    OccludedPair,
+    SharedPixels,
+    order_scores,
+    pq_averages,
+    pq_counts,
+)
 
 __all__ = ["PAIR_METRICS", "OrderCounts", "Orderings", "orderings_table"]
 

@@ -82,7 +82,7 @@ def paint_detections(
     overlap_threshold: float,
     stuff_area_threshold: int,
 ) -> Painted:
-    """:func:`paint` of detections that are read already."""
+    """:func:`paint` of detections that are read already; `order` is no file."""
     size, number = detections.image_size, len(detections)
     semantic = np.zeros(size, np.uint8) if semantic is None else np.asarray(semantic)
     if semantic.shape != size or semantic.dtype.kind not in "iu" or semantic.min(initial=0) < 0:
@@ -94,6 +94,8 @@ def paint_detections(
     classes = np.zeros(number, np.int64) if detections.classes is None else detections.classes
     chosen = np.flatnonzero(scores >= score_threshold)
     ordered = chosen[_order(order, detections, chosen)]
+    if detections.crowds is not None:  # they lie behind, in any order
+        ordered = ordered[np.argsort(detections.crowds[ordered], kind="stable")]
     panoptic_seg = np.zeros(size, np.int32)
     segments_info = fuse(
         panoptic_seg,
@@ -111,6 +113,8 @@ def paint_detections(
             segment["instance_id"] = int(ordered[segment["instance_id"]])
             if detections.scores is None:
                 del segment["score"]
+            if detections.crowds is not None:
+                segment["iscrowd"] = int(detections.crowds[segment["instance_id"]])
             if detections.class_names:
                 segment["category_name"] = detections.class_names.get(segment["category_id"], "")
     return Painted(panoptic_seg, segments_info, ordered)
@@ -133,6 +137,8 @@ def _order(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray
 
 
 def _by_score(detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    if not len(chosen):
+        return chosen
     if detections.scores is None:
         raise ValueError("The order 'score' needs scores.")
     return np.argsort(-detections.scores[chosen], kind="stable")
@@ -168,6 +174,8 @@ def _box(detections: Detections, i: int) -> Tuple[int, int, int, int]:
 
 
 def _learned(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:
+    if not len(chosen):
+        return chosen
     if detections.classes is None or detections.scores is None or not detections.class_names:
         raise ValueError("A learned order needs scores, classes and class_names.")
     of_classes = detections.classes[chosen].tolist()

@@ -25,8 +25,8 @@ from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from oanet_d2 import add_oanet_config
 from oanet_d2.data.check import check, check_datasets, format_report
 from oanet_d2.data.images import read_segment_ids
-from oanet_d2.data.load import _runs
 from oanet_d2.evaluation import PanopticEvaluator, build_instance_evaluator
+from oanet_d2.painting.formats import rle_runs
 from tests.conftest import load_config, registered
 from tests.data.conftest import SIZES, SKY, Dataset, make_mapper
 
@@ -430,7 +430,8 @@ def test_runs_are_those_of_pycocotools():
         counts = coco_mask.encode(np.asfortranarray(mask, "u1"))["counts"]
         flat = mask.ravel(order="F")
         ends = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1]))
-        assert _runs(counts) == _runs(counts.decode()) == np.diff(ends, prepend=0).tolist()
+        for written in (counts, counts.decode()):
+            assert rle_runs(written).tolist() == np.diff(ends, prepend=0).tolist()
 
 
 def test_an_empty_dataset(dataset):

@@ -1,0 +1,297 @@
+"""
+Make a panoptic map of every image from overlapping masks: COCO results of any segmenter, or COCO
+annotations.
+
+    oanet-d2 paint --instances results.json --images instances_val.json --order smaller_first \\
+        --output panoptic_val
+    oanet-d2 paint --instances instances_train.json --order smaller_first --output panoptic_train
+
+It writes OUTPUT.json and the PNGs in OUTPUT/, in the COCO panoptic format. An interrupted run goes on
+where it was. With --gt it compares orders with a panoptic ground truth (this needs PyTorch and SciPy).
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import islice
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+from tqdm import tqdm
+
+from .files import atomic_path, write_atomically
+from .json_lists import JsonLists, Range
+from .painting.formats import Detections, read_detections
+from .painting.painter import RULES, Painted, paint_detections
+from .submission import png_of
+
+__all__ = ["Job", "Task", "main", "map_images"]
+
+logger = logging.getLogger("oanet_d2.paint")
+
+
+@dataclass
+class Task:
+    """An image, and where its entries are in the JSONs."""
+
+    image: Dict
+    instances: List[Range] = field(default_factory=list)
+    semantic: List[Range] = field(default_factory=list)
+    truth: List[Range] = field(default_factory=list)
+
+
+@dataclass
+class Job:
+    """How images are painted. Processes get a copy."""
+
+    instances: str
+    semantic: Optional[str]
+    categories: List[Dict]
+    order: str
+    score_threshold: float
+    overlap_threshold: float
+    stuff_area: int
+    skip_broken: bool
+
+    def read(self, task: Task) -> Tuple[Detections, Optional[np.ndarray]]:
+        """The instances of an image that have the score, and (H, W) positions of stuff in `categories`."""
+        size = task.image["height"], task.image["width"]
+        entries = JsonLists(self.instances).parse(task.instances)
+        try:
+            detections = self._detections(entries, size)
+        except ValueError as error:
+            at = f"{self.instances}, image {task.image['id']!r}"
+            if not self.skip_broken:
+                raise ValueError(f"{at}: {error} (--skip-broken leaves such instances out.)") from None
+            detections = self._detections([x for x in entries if self._is_good(x, size, at)], size)
+        if self.semantic is None:
+            return detections, None
+        semantic = np.zeros(size, np.int32)
+        position = {c["id"]: i for i, c in enumerate(self.categories, start=1)}
+        entries = JsonLists(self.semantic).parse(task.semantic)
+        masks = read_detections([x["segmentation"] for x in entries], image_size=size)
+        for i, entry in enumerate(entries):
+            mask, region = masks.mask_of(i)
+            if entry["category_id"] not in position:
+                raise ValueError(f"{self.semantic}: the category {entry['category_id']} is not listed.")
+            semantic[region][mask] = position[entry["category_id"]]
+        return detections, semantic
+
+    def _detections(self, entries: List[Dict], size: Tuple[int, int]) -> Detections:
+        things = {c["id"]: c["name"] for c in self.categories if c.get("isthing", 1)}
+        for x in entries:
+            if x.get("category_id") not in things:
+                raise ValueError(f"The category_id {x.get('category_id')!r} is no thing of the categories.")
+            if not x.get("segmentation"):
+                raise ValueError(f"An instance of category {x['category_id']} has no segmentation.")
+        chosen = [x for x in entries if x.get("score", 1) >= self.score_threshold]
+        detections = read_detections(chosen, image_size=size)
+        detections.class_names = things
+        return detections
+
+    def _is_good(self, entry: Dict, size: Tuple[int, int], at: str) -> bool:
+        try:
+            self._detections([entry], size)
+        except ValueError as error:
+            logger.warning(f"{at}: {error} It is left out.")
+            return False
+        return True
+
+    def paint(self, detections: Detections, semantic: Any, order: Any) -> Painted:
+        """The segments have the category_id of the JSON."""
+        painted = paint_detections(
+            detections,
+            _loaded(order) if isinstance(order, str) else order,
+            semantic,
+            score_threshold=-np.inf,
+            overlap_threshold=self.overlap_threshold,
+            stuff_area_threshold=self.stuff_area,
+        )
+        for x in painted.segments_info:
+            if not x["isthing"]:
+                x["category_id"] = self.categories[x["category_id"] - 1]["id"]
+        return painted
+
+    def write(self, folder: str, task: Task) -> Dict:
+        """Write the PNG of an image, and return its entry of the JSON."""
+        painted = self.paint(*self.read(task), self.order)
+        name = os.path.splitext(task.image["file_name"])[0] + ".png"
+        write_atomically(os.path.join(folder, name), png_of(painted.panoptic_seg))
+        areas = np.bincount(painted.panoptic_seg.ravel())
+        segments = [
+            {
+                "id": x["id"],
+                "category_id": x["category_id"],
+                "iscrowd": x.get("iscrowd", 0),
+                "area": int(areas[x["id"]]),
+                "bbox": _bbox(painted.panoptic_seg == x["id"]),
+            }
+            for x in painted.segments_info
+        ]
+        return {"image_id": task.image["id"], "file_name": name, "segments_info": segments}
+
+
+@cache  # every process loads it once
+def _loaded(order: str) -> Any:
+    if order in RULES:
+        return order
+    from .painting.learned import LearnedOrder
+
+    return LearnedOrder.load(order)
+
+
+def _bbox(mask: np.ndarray) -> List[int]:
+    """XYWH."""
+    y, x = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return [int(x[0]), int(y[0]), int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1]
+
+
+def map_images(function: Callable, tasks: List[Task], processes: int, about: str) -> Iterator:
+    """The function of every task, in their order. The first error ends it."""
+    with tqdm(total=len(tasks), desc=about, unit="image", disable=None) as bar:
+        if processes == 1:
+            for task in tasks:
+                yield function(task)
+                bar.update()
+            return
+        with ProcessPoolExecutor(processes) as pool:
+            rest = iter(tasks)
+            while part := list(islice(rest, 64 * processes)):
+                for result in pool.map(function, part, chunksize=8):
+                    yield result
+                    bar.update()
+
+
+def write_all(job: Job, output: str, tasks: List[Task], processes: int) -> None:
+    """
+    Write OUTPUT.json and the PNGs. Until all images are done, their entries are lines of
+    OUTPUT.unfinished.
+    """
+    unfinished, options = f"{output}.unfinished", json.dumps(vars(job))
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    done = _lines(unfinished)
+    if done and done[0] != options:
+        raise ValueError(
+            f"{unfinished} is of a run with other options: {done[0]}. Repeat them, or remove the file."
+        )
+    ids = {json.loads(line)["image_id"] for line in done[1:]}
+    write_atomically(unfinished, "".join(f"{line}\n" for line in done or [options]))
+    left = [task for task in tasks if task.image["id"] not in ids]
+    with open(unfinished, "a", encoding="utf-8") as f:
+        for entry in map_images(partial(job.write, output), left, processes, "painting"):
+            f.write(json.dumps(entry) + "\n")
+            f.flush()
+    with atomic_path(f"{output}.json") as path, open(path, "w", encoding="utf-8") as f:
+        f.write(f'{{"images": {json.dumps([task.image for task in tasks])}, ')
+        f.write(f'"categories": {json.dumps(job.categories)}, "annotations": [\n')
+        with open(unfinished, encoding="utf-8") as lines:
+            next(lines)
+            for i, line in enumerate(lines):
+                f.write(",\n" * (i > 0) + line.rstrip("\n"))
+        f.write("\n]}\n")
+    os.remove(unfinished)
+
+
+def _lines(path: str) -> List[str]:
+    """The whole lines of a file; a last one without an end was interrupted."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        return [line.rstrip("\n") for line in f if line.endswith("\n")]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oanet-d2 paint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--instances", required=True, metavar="JSON", help="COCO results, or annotations")
+    about = "COCO JSON with images and categories (default: --instances)"
+    parser.add_argument("--images", metavar="JSON", help=about)
+    about = f"{', '.join(RULES)}, or a learned one, *.safetensors"
+    parser.add_argument("--order", required=True, help=about)
+    parser.add_argument("--semantic", metavar="JSON", help="COCO stuff results, for what is left")
+    parser.add_argument("--output", required=True, help="folder of the PNGs; the JSON is OUTPUT.json")
+    about = "least score of an instance (default: 0.5 for results)"
+    parser.add_argument("--score-threshold", type=float, metavar="X", help=about)
+    about = (
+        "an instance is dropped if more than this share of it is covered (default: 0.5 for results, 1 for "
+        "annotations: whatever is visible stays)"
+    )
+    parser.add_argument("--overlap-threshold", type=float, metavar="X", help=about)
+    about = "least pixels of a stuff class (default: 4096)"
+    parser.add_argument("--stuff-area", type=int, default=4096, metavar="N", help=about)
+    parser.add_argument("--skip-broken", action="store_true", help="leave out unreadable instances")
+    parser.add_argument("--processes", type=int, default=1, metavar="N")
+    parser.add_argument("--gt", metavar="JSON", help="panoptic ground truth to compare orders with")
+    parser.add_argument("--gt-folder", help="folder of its PNGs (default: the JSON without .json)")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> Tuple[Job, List[Task]]:
+    """Read the headers of the JSONs, and find the entries of every image."""
+    instances, header = JsonLists(args.instances), JsonLists(args.images or args.instances)
+    is_results = instances.is_list()
+    if is_results and not args.images:
+        raise ValueError(
+            f"{args.instances} holds results; --images must name a JSON with images and categories."
+        )
+    images, categories = header.read("images"), header.read("categories")
+    for name, found in (("images", images), ("categories", categories)):
+        if not found:
+            raise ValueError(f"{header.path} has no {name}.")
+    tasks = {image["id"]: Task(image) for image in images}
+    sources = {
+        "instances": (instances, None if is_results else "annotations"),
+        "semantic": (JsonLists(args.semantic), None) if args.semantic else None,
+        "truth": (JsonLists(args.gt), "annotations") if args.gt else None,
+    }
+    for name, source in sources.items():
+        for image_id, ranges in source[0].ranges_by_image(source[1]).items() if source else ():
+            if image_id in tasks:
+                setattr(tasks[image_id], name, ranges)
+            elif name == "instances":
+                raise ValueError(f"{args.instances} has the image {image_id!r}, {header.path} has not.")
+    by_kind = {"score_threshold": (0.0, 0.5), "overlap_threshold": (1.0, 0.5)}
+    thresholds = {
+        name: getattr(args, name) if getattr(args, name) is not None else default[is_results]
+        for name, default in by_kind.items()
+    }
+    job = Job(
+        instances=args.instances,
+        semantic=args.semantic,
+        categories=[{"isthing": 1, **category} for category in categories],
+        order=args.order,
+        stuff_area=args.stuff_area,
+        skip_broken=args.skip_broken,
+        **thresholds,
+    )
+    return job, list(tasks.values())
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    output = args.output.rstrip("/\\").removesuffix(".json")
+    try:
+        job, tasks = prepare(args)
+        write_all(job, output, tasks, args.processes)
+        if args.gt:
+            from .compare import compare
+
+            folder = args.gt_folder or os.path.splitext(args.gt)[0]
+            print(compare(job, tasks, args.gt, folder, args.processes))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
