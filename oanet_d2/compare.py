@@ -76,7 +76,8 @@ def _count(job: Job, gt: JsonLists, folder: str, is_thing: Dict[int, bool], task
     )
     matched = match_to_segments(masks, classes, torch.from_numpy(ids), truth)
     margins = visible_margins(masks, matched, torch.from_numpy(ids))
-    rules = [x for x in RULES if detections.scores is not None or x != "score" or not number]
+    # Annotations have no scores; an image without instances does not show it.
+    rules = [x for x in RULES if x != "score" or JsonLists(job.instances).is_list()]
     orders: Dict[str, Any] = {os.path.basename(name): name for name in [*rules, job.order]}
     orders["oracle"] = order_from_margins(margins, scores).numpy()
     counts, painted = OrderCounts(), {}

@@ -10,6 +10,7 @@ __all__ = ["JsonLists"]
 
 Range = Tuple[int, int]  # of bytes
 _CHUNK = 2**20
+_ENDS = [*" \t\r\n,:]}"]  # of a value
 
 
 class JsonLists:
@@ -42,6 +43,8 @@ class JsonLists:
             if not isinstance(entry, dict) or "image_id" not in entry:
                 raise ValueError(f"{self.path}: the entry at byte {start} has no 'image_id'.")
             image_id = entry["image_id"]
+            if isinstance(image_id, str) and not image_id.isascii():  # a byte is a character here
+                image_id = self.parse([(start, end)])[0]["image_id"]
             of_image = ranges.setdefault(image_id, [])
             if of_image and last == image_id:
                 of_image[-1] = of_image[-1][0], end
@@ -80,7 +83,7 @@ class JsonLists:
                         yield key, range, entry
                 else:
                     text.value()
-                if text.next() == ",":
+                if text.next() != "}":
                     text.expect(",")
 
 
@@ -119,7 +122,8 @@ class _Text:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():  # a number may go on
+                # What is followed by something else may go on: 1.5e3 is read as 1.5 without its end.
+                if self.text[end : end + 1] in _ENDS or not self._more():
                     break
             except json.JSONDecodeError as error:
                 if not self._more():
@@ -132,7 +136,7 @@ class _Text:
         self.expect("[")
         while self.next() != "]":
             yield self.value()
-            if self.next() == ",":
+            if self.next() != "]":
                 self.expect(",")
         self.expect("]")
 

@@ -13,9 +13,11 @@ where it was. With --gt it compares orders with a panoptic ground truth (this ne
 import argparse
 import json
 import logging
+import math
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -50,6 +52,7 @@ class Job:
     """How images are painted. Processes get a copy."""
 
     instances: str
+    images: str
     semantic: Optional[str]
     categories: List[Dict]
     order: str
@@ -71,24 +74,36 @@ class Job:
             detections = self._detections([x for x in entries if self._is_good(x, size, at)], size)
         if self.semantic is None:
             return detections, None
-        semantic = np.zeros(size, np.int32)
+        return detections, self._semantic(JsonLists(self.semantic).parse(task.semantic), task)
+
+    def _semantic(self, entries: List[Dict], task: Task) -> np.ndarray:
+        at = f"{self.semantic}, image {task.image['id']!r}"
         position = {c["id"]: i for i, c in enumerate(self.categories, start=1)}
-        entries = JsonLists(self.semantic).parse(task.semantic)
-        masks = read_detections([x["segmentation"] for x in entries], image_size=size)
-        for i, entry in enumerate(entries):
+        unknown = [x.get("category_id") for x in entries if x.get("category_id") not in position]
+        if unknown:
+            raise ValueError(f"{at}: the category_id {unknown[0]!r} is not listed in the categories.")
+        stuff = [x for x in entries if not self.categories[position[x["category_id"]] - 1]["isthing"]]
+        size = task.image["height"], task.image["width"]
+        try:
+            masks = read_detections([x.get("segmentation") for x in stuff], image_size=size)
+        except ValueError as error:
+            raise ValueError(f"{at}: {error}") from None
+        semantic = np.zeros(size, np.int32)
+        for i in reversed(range(len(stuff))):  # the first has the pixel, as in panopticapi
             mask, region = masks.mask_of(i)
-            if entry["category_id"] not in position:
-                raise ValueError(f"{self.semantic}: the category {entry['category_id']} is not listed.")
-            semantic[region][mask] = position[entry["category_id"]]
-        return detections, semantic
+            semantic[region][mask] = position[stuff[i]["category_id"]]
+        return semantic
 
     def _detections(self, entries: List[Dict], size: Tuple[int, int]) -> Detections:
-        things = {c["id"]: c["name"] for c in self.categories if c.get("isthing", 1)}
+        things = {c["id"]: c["name"] for c in self.categories if c["isthing"]}
         for x in entries:
             if x.get("category_id") not in things:
                 raise ValueError(f"The category_id {x.get('category_id')!r} is no thing of the categories.")
             if not x.get("segmentation"):
                 raise ValueError(f"An instance of category {x['category_id']} has no segmentation.")
+            score = x.get("score", 1)
+            if not isinstance(score, (int, float)) or not math.isfinite(score):
+                raise ValueError(f"The score {score!r} of an instance is no number.")
         chosen = [x for x in entries if x.get("score", 1) >= self.score_threshold]
         detections = read_detections(chosen, image_size=size)
         detections.class_names = things
@@ -120,7 +135,7 @@ class Job:
     def write(self, folder: str, task: Task) -> Dict:
         """Write the PNG of an image, and return its entry of the JSON."""
         painted = self.paint(*self.read(task), self.order)
-        name = os.path.splitext(task.image["file_name"])[0] + ".png"
+        name = _png_name(task.image)
         write_atomically(os.path.join(folder, name), png_of(painted.panoptic_seg))
         areas = np.bincount(painted.panoptic_seg.ravel())
         segments = [
@@ -140,9 +155,15 @@ class Job:
 def _loaded(order: str) -> Any:
     if order in RULES:
         return order
+    if not order.endswith(".safetensors"):
+        raise ValueError(f"The order {order!r} is none of {[*RULES]}, and no file *.safetensors.")
     from .painting.learned import LearnedOrder
 
     return LearnedOrder.load(order)
+
+
+def _png_name(image: Dict) -> str:
+    return os.path.splitext(image["file_name"])[0] + ".png"
 
 
 def _bbox(mask: np.ndarray) -> List[int]:
@@ -175,12 +196,15 @@ def write_all(job: Job, output: str, tasks: List[Task], processes: int) -> None:
     unfinished, options = f"{output}.unfinished", json.dumps(vars(job))
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     done = _lines(unfinished)
-    if done and done[0] != options:
+    if os.path.exists(f"{output}.json") or (not done and os.path.isdir(output) and os.listdir(output)):
+        raise ValueError(f"{output}.json or {output} exists. Remove both, or choose another --output.")
+    if len(done) > 1 and done[0] != options:
         raise ValueError(
-            f"{unfinished} is of a run with other options: {done[0]}. Repeat them, or remove the file."
+            f"{unfinished} is of a run with other options: {done[0]}. Repeat them, or remove the file and "
+            f"{output}."
         )
     ids = {json.loads(line)["image_id"] for line in done[1:]}
-    write_atomically(unfinished, "".join(f"{line}\n" for line in done or [options]))
+    write_atomically(unfinished, "".join(f"{line}\n" for line in [options, *done[1:]]))
     left = [task for task in tasks if task.image["id"] not in ids]
     with open(unfinished, "a", encoding="utf-8") as f:
         for entry in map_images(partial(job.write, output), left, processes, "painting"):
@@ -234,6 +258,32 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# What an image and a category must have, and of which type.
+FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,), "height": (int,), "width": (int,)},
+    "categories": {"id": (int,), "name": (str,)},
+}
+
+
+def _check(entries: List[Dict], name: str, path: str) -> None:
+    """Refuse images and categories of which maps would be lost, or lie somewhere else."""
+    for x in entries:
+        for key, types in FIELDS[name].items():
+            if not isinstance(x, dict) or not isinstance(x.get(key), types):
+                kinds = " or ".join(t.__name__ for t in types)
+                raise ValueError(f"{path}: {x} of the {name} needs {key!r}, {kinds}.")
+    unique = {"id": [x["id"] for x in entries]}
+    if name == "images":
+        unique["PNG"] = [_png_name(x) for x in entries]
+        outside = [x for x in unique["PNG"] if os.path.isabs(x) or os.pardir in x.split("/")]
+        if outside:
+            raise ValueError(f"{path}: the file name of {outside[0]} must be relative, without '..'.")
+    for key, values in unique.items():
+        ((value, number),) = Counter(values).most_common(1)
+        if number > 1:
+            raise ValueError(f"{path}: {number} of the {name} have the {key} {value!r}.")
+
+
 def prepare(args: argparse.Namespace) -> Tuple[Job, List[Task]]:
     """Read the headers of the JSONs, and find the entries of every image."""
     instances, header = JsonLists(args.instances), JsonLists(args.images or args.instances)
@@ -246,6 +296,7 @@ def prepare(args: argparse.Namespace) -> Tuple[Job, List[Task]]:
     for name, found in (("images", images), ("categories", categories)):
         if not found:
             raise ValueError(f"{header.path} has no {name}.")
+        _check(found, name, header.path)
     tasks = {image["id"]: Task(image) for image in images}
     sources = {
         "instances": (instances, None if is_results else "annotations"),
@@ -263,8 +314,10 @@ def prepare(args: argparse.Namespace) -> Tuple[Job, List[Task]]:
         name: getattr(args, name) if getattr(args, name) is not None else default[is_results]
         for name, default in by_kind.items()
     }
+    _loaded(args.order)  # a wrong one is found before anything is written
     job = Job(
         instances=args.instances,
+        images=header.path,
         semantic=args.semantic,
         categories=[{"isthing": 1, **category} for category in categories],
         order=args.order,
@@ -288,7 +341,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
             folder = args.gt_folder or os.path.splitext(args.gt)[0]
             print(compare(job, tasks, args.gt, folder, args.processes))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BrokenExecutor) as error:
         parser.error(str(error))
     return 0
 

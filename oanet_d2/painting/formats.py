@@ -74,12 +74,7 @@ def read_detections(
     for name, dtype in (("scores", np.float64), ("classes", np.int64), ("crowds", np.bool_)):
         values = found.get(name)
         if values is not None:
-            array = _array(values).astype(dtype)
-            if array.shape != (number,):
-                raise ValueError(f"The {name} have the shape {array.shape}; there are {number} masks.")
-            if not np.isfinite(array).all():
-                raise ValueError(f"The {name} are {array.tolist()}; each must be a number.")
-            setattr(detections, name, array)
+            setattr(detections, name, _numbers(values, name, number).astype(dtype))
     detections.class_names = found.get("class_names", {})
     return detections
 
@@ -92,11 +87,11 @@ def _parts(x: Any) -> Dict[str, Any]:
             parts = {**parts, "masks": x.pred_masks[:, 0], "boxes": x.pred_boxes.tensor}
         return {**parts, "image_size": x.image_size}
     if hasattr(x, "class_id") and hasattr(x, "confidence"):  # supervision.Detections
-        if x.mask is None:
+        if x.mask is None and len(x.xyxy):
             raise ValueError("These Detections have no masks.")
         names = x.data.get("class_name") if x.class_id is not None else None
         of_class = {} if names is None else dict(zip(x.class_id.tolist(), map(str, names)))
-        masks = np.asarray(x.mask)
+        masks: Any = [] if x.mask is None else np.asarray(x.mask)
         return {"masks": masks, "scores": x.confidence, "classes": x.class_id, "class_names": of_class}
     if hasattr(x, "orig_shape") and hasattr(x, "boxes"):  # ultralytics.engine.results.Results
         # Their masks have the size of the network's input, their contours that of the image.
@@ -110,18 +105,35 @@ def _parts(x: Any) -> Dict[str, Any]:
     if isinstance(x, (list, tuple)) and x and all(isinstance(y, dict) and "segmentation" in y for y in x):
         parts = {"masks": [y["segmentation"] for y in x]}
         if all(hasattr(m, "shape") for m in parts["masks"]):
-            parts["masks"] = np.stack(parts["masks"])
-        names = {"scores": ("score", "predicted_iou"), "classes": ("category_id",), "crowds": ("iscrowd",)}
+            sizes = sorted({tuple(m.shape) for m in parts["masks"]})
+            if len(sizes) > 1:
+                raise ValueError(f"The masks have several sizes: {sizes}; they must be masks of one image.")
+            parts["masks"] = np.stack([_array(m) for m in parts["masks"]])
+        names = {"scores": ("score", "predicted_iou"), "classes": ("category_id",)}
         for name, keys in names.items():
-            key = next((key for key in keys if key in x[0]), None)
+            key = next((key for key in keys if any(key in y for y in x)), None)
             if key is not None:
-                parts[name] = [y[key] for y in x]
+                parts[name] = [y.get(key) for y in x]
+        if any(y.get("iscrowd") for y in x):
+            parts["crowds"] = [y.get("iscrowd", 0) for y in x]
         return parts
     return {}
 
 
 def _array(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+
+
+def _numbers(values: Any, name: str, number: int) -> np.ndarray:
+    """(N,) float64."""
+    array = _array(values)
+    if array.shape != (number,):
+        raise ValueError(f"The {name} have the shape {array.shape}; there are {number} masks.")
+    is_number = array.dtype.kind in "biuf" or not number
+    if not is_number or not np.isfinite(array).all() or (name != "scores" and (array % 1).any()):
+        kind = "a number" if name == "scores" else "an integer"
+        raise ValueError(f"The {name} are {reprlib.repr(array.tolist())}; each must be {kind}.")
+    return array.astype(np.float64)
 
 
 def _known(size: Optional[Size]) -> Size:
@@ -134,7 +146,7 @@ def _full(masks: np.ndarray) -> Detections:
     if masks.ndim != 3:
         raise ValueError(f"The masks have the shape {masks.shape}; it must be (N, H, W).")
     if masks.dtype != bool:
-        if np.issubdtype(masks.dtype, np.inexact) or ((masks != 0) & (masks != 1)).any():
+        if masks.dtype.kind not in "iuf" or ((masks != 0) & (masks != 1)).any():
             raise ValueError(
                 f"The masks are {masks.dtype}; they must be bool, or zeros and ones. Apply a threshold."
             )
@@ -155,8 +167,14 @@ def _extent(mask: np.ndarray) -> Region:
 
 def _in_boxes(masks: np.ndarray, boxes: np.ndarray, size: Size) -> Detections:
     boxes, limit = boxes.astype(np.float64).reshape(-1, 4), np.array([size[1], size[0]] * 2)
-    if masks.ndim != 3 or len(masks) != len(boxes):
-        raise ValueError(f"The masks have the shape {masks.shape}, the boxes {boxes.shape}.")
+    square = masks.ndim == 3 and masks.shape[1] == masks.shape[2]
+    if not square or masks.dtype.kind != "f" or len(masks) != len(boxes):
+        raise ValueError(
+            f"The masks are {masks.dtype} {masks.shape}, with {len(boxes)} boxes; masks in boxes are float "
+            "(N, M, M). Masks of the whole image need no boxes."
+        )
+    if not ((masks >= 0) & (masks <= 1)).all():
+        raise ValueError("The masks in boxes must be probabilities from 0 to 1.")
     if not (np.isfinite(boxes).all() and (boxes >= 0).all() and (boxes <= limit).all()):
         raise ValueError(f"A box lies outside the image of {size[1]} x {size[0]} pixels: {boxes.tolist()}.")
     masks, full = masks.astype(np.float32), (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -212,9 +230,13 @@ def _rle(segmentation: Any, size: Optional[Size], name: str) -> Tuple[Size, np.n
         from pycocotools import mask as mask_util
 
         height, width = _known(size)
-        polygons = [_array(x).astype(float).ravel().tolist() for x in segmentation]
+        try:
+            polygons = [_array(x).astype(float).ravel().tolist() for x in segmentation]
+        except (TypeError, ValueError):
+            polygons = [[np.nan]]
         if any(len(x) % 2 or not np.isfinite(x).all() for x in polygons):
-            raise ValueError(f"The polygons of {name} are no lists of numbers x, y, x, y, ...")
+            found = reprlib.repr(segmentation)
+            raise ValueError(f"The polygons of {name} are no lists of numbers x, y, x, y, ...: {found}")
         polygons = [x for x in polygons if len(x) >= 6]
         if not polygons:
             return (height, width), np.array([height * width])
@@ -250,7 +272,7 @@ def rle_runs(counts: Any) -> np.ndarray:
     # of the last one is the sign.
     parts = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     is_last = parts & 32 == 0
-    if not len(parts) or not is_last[-1]:
+    if not len(parts) or not is_last[-1] or (parts >> 6).any():
         return none
     starts = np.flatnonzero(np.concatenate([[True], is_last[:-1]]))
     place = np.arange(len(parts)) - np.repeat(starts, np.diff(starts, append=len(parts)))

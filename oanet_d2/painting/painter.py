@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from .arrays import fuse
-from .formats import Detections, read_detections
+from .formats import Detections, _array, read_detections
 
 __all__ = ["Painted", "paint", "paint_detections"]
 
@@ -84,7 +84,7 @@ def paint_detections(
 ) -> Painted:
     """:func:`paint` of detections that are read already; `order` is no file."""
     size, number = detections.image_size, len(detections)
-    semantic = np.zeros(size, np.uint8) if semantic is None else np.asarray(semantic)
+    semantic = np.zeros(size, np.uint8) if semantic is None else _array(semantic)
     if semantic.shape != size or semantic.dtype.kind not in "iu" or semantic.min(initial=0) < 0:
         raise ValueError(
             f"The semantic labels are {semantic.dtype} {semantic.shape}; they must be integers from 0 on, "
