@@ -40,9 +40,9 @@ class JsonLists:
         for name, (start, end), entry in self._entries():
             if name != key:
                 continue
-            if not isinstance(entry, dict) or "image_id" not in entry:
+            image_id = entry.get("image_id") if isinstance(entry, dict) else None
+            if not isinstance(image_id, (int, float, str)):
                 raise ValueError(f"{self.path}: the entry at byte {start} has no 'image_id'.")
-            image_id = entry["image_id"]
             if isinstance(image_id, str) and not image_id.isascii():  # a byte is a character here
                 image_id = self.parse([(start, end)])[0]["image_id"]
             of_image = ranges.setdefault(image_id, [])

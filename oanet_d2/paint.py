@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 import sys
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -193,15 +194,19 @@ def write_all(job: Job, output: str, tasks: List[Task], processes: int) -> None:
     Write OUTPUT.json and the PNGs. Until all images are done, their entries are lines of
     OUTPUT.unfinished.
     """
-    unfinished, options = f"{output}.unfinished", json.dumps(vars(job))
+    unfinished = f"{output}.unfinished"
+    # What is done before a broken instance is found is the same with --skip-broken.
+    options = json.dumps({k: x for k, x in vars(job).items() if k != "skip_broken"})
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     done = _lines(unfinished)
     if os.path.exists(f"{output}.json") or (not done and os.path.isdir(output) and os.listdir(output)):
         raise ValueError(f"{output}.json or {output} exists. Remove both, or choose another --output.")
     if len(done) > 1 and done[0] != options:
+        there, here = json.loads(done[0]), json.loads(options)
+        changed = {k: x for k, x in there.items() if here.get(k) != x}
         raise ValueError(
-            f"{unfinished} is of a run with other options: {done[0]}. Repeat them, or remove the file and "
-            f"{output}."
+            f"{unfinished} is of a run with other options: {reprlib.repr(changed)}. Repeat them, or remove "
+            f"that file and {output}."
         )
     ids = {json.loads(line)["image_id"] for line in done[1:]}
     write_atomically(unfinished, "".join(f"{line}\n" for line in [options, *done[1:]]))

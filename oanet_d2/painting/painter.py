@@ -128,8 +128,8 @@ def _order(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray
         return RULES[order](detections, chosen)
     if hasattr(order, "order"):  # a LearnedOrder
         return _learned(order, detections, chosen)
-    order = np.asarray(order)
-    if sorted(order.tolist()) != list(range(len(detections))):
+    order = _array(order)
+    if order.ndim != 1 or sorted(order.tolist()) != list(range(len(detections))):
         raise ValueError(
             f"The order is {order.tolist()}; it must hold each of the {len(detections)} instances once."
         )

@@ -1,0 +1,419 @@
+"""`oanet-d2 paint`, held against panopticapi's script and its evaluation."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from panopticapi.combine_semantic_and_instance_predictions import combine_to_panoptic_single_core
+from panopticapi.evaluation import pq_compute_single_core
+from PIL import Image
+
+from oanet_d2 import paint as command
+from oanet_d2.painting import paint
+
+from .painting.test_formats import KINDS, random_masks
+
+SIZES = [(40, 57), (61, 33), (9, 80), (50, 50), (31, 64)]
+CATEGORIES = [
+    *({"id": i, "name": f"thing {i}", "isthing": 1, "color": [i, 99, 99]} for i in (3, 7, 12)),
+    *({"id": i, "name": f"stuff {i}", "isthing": 0, "color": [99, i, 99]} for i in (40, 21)),
+]
+
+
+def image(i, name=None, **extra):
+    height, width = SIZES[i % len(SIZES)]
+    return {
+        "id": 10 + i,
+        "file_name": name or f"{i:03}.jpg",
+        "height": height,
+        "width": width,
+        **extra,
+    }
+
+
+def write_inputs(folder, number=5):
+    """Results, annotations and stuff results; the last image but one has none of them."""
+    rng = np.random.default_rng(0)
+    images = [image(0, "town/a.b/0.jpg"), *(image(i) for i in range(1, number))]
+    results, annotations, stuff = [], [], []
+    for i, one in enumerate(images):
+        size, count = (one["height"], one["width"]), 0 if i == number - 2 else 6
+        segmentations = KINDS["text"](random_masks(i, count, size))
+        for j, (x, score) in enumerate(zip(segmentations, rng.permutation(count) / 6 + 0.01)):
+            entry = {"image_id": one["id"], "category_id": [3, 7, 12][j % 3], "segmentation": x}
+            results.append({**entry, "score": float(score)})
+            annotations.append({**entry, "id": len(annotations), "iscrowd": int(j == 5)})
+        labels = rng.integers(0, 3, (size[0] // 8 + 1, size[1] // 8 + 1)).repeat(8, 0).repeat(8, 1)
+        labels = labels[: size[0], : size[1]] * (count > 0)
+        for label, category in ((1, 21), (2, 40)):
+            (x,) = KINDS["text"]((labels == label)[None])
+            stuff.append({"image_id": one["id"], "category_id": category, "segmentation": x})
+    order = rng.permutation(len(results))
+    write(folder / "results.json", [results[i] for i in order])  # of no image together
+    write(folder / "stuff.json", stuff)
+    write(folder / "images.json", {"info": {}, "images": images, "categories": CATEGORIES})
+    header = {"images": images, "categories": CATEGORIES[:3]}
+    write(folder / "annotations.json", {"annotations": annotations, **header})
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    write_inputs(tmp_path)
+    return tmp_path
+
+
+def run(folder, output, *options, instances="results.json"):
+    files = ["--instances", folder / instances, "--output", folder / output]
+    if instances == "results.json":
+        files += ["--images", folder / "images.json"]
+    assert command.main([*map(str, files), *map(str, options)]) == 0
+    return json.loads((folder / f"{output}.json").read_text())
+
+
+def refused(capsys, *args, **kwargs):
+    with pytest.raises(SystemExit) as exit:
+        run(*args, **kwargs)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def ids_of(folder, annotation):
+    png = np.asarray(Image.open(folder / annotation["file_name"])).astype(int)
+    assert png.ndim == 3
+    return png @ (1, 256, 256**2)
+
+
+def panopticapis(function, *args):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(0, *args)
+
+
+def quality(folder, truth, predicted):
+    """PQ in percent, by panopticapi, of two JSONs in a folder."""
+    jsons = [json.loads((folder / f"{x}.json").read_text()) for x in (truth, predicted)]
+    entries = [{x["image_id"]: x for x in one["annotations"]} for one in jsons]
+    pairs = [(entries[0][i], entries[1][i]) for i in entries[0]]
+    categories = {c["id"]: c for c in jsons[1]["categories"]}
+    stat = panopticapis(
+        pq_compute_single_core, pairs, folder / truth, folder / predicted, categories
+    )
+    return 100 * stat.pq_average(categories, isthing=None)[0]["pq"]
+
+
+def everything(folder, output):
+    files = [folder / f"{output}.json", *sorted((folder / output).rglob("*.png"))]
+    return [(x.relative_to(folder).as_posix().removeprefix(output), x.read_bytes()) for x in files]
+
+
+def test_in_the_order_of_scores_it_is_panopticapis_script(inputs):
+    ours = run(
+        inputs, "ours", "--order", "score", "--semantic", inputs / "stuff.json", "--stuff-area", 64
+    )
+    images = {x["id"]: x for x in json.loads((inputs / "images.json").read_text())["images"]}
+    assert ours["categories"] == CATEGORIES and ours["images"] == [*images.values()]
+    by_image = {
+        name: {
+            i: [x for x in json.loads((inputs / name).read_text()) if x["image_id"] == i]
+            for i in images
+        }
+        for name in ("results.json", "stuff.json")
+    }
+    for i, entries in by_image["results.json"].items():
+        confident = [x for x in entries if x["score"] >= 0.5]
+        by_image["results.json"][i] = sorted(confident, key=lambda x: -x["score"])
+    (inputs / "theirs/town/a.b").mkdir(parents=True)
+    theirs = panopticapis(
+        combine_to_panoptic_single_core,
+        [*images],
+        images,
+        *by_image.values(),
+        str(inputs / "theirs"),
+        0.5,
+        64,
+        {c["id"]: c for c in CATEGORIES},
+    )
+    assert len(theirs) == len(ours["annotations"]) == 5
+    for a, b in zip(ours["annotations"], theirs):
+        assert a["image_id"] == b["image_id"] and a["file_name"] == b["file_name"]
+        ids = ids_of(inputs / "ours", a), ids_of(inputs / "theirs", b)
+        category = {x["id"]: x["category_id"] for x in a["segments_info"]}
+        same = {*zip(*(x.ravel().tolist() for x in ids))} - {(0, 0)}
+        assert [len({x[k] for x in same}) for k in (0, 1)] == [len(same)] * 2  # one to one
+        assert {(category[x], y) for x, y in same} == {
+            (x["category_id"], x["id"]) for x in b["segments_info"]
+        }
+        for x in a["segments_info"]:
+            rows, columns = np.nonzero(ids[0] == x["id"])
+            left, top = columns.min(), rows.min()
+            assert x["area"] == len(rows) and x["iscrowd"] == 0
+            assert x["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+    stuff = [
+        x for a in ours["annotations"] for x in a["segments_info"] if x["category_id"] in (21, 40)
+    ]
+    assert len(stuff) > 3
+
+
+def test_annotations_become_a_ground_truth(inputs):
+    made = run(inputs, "truth", "--order", "smaller_first", instances="annotations.json")
+    entries = json.loads((inputs / "annotations.json").read_text())["annotations"]
+    for one, annotation in zip(made["images"], made["annotations"]):
+        of_image = [x for x in entries if x["image_id"] == one["id"]]
+        size = one["height"], one["width"]
+        expected = paint(of_image, order="smaller_first", overlap_threshold=1, image_size=size)
+        assert (ids_of(inputs / "truth", annotation) == expected.panoptic_seg).all()
+        found = [(x["category_id"], x["iscrowd"]) for x in annotation["segments_info"]]
+        assert found == [(x["category_id"], x.get("iscrowd", 0)) for x in expected.segments_info]
+    assert sum(x["iscrowd"] for a in made["annotations"] for x in a["segments_info"]) > 0
+    assert quality(inputs, "truth", "truth") == 100
+
+
+def test_the_table_of_orders(inputs, capsys):
+    run(inputs, "truth", "--order", "lower_first", instances="annotations.json")
+    options = ["--score-threshold", 0, "--gt", inputs / "truth.json"]
+    tables = []
+    for i, processes in enumerate((1, 2)):
+        run(inputs, f"out{i}", "--order", "smaller_first", *options, "--processes", processes)
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    header, _, *rows = [
+        [x.strip() for x in line.strip("|").split("|")] for line in tables[0].splitlines() if line
+    ]
+    table = {row[0]: dict(zip(header, row)) for row in rows}
+    assert [*table] == ["score", "smaller_first", "lower_first", "oracle"]
+    assert float(table["oracle"]["closure"]) == 1 and float(table["score"]["closure"]) == 0
+    assert float(table["oracle"]["order precision"]) > float(table["score"]["order precision"])
+    for order in ("score", "smaller_first", "lower_first"):
+        if order != "smaller_first":
+            run(inputs, order, "--order", order, "--score-threshold", 0)
+        pq = quality(inputs, "truth", order if order != "smaller_first" else "out0")
+        assert float(table[order]["PQ"]) == pytest.approx(pq, abs=0.051)
+
+
+def test_the_table_of_annotations_has_no_scores(inputs, capsys):
+    run(inputs, "truth", "--order", "smaller_first", instances="annotations.json")
+    run(
+        inputs,
+        "again",
+        "--order",
+        "lower_first",
+        "--gt",
+        inputs / "truth.json",
+        instances="annotations.json",
+    )
+    assert re.findall(r"^\| ([a-z_]+) ", capsys.readouterr().out, re.M)[1:] == [
+        "smaller_first",
+        "lower_first",
+        "oracle",
+    ]
+
+
+def test_two_processes_give_what_one_gives(inputs):
+    for output, processes in (("one", 1), ("two", 2)):
+        run(inputs, output, "--order", "lower_first", "--processes", processes)
+    assert everything(inputs, "one") == everything(inputs, "two") != []
+    assert len(everything(inputs, "one")) == 1 + len(SIZES)
+
+
+def break_entry(inputs, image_id=12, **change):
+    entries = json.loads((inputs / "results.json").read_text())
+    broken = next(x for x in entries if x["image_id"] == image_id and x["score"] > 0.5)
+    broken.update(change or {"segmentation": {**broken["segmentation"], "counts": "0`"}})
+    write(inputs / "results.json", entries)
+    return entries, broken
+
+
+def test_an_interrupted_run_goes_on(inputs, capsys):
+    run(inputs, "whole", "--order", "score")
+    whole = (inputs / "results.json").read_bytes()
+    break_entry(inputs)
+    error = refused(capsys, inputs, "out", "--order", "score")
+    assert "results.json, image 12" in error and "9 x 80" in error and "--skip-broken" in error
+    assert not (inputs / "out.json").exists()
+    unfinished = inputs / "out.unfinished"
+    assert len(unfinished.read_text().splitlines()) == 1 + 2
+    unfinished.write_text(unfinished.read_text()[:-9])  # a line of which the end was not written
+    (inputs / "results.json").write_bytes(whole)
+    error = refused(capsys, inputs, "out", "--order", "lower_first")
+    assert "other options: {'order': 'score'}" in error
+    before = (inputs / "out/town/a.b/0.png").stat().st_mtime_ns
+    run(inputs, "out", "--order", "score")
+    assert everything(inputs, "out") == everything(inputs, "whole")
+    assert (inputs / "out/town/a.b/0.png").stat().st_mtime_ns == before
+    assert not unfinished.exists()
+
+
+def test_a_killed_run_goes_on(inputs, subprocess_env):
+    """It is killed when it has written some images."""
+    write_inputs(inputs, 60)
+    run(inputs, "whole", "--order", "score")
+    args = [
+        "--instances",
+        inputs / "results.json",
+        "--images",
+        inputs / "images.json",
+        "--order",
+        "score",
+    ]
+    args = [sys.executable, "-m", "oanet_d2.paint", *args, "--output", inputs / "out"]
+    process = subprocess.Popen(args, env=subprocess_env, stderr=subprocess.DEVNULL)
+    unfinished = inputs / "out.unfinished"
+    while process.poll() is None and not (unfinished.exists() and unfinished.stat().st_size > 3000):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert unfinished.exists() and not (inputs / "out.json").exists()
+    run(inputs, "out", "--order", "score")
+    assert everything(inputs, "out") == everything(inputs, "whole")
+
+
+BROKEN = {
+    "a size": {"segmentation": {"size": [3, 3], "counts": [9]}},
+    "polygons": {"segmentation": [["x"]]},
+    "no segmentation": {"segmentation": None},
+    "a word": {"segmentation": "mask"},
+    "stuff": {"category_id": 21},
+    "unknown": {"category_id": 99},
+    "a category in words": {"category_id": "3"},
+    "NaN": {"score": float("nan")},
+    "a score in words": {"score": "high"},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_instances(inputs, name, capsys, caplog):
+    entries, broken = break_entry(inputs, **BROKEN[name])
+    assert "results.json, image 12" in refused(capsys, inputs, "out", "--order", "score")
+    run(inputs, "skipped", "--order", "score", "--skip-broken")
+    assert caplog.text.count("It is left out") == 1 and "image 12" in caplog.text
+    write(inputs / "results.json", [x for x in entries if x is not broken])
+    run(inputs, "without", "--order", "score")
+    run(inputs, "out", "--order", "score", "--skip-broken")  # it goes on
+    for output in ("skipped", "out"):
+        assert everything(inputs, output) == everything(inputs, "without")
+
+
+def header(**change):
+    return {"images": [image(0), image(1)], "categories": CATEGORIES, **change}
+
+
+REFUSED = {
+    "two images with one PNG": (
+        header(images=[image(0, "1.jpg"), image(1, "1.png")]),
+        "2 of the images.*1.png",
+    ),
+    "two images with one id": (
+        header(images=[image(0), {**image(1), "id": 10}]),
+        "2 of the images.* id 10",
+    ),
+    "two categories with one id": (
+        header(categories=CATEGORIES[:1] * 2),
+        "2 of the categories .* id 3",
+    ),
+    "no height": (header(images=[{**image(0), "height": None}]), "'height'"),
+    "no file name": (header(images=[{"id": 10, "height": 4, "width": 4}]), "'file_name'"),
+    "a category in words": (header(categories=[{"id": "3", "name": "x"}]), "'id', int"),
+    "another folder": (header(images=[image(0, "../0.jpg")]), "without '..'"),
+    "from the root": (header(images=[image(0, "/tmp/0.jpg")]), "relative"),
+    "ids in words": (
+        header(images=[{**image(0), "id": "10"}]),
+        "image 1[0-9], .*images.json has not",
+    ),
+    "no images": (header(images=[]), "no images"),
+    "no categories": ({"images": [image(0)]}, "no categories"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_images_that_would_be_lost(inputs, name, capsys):
+    content, words = REFUSED[name]
+    write(inputs / "images.json", content)
+    assert re.search(words, refused(capsys, inputs, "out", "--order", "score"))
+    assert not (inputs / "out").exists() and not (inputs / "out.unfinished").exists()
+
+
+def test_options_that_cannot_be(inputs, capsys):
+    assert "none of" in refused(capsys, inputs, "out", "--order", "largest")
+    assert "nowhere" in refused(capsys, inputs, "out", "--order", inputs / "nowhere.safetensors")
+    assert "nowhere" in refused(
+        capsys, inputs, "out", "--order", "score", "--gt", inputs / "nowhere.json"
+    )
+    args = [
+        "--instances",
+        str(inputs / "results.json"),
+        "--order",
+        "score",
+        "--output",
+        str(inputs / "out"),
+    ]
+    with pytest.raises(SystemExit):
+        command.main(args)
+    assert "--images must name" in capsys.readouterr().err
+    write(inputs / "stuff.json", [{"image_id": 10, "category_id": 5, "segmentation": None}])
+    error = refused(capsys, inputs, "out", "--order", "score", "--semantic", inputs / "stuff.json")
+    assert "stuff.json, image 10" in error and "5" in error
+    run(inputs, "out", "--order", "score")  # nothing was painted with the other options
+
+
+def test_nothing_is_replaced(inputs, capsys):
+    run(inputs, "out", "--order", "score")
+    before = everything(inputs, "out")
+    assert "exists" in refused(capsys, inputs, "out", "--order", "lower_first")
+    (inputs / "pictures").mkdir()
+    (inputs / "pictures" / "001.png").write_text("an image")
+    assert "exists" in refused(capsys, inputs, "pictures", "--order", "score")
+    kept = (inputs / "annotations.json").read_bytes()
+    options = {"instances": "annotations.json"}
+    assert "exists" in refused(capsys, inputs, "annotations", "--order", "lower_first", **options)
+    assert (
+        everything(inputs, "out") == before and (inputs / "annotations.json").read_bytes() == kept
+    )
+
+
+def test_a_full_disk(small_disk, capsys):
+    write_inputs(small_disk)
+    with open(small_disk / "full", "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    os.truncate(small_disk / "full", os.path.getsize(small_disk / "full") - 12288)
+    assert "space" in refused(capsys, small_disk, "out", "--order", "score")
+    assert not (small_disk / "out.json").exists()
+    os.remove(small_disk / "full")
+    run(small_disk, "out", "--order", "score")
+    run(small_disk, "whole", "--order", "score")
+    assert everything(small_disk, "out") == everything(small_disk, "whole")
+
+
+SCRIPT = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "torchvision", "detectron2", "fvcore", "cv2", "scipy"]))
+from oanet_d2.paint import main
+main(sys.argv[1:])
+"""
+
+
+def test_without_pytorch_detectron2_and_opencv(inputs, subprocess_env):
+    run(inputs, "here", "--order", "smaller_first", "--semantic", inputs / "stuff.json")
+    args = [
+        "--instances",
+        inputs / "results.json",
+        "--images",
+        inputs / "images.json",
+        "--output",
+        inputs / "there",
+    ]
+    args += ["--order", "smaller_first", "--semantic", inputs / "stuff.json", "--processes", "2"]
+    command = [sys.executable, "-c", SCRIPT, *map(str, args)]
+    result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert everything(inputs, "here") == everything(inputs, "there")
