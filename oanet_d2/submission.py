@@ -1,10 +1,10 @@
-import io
 import json
 import os
+import struct
+import zlib
 from typing import Any, Dict, List, Union
 
 import numpy as np
-from PIL import Image
 
 from .files import write_atomically
 
@@ -70,10 +70,23 @@ class PanopticSubmission:
 
 def png_of(ids: np.ndarray) -> bytes:
     """The PNG of a panoptic map, (H, W) integers: an id is R + 256 * G + 256**2 * B."""
-    rgb = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(rgb).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    height, width = ids.shape
+    pixels = ids.astype("<u4")[:, :, None].view(np.uint8)[:, :, :3].reshape(height, -1)
+    # A row is written as its difference from the row above (filter 2), which is mostly zeros. Pillow tries
+    # every filter on every row, takes more than twice as long, and its files are larger.
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    encoder = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0),  # 8 bits, RGB
+        b"IDAT": encoder.compress(rows.tobytes()) + encoder.flush(),
+        b"IEND": b"",
+    }
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks.items():
+        file += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return file
 
 
 def categories_of(metadata) -> List[Dict]:

@@ -1,6 +1,11 @@
+import io
+
+import numpy as np
 import pytest
 import torch
 from panopticapi.evaluation import pq_compute
+from panopticapi.utils import rgb2id
+from PIL import Image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
@@ -8,6 +13,7 @@ from detectron2.evaluation import DatasetEvaluators
 from oanet_d2.data.images import read_segment_ids
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.evaluation import PanopticEvaluator, PanopticFiles
+from oanet_d2.submission import png_of
 from tests.conftest import registered, scenes_paths
 from tests.data.conftest import Dataset
 from tests.evaluation.silhouettes import SilhouetteModel
@@ -49,3 +55,15 @@ def test_panopticapi_scores_the_files_as_we_score_the_results(tmp_path):
         for metric in ("PQ", "SQ", "RQ"):
             assert ours[metric + key] == pytest.approx(100 * theirs[group][metric.lower()])
     assert 10 < ours["PQ_th"] < 99
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (37, 53)])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+def test_a_png_holds_every_id(size, dtype):
+    rng = np.random.default_rng(0)
+    last = min(2**24, np.iinfo(dtype).max + 1)
+    for ids in (rng.integers(0, last, size), rng.integers(0, 3, size), np.full(size, last - 1)):
+        for layout in (np.ascontiguousarray, np.asfortranarray):
+            with Image.open(io.BytesIO(png_of(layout(ids.astype(dtype))))) as png:
+                assert png.mode == "RGB"
+                assert (rgb2id(np.array(png)) == ids).all()
