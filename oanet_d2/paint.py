@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from .files import atomic_path, write_atomically
 from .json_lists import JsonLists, Range
+from .painting.arrays import Region
 from .painting.formats import Detections, read_detections
 from .painting.painter import RULES, Painted, paint_detections
 from .submission import png_of
@@ -135,17 +136,23 @@ class Job:
 
     def write(self, folder: str, task: Task) -> Dict:
         """Write the PNG of an image, and return its entry of the JSON."""
-        painted = self.paint(*self.read(task), self.order)
+        detections, semantic = self.read(task)
+        painted = self.paint(detections, semantic, self.order)
         name = _png_name(task.image)
         write_atomically(os.path.join(folder, name), png_of(painted.panoptic_seg))
         areas = np.bincount(painted.panoptic_seg.ravel())
+        whole = slice(0, task.image["height"]), slice(0, task.image["width"])
         segments = [
             {
                 "id": x["id"],
                 "category_id": x["category_id"],
                 "iscrowd": x.get("iscrowd", 0),
                 "area": int(areas[x["id"]]),
-                "bbox": _bbox(painted.panoptic_seg == x["id"]),
+                "bbox": _bbox(
+                    painted.panoptic_seg,
+                    x["id"],
+                    detections.regions[x["instance_id"]] if x["isthing"] else whole,
+                ),
             }
             for x in painted.segments_info
         ]
@@ -167,10 +174,12 @@ def _png_name(image: Dict) -> str:
     return os.path.splitext(image["file_name"])[0] + ".png"
 
 
-def _bbox(mask: np.ndarray) -> List[int]:
-    """XYWH."""
+def _bbox(panoptic_seg: np.ndarray, id: int, region: Region) -> List[int]:
+    """XYWH of a segment that lies inside a region."""
+    mask, (rows, columns) = panoptic_seg[region] == id, region
     y, x = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return [int(x[0]), int(y[0]), int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1]
+    left, top = columns.start + int(x[0]), rows.start + int(y[0])
+    return [left, top, int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1]
 
 
 def map_images(function: Callable, tasks: List[Task], processes: int, about: str) -> Iterator:
