@@ -11,12 +11,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from panopticapi.combine_semantic_and_instance_predictions import combine_to_panoptic_single_core
 from panopticapi.evaluation import pq_compute_single_core
 from PIL import Image
 
 from oanet_d2 import paint as command
 from oanet_d2.painting import paint
+from oanet_d2.painting.learned import LearnedOrder
+from oanet_d2.painting.pairs import GEOMETRY_NUMBERS, PairNetwork
 
 from .painting.test_formats import KINDS, random_masks
 
@@ -216,6 +219,23 @@ def test_the_table_of_annotations_has_no_scores(inputs, capsys):
         "lower_first",
         "oracle",
     ]
+
+
+def test_a_learned_order(inputs, capsys):
+    path = inputs / "order.safetensors"
+    torch.manual_seed(0)
+    names = ["thing 12", "another", "thing 3", "thing 7"]
+    LearnedOrder(PairNetwork(4, GEOMETRY_NUMBERS, 0), names, 4, 32, 64).save(path)
+    made = run(inputs, "out", "--order", path, "--processes", 2, "--score-threshold", 0)
+    entries = json.loads((inputs / "results.json").read_text())
+    things = {c["id"]: c["name"] for c in CATEGORIES}
+    for one, annotation in zip(made["images"], made["annotations"]):
+        of_image = [x for x in entries if x["image_id"] == one["id"]]
+        size = one["height"], one["width"]
+        expected = paint(of_image, order=path, class_names=things, image_size=size)
+        assert (ids_of(inputs / "out", annotation) == expected.panoptic_seg).all()
+    LearnedOrder(PairNetwork(1, GEOMETRY_NUMBERS, 0), names[:1], 4, 32, 64).save(path)
+    assert "thing 7" in refused(capsys, inputs, "unknown", "--order", path)
 
 
 def test_two_processes_give_what_one_gives(inputs):
