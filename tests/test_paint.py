@@ -234,6 +234,7 @@ def test_a_learned_order(inputs, capsys):
         size = one["height"], one["width"]
         expected = paint(of_image, order=path, class_names=things, image_size=size)
         assert (ids_of(inputs / "out", annotation) == expected.panoptic_seg).all()
+    path = inputs / "of_fewer_classes.safetensors"
     LearnedOrder(PairNetwork(1, GEOMETRY_NUMBERS, 0), names[:1], 4, 32, 64).save(path)
     assert "thing 7" in refused(capsys, inputs, "unknown", "--order", path)
 
