@@ -99,10 +99,11 @@ class Job:
     def _detections(self, entries: List[Dict], size: Tuple[int, int]) -> Detections:
         things = {c["id"]: c["name"] for c in self.categories if c["isthing"]}
         for x in entries:
-            if x.get("category_id") not in things:
-                raise ValueError(f"The category_id {x.get('category_id')!r} is no thing of the categories.")
+            category = x.get("category_id")
+            if not isinstance(category, (int, float)) or category not in things:
+                raise ValueError(f"The category_id {category!r} is no thing of the categories.")
             if not x.get("segmentation"):
-                raise ValueError(f"An instance of category {x['category_id']} has no segmentation.")
+                raise ValueError(f"An instance of category {category} has no segmentation.")
             score = x.get("score", 1)
             if not isinstance(score, (int, float)) or not math.isfinite(score):
                 raise ValueError(f"The score {score!r} of an instance is no number.")

@@ -248,7 +248,7 @@ def _rle(segmentation: Any, size: Optional[Size], name: str) -> Tuple[Size, np.n
         found = reprlib.repr(segmentation)
         raise ValueError(f"Segmentation {found} of {name} is no RLE of 'size' and 'counts'.") from None
     runs = rle_runs(counts)
-    if runs.sum() != height * width:
+    if runs.sum() != height * width or runs.max(initial=0) > height * width:  # a sum may overflow
         raise ValueError(f"The runs of the RLE of {name} do not add up to {height} x {width} pixels.")
     return (height, width), runs
 
@@ -265,7 +265,10 @@ def rle_runs(counts: Any) -> np.ndarray:
     if isinstance(counts, str) and counts.isascii():
         counts = counts.encode()
     if not isinstance(counts, bytes):
-        found = np.asarray(counts if isinstance(counts, (list, np.ndarray)) else none)
+        try:
+            found = np.asarray(counts if isinstance(counts, (list, np.ndarray)) else none)
+        except ValueError:  # lists of different lengths
+            return none
         is_good = found.ndim == 1 and found.dtype.kind in "iu" and found.min(initial=0) >= 0
         return found.astype(np.int64) if is_good else none
     # A run is written in parts of 5 bits, the lowest first. Bit 5 says that there is another part, bit 4

@@ -276,6 +276,11 @@ BAD = {
     "garbage bytes": ({"masks": [{"size": [13, 17], "counts": b"\xff\x00!"}]}, "do not add up"),
     "negative": ({"masks": [{"size": [2, 2], "counts": [5, -1]}]}, "do not add up"),
     "floats": ({"masks": [{"size": [2, 2], "counts": [1.5, 2.5]}]}, "do not add up"),
+    "an overflow": (
+        {"masks": [{"size": [2, 2], "counts": [2**63 - 1, 2**63 - 1, 6]}]},
+        "do not add up",
+    ),
+    "ragged": ({"masks": [{"size": [2, 2], "counts": [[1, 2], 1]}]}, "do not add up"),
     "no counts": ({"masks": [{"size": [2, 2]}]}, "'counts'"),
     "no size": ({"masks": [{"size": None, "counts": [4]}]}, "'counts'"),
     "a word": ({"masks": ["mask"], "image_size": SIZE}, "polygons of mask 0.*mask"),
