@@ -251,11 +251,11 @@ def test_without_instances():
     assert all_pairs(nothing, torch.zeros(0, dtype=torch.int64), ids, []) == ([], 0)
 
 
-def test_f1_by_hand():
+def test_order_scores_by_hand():
     """Of four pairs that overlap the truth decides three, and the order has two of them right."""
     precision, recall = 2 / 4, 2 / 3
-    expected = 100 * 2 * precision * recall / (precision + recall)
-    assert order_scores(2, 3, 4) == pytest.approx(expected)
+    f1 = 2 * precision * recall / (precision + recall)
+    assert order_scores(2, 3, 4) == pytest.approx((100 * precision, 100 * recall, 100 * f1))
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 6))
