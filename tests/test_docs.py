@@ -110,7 +110,7 @@ def test_anyones_masks():
 
 def test_extensions(tiny_cfg, monkeypatch):
     monkeypatch.setattr(RANKING_RULE_REGISTRY, "_obj_map", dict(RANKING_RULE_REGISTRY))
-    exec("\n".join(examples("CONTRIBUTING.md")), scope := {})
+    exec("\n".join(examples("CONTRIBUTING.md")), {})
     # All 64 pixels of the first are visible, 16 of the second, and 15 of the third, a crumb.
     masks = torch.stack([box_mask(0, 0, 8, 8), box_mask(0, 8, 8, 10), box_mask(8, 0, 11, 5)])
     inputs = OrderInputs(torch.tensor([0.9, 0.8, 0.7]), torch.arange(3), masks)
