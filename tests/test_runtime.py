@@ -221,7 +221,7 @@ from oanet_d2.runtime import OnnxPredictor
 predictor = OnnxPredictor(sys.argv[1])
 result = predictor(np.zeros((16, 24, 3), np.uint8))
 result.draw().save(sys.argv[2] + "/a.png")
-print([s["category_name"] for s in result.segments_info], oanet_d2.__all__, oanet_d2.painting.__all__)
+print([s["category_name"] for s in result.segments_info], oanet_d2.__all__)
 """
 
 
@@ -232,6 +232,5 @@ def test_without_pytorch_and_detectron2(subprocess_env, tmp_path):
     command = [sys.executable, "-c", SCRIPT, path, tmp_path]
     result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    painting = "['Painted', 'arrays', 'paint', 'read_detections']"
-    assert result.stdout == f"['person', 'tie', 'sky'] ['painting'] {painting}\n"
-    assert (tmp_path / "a.png").exists() and (tmp_path / "a/a.png").exists()
+    assert result.stdout == "['person', 'tie', 'sky'] ['painting']\n"
+    assert (tmp_path / "a.png").exists()

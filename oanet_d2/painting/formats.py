@@ -247,8 +247,8 @@ def _rle(segmentation: Any, size: Optional[Size], name: str) -> Tuple[Size, np.n
     except (KeyError, TypeError, ValueError):
         found = reprlib.repr(segmentation)
         raise ValueError(f"Segmentation {found} of {name} is no RLE of 'size' and 'counts'.") from None
-    runs = rle_runs(counts)
-    if runs.sum() != height * width or runs.max(initial=0) > height * width:  # a sum may overflow
+    runs = rle_runs(counts.tolist() if isinstance(counts, np.ndarray) else counts)
+    if runs.sum() != height * width:
         raise ValueError(f"The runs of the RLE of {name} do not add up to {height} x {width} pixels.")
     return (height, width), runs
 
@@ -264,13 +264,11 @@ def rle_runs(counts: Any) -> np.ndarray:
     none = np.zeros(0, np.int64)
     if isinstance(counts, str) and counts.isascii():
         counts = counts.encode()
+    if isinstance(counts, list):
+        is_good = all(isinstance(x, (int, np.integer)) and 0 <= x < 2**31 for x in counts)
+        return np.array(counts if is_good else [], np.int64)
     if not isinstance(counts, bytes):
-        try:
-            found = np.asarray(counts if isinstance(counts, (list, np.ndarray)) else none)
-        except ValueError:  # lists of different lengths
-            return none
-        is_good = found.ndim == 1 and found.dtype.kind in "iu" and found.min(initial=0) >= 0
-        return found.astype(np.int64) if is_good else none
+        return none
     # A run is written in parts of 5 bits, the lowest first. Bit 5 says that there is another part, bit 4
     # of the last one is the sign.
     parts = np.frombuffer(counts, np.uint8).astype(np.int64) - 48

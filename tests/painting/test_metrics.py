@@ -251,7 +251,7 @@ def test_without_instances():
     assert all_pairs(nothing, torch.zeros(0, dtype=torch.int64), ids, []) == ([], 0)
 
 
-def test_f1_by_hand():
+def test_order_scores_by_hand():
     """Of four pairs that overlap the truth decides three, and the order has two of them right."""
     precision, recall = 2 / 4, 2 / 3
     f1 = 2 * precision * recall / (precision + recall)
