@@ -140,7 +140,7 @@ class Job:
         detections, semantic = self.read(task)
         painted = self.paint(detections, semantic, self.order)
         name = _png_name(task.image)
-        write_atomically(os.path.join(folder, name), png_of(painted.panoptic_seg))
+        write_atomically(os.path.join(folder, name), png_of(painted.panoptic_seg), sync=False)
         areas = np.bincount(painted.panoptic_seg.ravel())
         whole = slice(0, task.image["height"]), slice(0, task.image["width"])
         segments = [
