@@ -8,7 +8,7 @@ from PIL import Image
 
 from .files import write_atomically
 
-__all__ = ["PanopticSubmission", "categories_of", "png_of"]
+__all__ = ["PanopticSubmission", "categories_of", "png_of", "rgb_of"]
 
 
 class PanopticSubmission:
@@ -68,11 +68,15 @@ class PanopticSubmission:
         write_atomically(self.path, json.dumps({key: getattr(self, key) for key in keys}))
 
 
+def rgb_of(ids: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of (H, W) ids: an id is R + 256 * G + 256**2 * B."""
+    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(np.uint8)
+
+
 def png_of(ids: np.ndarray) -> bytes:
-    """The PNG of a panoptic map, (H, W) integers: an id is R + 256 * G + 256**2 * B."""
-    rgb = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(np.uint8)
+    """The PNG of a panoptic map, (H, W) integers from 0, below 256**3."""
     file = io.BytesIO()
-    Image.fromarray(rgb).save(file, "PNG", compress_level=1)
+    Image.fromarray(rgb_of(ids)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
