@@ -6,15 +6,16 @@ from importlib import import_module
 
 __all__ = ["COMMANDS", "main"]
 
-# Name: the function, the extra of the package that it needs, and what it does. A module is imported when
-# its command runs, because each needs other packages.
+# Name: the function, what it does, and what it needs beside a plain installation. A module is imported
+# when its command runs, because each needs other packages.
+_TRAIN = "Detectron2 and the extra [train] of oanet_d2"
 COMMANDS = {
-    "train": ("oanet_d2.train:main", "train", "train a network, or the order alone"),
-    "eval": ("oanet_d2.train:evaluate", "train", "evaluate a checkpoint, and compare orders"),
-    "predict": ("oanet_d2.predict:main", "train or runtime", "segment pictures or a video"),
-    "check": ("oanet_d2.data.check:main", "train", "find what is wrong with a dataset"),
-    "paint": ("oanet_d2.paint:main", "", "make panoptic maps of anyone's masks"),
-    "export": ("oanet_d2.export:main", "train and export", "write a checkpoint as one ONNX file"),
+    "train": ("oanet_d2.train:main", "train a network, or the order alone", _TRAIN),
+    "eval": ("oanet_d2.train:evaluate", "evaluate a checkpoint, and compare orders", _TRAIN),
+    "predict": ("oanet_d2.predict:main", "segment pictures or a video", f"{_TRAIN}; for --onnx [runtime]"),
+    "check": ("oanet_d2.data.check:main", "find what is wrong with a dataset", _TRAIN),
+    "paint": ("oanet_d2.paint:main", "make panoptic maps of anyone's masks", "nothing"),
+    "export": ("oanet_d2.export:main", "write a checkpoint as one ONNX file", f"{_TRAIN}, and [export]"),
 }
 
 
@@ -23,21 +24,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="oanet-d2",
         usage="oanet-d2 COMMAND ...",
-        description="\n".join(f"  {name:8} {about}" for name, (_, _, about) in COMMANDS.items()),
+        description="\n".join(f"  {name:8} {about}" for name, (_, about, _) in COMMANDS.items()),
         epilog="oanet-d2 COMMAND --help shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     command = parser.parse_args(sys.argv[1:2]).command
-    target, extra, _ = COMMANDS[command]
+    target, _, needs = COMMANDS[command]
     module, function = target.split(":")
     sys.argv[:2] = [f"{parser.prog} {command}"]
     try:
         run = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
-        needs = "Detectron2 is to be installed by hand." if error.name == "detectron2" else ""
-        needs = needs or f"Install oanet_d2 with the extra {extra}."
-        parser.exit(2, f"oanet-d2 {command} needs the module {error.name}. {needs}\n")
+        parser.exit(2, f"oanet-d2 {command}: there is no module {error.name}. It needs {needs}.\n")
     return run()
 
 
