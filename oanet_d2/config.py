@@ -180,16 +180,17 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
+    content = None
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             content = yaml.safe_load(f)
-        base = content.pop("_BASE_", None) if isinstance(content, dict) else None
-        if isinstance(base, str) and not os.path.exists(os.path.join(os.path.dirname(path), base)):
-            if (bundled := find_config(base)) != base:
-                cfg.merge_from_file(bundled, allow_unsafe=False)
-                cfg.merge_from_other_cfg(CfgNode(content))
-                return
-    cfg.merge_from_file(path, allow_unsafe=False)
+    base = content.pop("_BASE_", None) if isinstance(content, dict) else None
+    beside = os.path.join(os.path.dirname(path), base) if isinstance(base, str) else path
+    if not os.path.exists(beside) and (bundled := find_config(base)) != base:
+        cfg.merge_from_file(bundled, allow_unsafe=False)
+        cfg.merge_from_other_cfg(CfgNode(content))
+    else:
+        cfg.merge_from_file(path, allow_unsafe=False)
 
 
 def _reason(error: Exception) -> str:

@@ -55,7 +55,8 @@ def test_a_command_has_help(run, command):
     status, text, _ = run(command, "--help")
     assert status == 0 and text.startswith(f"usage: oanet-d2 {command} ")
     # Everything that it tells to type is this program.
-    typed = [x.strip() for x in text.replace("$ ", "").splitlines() if x.strip().startswith(("python", "oanet"))]
+    lines = [x.lstrip(" $") for x in text.splitlines()]
+    typed = [x for x in lines if x.startswith(("python", "oanet"))]
     assert all(x.startswith(f"oanet-d2 {command} ") for x in typed)
 
 
