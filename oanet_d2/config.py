@@ -180,13 +180,13 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    content = None
+    content, base = {}, None
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             content = yaml.safe_load(f)
-    base = content.pop("_BASE_", None) if isinstance(content, dict) else None
-    beside = os.path.join(os.path.dirname(path), base) if isinstance(base, str) else path
-    if not os.path.exists(beside) and (bundled := find_config(base)) != base:
+        base = content.pop("_BASE_", None) if isinstance(content, dict) else None
+    beside = os.path.join(os.path.dirname(path), base) if isinstance(base, str) else None
+    if beside and not os.path.exists(beside) and (bundled := find_config(base)) != base:
         cfg.merge_from_file(bundled, allow_unsafe=False)
         cfg.merge_from_other_cfg(CfgNode(content))
     else:
