@@ -1,6 +1,6 @@
 import os
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Union
 
 import yaml
 
@@ -180,14 +180,15 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    content, base = {}, None
+    content: Any = None
+    base: Any = None
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             content = yaml.safe_load(f)
         base = content.pop("_BASE_", None) if isinstance(content, dict) else None
-    beside = os.path.join(os.path.dirname(path), base) if isinstance(base, str) else None
-    if beside and not os.path.exists(beside) and (bundled := find_config(base)) != base:
-        cfg.merge_from_file(bundled, allow_unsafe=False)
+    beside = isinstance(base, str) and os.path.join(os.path.dirname(path), base)
+    if beside and not os.path.exists(beside) and find_config(base) != base:
+        cfg.merge_from_file(find_config(base), allow_unsafe=False)
         cfg.merge_from_other_cfg(CfgNode(content))
     else:
         cfg.merge_from_file(path, allow_unsafe=False)

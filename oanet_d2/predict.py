@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from typing import Iterable, Iterator, List, Optional
+from typing import Any, Iterable, Iterator, List, Optional
 
 import cv2
 import numpy as np
@@ -117,6 +117,8 @@ class Segmenter:
     in the order of the detection scores before it.
     """
 
+    predictor: Any
+
     def __init__(self, args):
         self.exported = args.onnx is not None
         if self.exported:
@@ -178,7 +180,7 @@ def run_on_pictures(args) -> int:
         start = time.perf_counter()
         try:
             results = segmenter(path)
-            drawing = segmenter.draw(results) if drawings or not submission else None
+            drawing: Any = segmenter.draw(results) if drawings or not submission else None
         except Exception as error:  # the others are done all the same
             reason = str(error).removeprefix(f"{path}: ")
             logger.error(f"{path} skipped: {reason}", exc_info=not isinstance(error, ValueError))
@@ -240,7 +242,7 @@ def draw_frames(video: cv2.VideoCapture, segmenter: Segmenter) -> Iterator[np.nd
 
 
 def write_video(path: str, drawings: Iterable[np.ndarray], rate: float) -> None:
-    codec, writer = cv2.VideoWriter_fourcc(*"mp4v"), None  # every OpenCV with FFmpeg has this codec
+    codec, writer = cv2.VideoWriter.fourcc(*"mp4v"), None  # every OpenCV with FFmpeg has this codec
     with atomic_path(path) as temporary:
         for drawing in drawings:
             writer = writer or cv2.VideoWriter(temporary, codec, rate, drawing.shape[1::-1])
