@@ -281,7 +281,3 @@ def main(argv: Optional[List[str]] = None) -> int:
             return run_on_video(args) if args.input is None else run_on_pictures(args)
         except (ValueError, OSError, cv2.error) as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
