@@ -1,5 +1,6 @@
 """The wheel, and the program `oanet-d2`."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -60,11 +61,20 @@ def test_a_command_has_help(run, command):
     assert all(x.startswith(f"oanet-d2 {command} ") for x in typed)
 
 
-def test_a_missing_package_is_named(run, monkeypatch):
+def test_a_missing_package_is_named(run, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "oanet_d2.predict", raising=False)
     monkeypatch.setitem(sys.modules, "cv2", None)
     status, _, text = run("predict", "--onnx", "a.onnx")
     assert status == 2 and "no module cv2" in text and "[runtime]" in text
+    # One that only an option needs.
+    image, category = {"id": 1, "height": 1, "width": 1, "file_name": "a.jpg"}, {"id": 1, "name": "a"}
+    content = {"images": [image], "categories": [category], "annotations": []}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "oanet_d2.painting.learned", raising=False)
+    args = ["--instances", str(tmp_path / "a.json"), "--output", str(tmp_path / "out")]
+    status, _, text = run("paint", "--order", "a.safetensors", *args)
+    assert status == 2 and "no module safetensors" in text and "[train]" in text
 
 
 # What our modules import is there already, and may have imported them.
