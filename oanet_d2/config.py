@@ -1,9 +1,15 @@
 import os
-from typing import Optional, Sequence, Union
+from pathlib import Path
+from typing import Any, Optional, Sequence, Union
+
+import yaml
 
 from detectron2.config import CfgNode, get_cfg
 
-__all__ = ["add_oanet_config", "load_config"]
+__all__ = ["add_oanet_config", "find_config", "load_config"]
+
+# A wheel has the configs inside the package, a checkout beside it.
+_BUNDLED = [folder / "configs" for folder in Path(__file__).parents[:2]]
 
 
 def add_oanet_config(cfg: CfgNode) -> None:
@@ -124,6 +130,19 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.DATASETS.OCCLUSION_SCENES.SEED = 0
 
 
+def find_config(name: Union[str, os.PathLike]) -> str:
+    """
+    Args:
+        name: a path or URL, or a name of a config of this project, relative to its folder `configs`.
+
+    Returns:
+        the path of that config if there is no file `name`, else `name`.
+    """
+    name = os.fspath(name)
+    bundled = [str(folder / name) for folder in _BUNDLED if (folder / name).is_file()]
+    return bundled[0] if bundled and not os.path.exists(name) else name
+
+
 def load_config(
     config_file: Union[str, os.PathLike], opts: Sequence = (), content: Optional[str] = None
 ) -> CfgNode:
@@ -132,7 +151,8 @@ def load_config(
     are left to :func:`oanet_d2.complete_config`.
 
     Args:
-        config_file: a path, or a URL that Detectron2's PathManager knows. Code in a yaml is refused.
+        config_file: see :func:`find_config`. Its `_BASE_` may be one of this project's, too. Code in
+            a yaml is refused.
         opts: keys and values in turn, as on the command line.
         content: the yaml itself, where `config_file` is a checkpoint that holds it.
 
@@ -143,7 +163,7 @@ def load_config(
     add_oanet_config(cfg)
     try:
         if content is None:
-            cfg.merge_from_file(os.fspath(config_file), allow_unsafe=False)
+            _merge_file(cfg, find_config(config_file))
         else:
             cfg.merge_from_other_cfg(CfgNode.load_cfg(content))
     except Exception as error:  # yaml, yacs and Detectron2 raise many kinds
@@ -157,6 +177,21 @@ def load_config(
         except Exception as error:
             raise ValueError(f"override {key} {value!r}: {_reason(error)}") from error
     return cfg
+
+
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    content: Any = None
+    base: Any = None
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            content = yaml.safe_load(f)
+        base = content.pop("_BASE_", None) if isinstance(content, dict) else None
+    beside = isinstance(base, str) and os.path.join(os.path.dirname(path), base)
+    if beside and not os.path.exists(beside) and find_config(base) != base:
+        cfg.merge_from_file(find_config(base), allow_unsafe=False)
+        cfg.merge_from_other_cfg(CfgNode(content))
+    else:
+        cfg.merge_from_file(path, allow_unsafe=False)
 
 
 def _reason(error: Exception) -> str:

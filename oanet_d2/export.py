@@ -1,7 +1,7 @@
 """
 Export an OANet to one ONNX file, which :mod:`oanet_d2.runtime` runs without PyTorch and Detectron2.
 
-    python -m oanet_d2.export --config-file configs/OcclusionScenes/oanet_lite0.yaml \\
+    oanet-d2 export --config-file OcclusionScenes/oanet_lite0.yaml \\
         --output model.onnx MODEL.WEIGHTS output/occlusion_scenes/model_final.pth
 
 The file holds the network and the ranking, for one image of any size. docs/deploy.md describes it.
@@ -390,7 +390,7 @@ def _description(predictor: PanopticPredictor) -> Dict[str, Any]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m oanet_d2.export",
+        prog="oanet-d2 export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -156,7 +156,7 @@ def _openvino(path: Path, properties: Mapping) -> Tuple[Any, Callable[[np.ndarra
 def _options(text: Optional[str], path: Path) -> Dict[str, Any]:
     if text is None:
         raise ValueError(
-            f"{path} is an ONNX model, but not one of `python -m oanet_d2.export`: its metadata have no "
+            f"{path} is an ONNX model, but not one of `oanet-d2 export`: its metadata have no "
             "'oanet_d2'."
         )
     options = json.loads(text)

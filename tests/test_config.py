@@ -23,6 +23,24 @@ def test_as_detectron2_loads_it(path):
     assert load_config(CONFIGS / path, ["SEED", "7", "INPUT.MIN_SIZE_TEST", 99]) == expected
 
 
+def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "OcclusionScenes/oanet_lite0.yaml"
+    expected = load_config(CONFIGS / name)
+    assert load_config(name) == expected
+    # As the base of a yaml, too. A file that is there comes first.
+    mine = write(tmp_path, f"_BASE_: {name}\nSOLVER:\n  MAX_ITER: 7\n")
+    expected.SOLVER.MAX_ITER = 7
+    assert load_config(mine) == load_config("config.yaml") == expected
+    (tmp_path / "OcclusionScenes").mkdir()
+    write(tmp_path, "SEED: 5", name)
+    assert load_config(name).SEED == load_config(mine).SEED == 5
+    with pytest.raises(ValueError, match=r"oanet_lite1\.yaml"):
+        load_config("OcclusionScenes/oanet_lite1.yaml")
+    with pytest.raises(ValueError, match=r"oanet_lite1\.yaml"):
+        load_config(write(tmp_path, "_BASE_: OcclusionScenes/oanet_lite1.yaml"))
+
+
 def keys(tree, prefix=""):
     for name, value in tree.items():
         yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]

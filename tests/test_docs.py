@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Dict
 
 import numpy as np
@@ -15,6 +17,7 @@ from detectron2.structures import Instances
 
 from oanet_d2 import load_config
 from oanet_d2.checkpoint import OANetCheckpointer
+from oanet_d2.cli import COMMANDS
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.modeling.oanet import FusionInputs
 from oanet_d2.painting import RANKING_RULE_REGISTRY, BoxedMasks, OrderInputs
@@ -40,6 +43,11 @@ def test_links_and_config_keys_and_options_exist():
             assert functools.reduce(getattr, key.split("."), cfg) is not None, key
         for name, rest in re.findall(r"\bpython ([\w/]+\.py)([^`\n]*)", text):
             source = (REPOSITORY / name).read_text() + default_argument_parser().format_help()
+            for option in re.findall(r" (--[a-z-]+)", rest):
+                assert option in source, f"{name} {option}"
+        for name, rest in re.findall(r"\boanet-d2 ([a-z]+)([^`\n]*)", text):
+            module = find_spec(COMMANDS[name][0].split(":")[0])
+            source = Path(module.origin).read_text() + default_argument_parser().format_help()
             for option in re.findall(r" (--[a-z-]+)", rest):
                 assert option in source, f"{name} {option}"
 

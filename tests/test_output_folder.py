@@ -5,7 +5,7 @@ import torch
 
 from detectron2.engine import default_argument_parser
 
-import train_net
+from oanet_d2 import train
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.output_folder import OutputFolderError, prepare_output_folder
@@ -39,12 +39,12 @@ def test_the_same_training_starts_from_the_beginning_and_says_so(trained, config
 
 
 def test_another_config_is_refused_before_anything_is_written(trained):
-    """By train_net.py itself, whose first steps write a log and the config."""
+    """By `oanet-d2 train` itself, whose first steps write a log and the config."""
     before = {x.name: x.read_bytes() for x in trained.iterdir() if x.is_file()}
     args = ["--config-file", str(CONFIGS / CONFIG), "OUTPUT_DIR", str(trained), "SEED", "7"]
     words = "model_final.pth .* SEED is 7, there 1; SOLVER.BASE_LR is 0.5, there 0.002"
     with pytest.raises(OutputFolderError, match=words):
-        train_net.setup(default_argument_parser().parse_args([*args, "SOLVER.BASE_LR", "0.5"]))
+        train.setup(default_argument_parser().parse_args([*args, "SOLVER.BASE_LR", "0.5"]))
     assert {x.name: x.read_bytes() for x in trained.iterdir() if x.is_file()} == before
 
 

@@ -148,7 +148,7 @@ def write_foreign(path):
     [
         (lambda path: None, "no file"),
         (write_bytes, "ONNX Runtime|OpenVINO"),
-        (write_foreign, "oanet_d2.export"),
+        (write_foreign, "oanet-d2 export"),
         (lambda path: write_model(path, instances([], []), version=7), "version 7.*version 1"),
     ],
 )

@@ -2,8 +2,8 @@
 Find everything that is wrong with a dataset in the COCO panoptic format, before training stops at
 the first of it or silently learns from it:
 
-    python -m oanet_d2.data.check NAME
-    python -m oanet_d2.data.check IMAGE_ROOT PANOPTIC_JSON PANOPTIC_ROOT [INSTANCES_JSON]
+    oanet-d2 check NAME
+    oanet-d2 check IMAGE_ROOT PANOPTIC_JSON PANOPTIC_ROOT [INSTANCES_JSON]
 
 Exit status: 0 if nothing is wrong, 1 if something is, 2 if the command itself is wrong.
 """
@@ -208,7 +208,7 @@ def find_dataset(name: str, config_file: Optional[str]) -> Tuple[Sequence, Dict]
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line. Returns its exit status: 0 nothing wrong, 1 problems, 2 no such dataset."""
     parser = argparse.ArgumentParser(
-        prog="python -m oanet_d2.data.check",
+        prog="oanet-d2 check",
         description="Finds everything that is wrong with a dataset in the COCO panoptic format.",
         usage="%(prog)s [options] NAME | IMAGE_ROOT PANOPTIC_JSON PANOPTIC_ROOT [INSTANCES_JSON]",
     )

@@ -35,7 +35,7 @@ Report = Callable[..., None]
 def stop(kind: str, where: str, detail: str, fatal: bool = True) -> None:
     """The `report` of training and evaluation: what is fatal raises a ValueError."""
     if fatal:
-        check = "`python -m oanet_d2.data.check` finds all that is wrong with a dataset."
+        check = "`oanet-d2 check` finds all that is wrong with a dataset."
         raise ValueError(f"{where}: {detail}. {check}")
 
 

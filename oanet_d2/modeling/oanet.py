@@ -352,7 +352,7 @@ def _refuse_export(do_postprocess: bool) -> None:
     if exported or (do_postprocess and _is_jit_trace()):
         raise RuntimeError(
             "An OANet cannot be exported by torch.jit.trace, torch.export or torch.onnx: the result "
-            "would be wrong for other pictures. Export it with `python -m oanet_d2.export`."
+            "would be wrong for other pictures. Export it with `oanet-d2 export`."
         )
 
 

@@ -13,8 +13,8 @@ from panopticapi.evaluation import pq_compute
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-import demo
 from oanet_d2 import PanopticPredictor
+from oanet_d2 import predict as demo
 from oanet_d2.data.occlusion_scenes import CATEGORIES
 from oanet_d2.visualization import GAP, MARK, PANEL_SIDE, TITLE_HEIGHT
 from tests.conftest import REPOSITORY, scenes_paths

@@ -340,7 +340,7 @@ class PanopticMap(nn.Module):
 def test_a_trace_is_refused(tiny_cfg, as_function):
     """It would give any other picture a wrong panoptic map, without an error."""
     module, image = PanopticMap(unsure_model(tiny_cfg)), torch.zeros(3, *SIZE)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="python -m oanet_d2.export"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="oanet-d2 export"):
         torch.jit.trace(module.forward if as_function else module, image)
 
 
@@ -348,7 +348,7 @@ def test_a_trace_is_refused(tiny_cfg, as_function):
 def test_the_tracing_adapter_is_refused(tiny_cfg):
     model, image = unsure_model(tiny_cfg), torch.zeros(3, *SIZE)
     adapter = TracingAdapter(model, [{"image": image}])
-    with torch.no_grad(), pytest.raises(RuntimeError, match="python -m oanet_d2.export"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="oanet-d2 export"):
         torch.jit.trace(adapter, image)
 
 
@@ -361,7 +361,7 @@ def test_torch_export_is_refused_but_for_a_part(tiny_cfg, do_postprocess):
     inputs = [{"image": image}]
     adapter = TracingAdapter(model, inputs, lambda m, x: m.inference(x, do_postprocess))
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="python -m oanet_d2.export"):
+        with pytest.raises(RuntimeError, match="oanet-d2 export"):
             torch.export.export(adapter, (image,), strict=False)
         exported = torch.export.export(model.backbone, (image[None],), strict=False).module()
         for name, x in model.backbone(image[None]).items():
