@@ -176,13 +176,15 @@ def _box(detections: Detections, i: int) -> Tuple[int, int, int, int]:
 def _learned(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:
     if not len(chosen):
         return chosen
-    if detections.classes is None or detections.scores is None or not detections.class_names:
-        raise ValueError("A learned order needs scores, classes and class_names.")
+    if detections.classes is None or not detections.class_names:
+        raise ValueError("A learned order needs classes and class_names.")
     of_classes = detections.classes[chosen].tolist()
     unnamed = sorted(set(of_classes) - set(detections.class_names))
     if unnamed:
         raise ValueError(f"The class_names lack a name for {unnamed}.")
     boxes = np.array([_box(detections, i) for i in chosen], float).reshape(-1, 4)
     names = [detections.class_names[c] for c in of_classes]
-    of_chosen = detections.scores[chosen], names, detections.image_size
-    return order.order(lambda i: detections.mask_of(int(chosen[i])), boxes, *of_chosen)
+    # Annotations are certain.
+    scores = np.ones(len(chosen)) if detections.scores is None else detections.scores[chosen]
+    rest = boxes, scores, names, detections.image_size
+    return order.order(lambda i: detections.mask_of(int(chosen[i])), *rest)

@@ -206,6 +206,9 @@ def test_class_names(tmp_path):
     )
     assert result.order.tolist() == expected.tolist()
     assert all(s["category_name"] == names[s["category_id"]] for s in result.segments_info)
+    certain = learned.order(lambda i: (MASKS[i], whole), boxes, [1] * 3, ["tie", "person", "tie"], SIZE)
+    without_scores = paint(MASKS, None, classes, path, class_names=names)
+    assert without_scores.order.tolist() == certain.tolist()
     as_dict = paint(MASKS, scores, [5, 9, 5], str(path), class_names={9: "person", 5: "tie"})
     assert as_dict.order.tolist() == expected.tolist()
     for arguments, words in (
