@@ -113,9 +113,9 @@ def settings_table(all_runs: List[Dict]) -> str:
     rows: Dict[str, Dict[Tuple[str, ...], List[Dict]]] = {}
     for run in all_runs:
         rows.setdefault(name_of(run), {}).setdefault(settings_of(run), []).append(run)
-    orders = "score", "srm_pairs", "oracle"
+    orders = "score", "smaller_first", "class_order", "srm_pairs", "oracle"
     cells = [
-        [name, *settings, str(len(runs)), *(row[1] for row in found), found[1][2]]
+        [name, *settings, str(len(runs)), *(row[1] for row in found), found[-2][2]]
         for name, by_settings in rows.items()
         if len(by_settings) > 1
         for settings, runs in by_settings.items()
