@@ -22,6 +22,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import get_context
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -191,7 +192,8 @@ def map_images(function: Callable, tasks: List[Task], processes: int, about: str
                 yield function(task)
                 bar.update()
             return
-        with ProcessPoolExecutor(processes) as pool:
+        # Not forked: a copy of a process whose threads have worked may wait for them for ever.
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             rest = iter(tasks)
             while part := list(islice(rest, 64 * processes)):
                 for result in pool.map(function, part, chunksize=8):
