@@ -37,11 +37,14 @@ def compare(job: Job, tasks: List[Task], gt: str, folder: str, processes: int) -
     Raises:
         ValueError: the ground truth does not fit the images.
     """
-    is_thing = {c["id"]: bool(c.get("isthing", 1)) for c in JsonLists(gt).read("categories")}
+    (categories,) = JsonLists(gt).read("categories")
+    is_thing = {c["id"]: bool(c.get("isthing", 1)) for c in categories}
     with_truth = [task for task in tasks if task.truth]
     if not with_truth:
         raise ValueError(f"{gt} has none of the images.")
-    function = partial(_count, job, JsonLists(gt), folder, is_thing)
+    # Annotations have no scores; an image without instances does not show it.
+    rules = [x for x in RULES if x != "score" or JsonLists(job.instances).is_list()]
+    function = partial(_count, job, rules, JsonLists(gt), folder, is_thing)
     counts = OrderCounts.total(map_images(function, with_truth, processes, "comparing"))
     orders = {order: counts.metrics(order) for order in counts.quality}
     rows = [[o, *map(metrics.get, COLUMNS), closure(orders, o)] for o, metrics in orders.items()]
@@ -50,7 +53,9 @@ def compare(job: Job, tasks: List[Task], gt: str, folder: str, processes: int) -
     return tabulate(rows, ["order", *COLUMNS, "closure"], "pipe", floatfmt=formats, missingval="-")
 
 
-def _count(job: Job, gt: JsonLists, folder: str, is_thing: Dict[int, bool], task: Task) -> OrderCounts:
+def _count(
+    job: Job, rules: List[str], gt: JsonLists, folder: str, is_thing: Dict[int, bool], task: Task
+) -> OrderCounts:
     (annotation,) = gt.parse(task.truth)
     truth = []
     for x in annotation["segments_info"]:
@@ -76,8 +81,6 @@ def _count(job: Job, gt: JsonLists, folder: str, is_thing: Dict[int, bool], task
     )
     matched = match_to_segments(masks, classes, torch.from_numpy(ids), truth)
     margins = visible_margins(masks, matched, torch.from_numpy(ids))
-    # Annotations have no scores; an image without instances does not show it.
-    rules = [x for x in RULES if x != "score" or JsonLists(job.instances).is_list()]
     orders: Dict[str, Any] = {os.path.basename(name): name for name in [*rules, job.order]}
     orders["oracle"] = order_from_margins(margins, scores).numpy()
     counts, painted = OrderCounts(), {}

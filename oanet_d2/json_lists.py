@@ -19,10 +19,13 @@ class JsonLists:
     def __init__(self, path: Union[str, os.PathLike]):
         self.path = os.fspath(path)
 
-    def read(self, key: str) -> List[Any]:
-        """All entries of a list; none if there is no such list."""
-        ranges = [range for name, range, _ in self._entries() if name == key]
-        return self.parse(ranges)
+    def read(self, *keys: str) -> List[List[Any]]:
+        """All entries of the lists under these keys; none of a list that is not there."""
+        ranges: Dict[str, List[Range]] = {key: [] for key in keys}
+        for name, range, _ in self._entries():
+            if name in ranges:
+                ranges[name].append(range)
+        return [self.parse(x) for x in ranges.values()]
 
     def ranges_by_image(self, key: Optional[str]) -> Dict[Any, List[Range]]:
         """

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .files import atomic_path, write_atomically
 from .json_lists import JsonLists, Range
-from .painting.arrays import Region
+from .painting.arrays import Region, extent
 from .painting.formats import Detections, read_detections
 from .painting.painter import RULES, Painted, paint_detections
 from .submission import png_of
@@ -178,10 +178,8 @@ def _png_name(image: Dict) -> str:
 
 def _bbox(panoptic_seg: np.ndarray, id: int, region: Region) -> List[int]:
     """XYWH of a segment that lies inside a region."""
-    mask, (rows, columns) = panoptic_seg[region] == id, region
-    y, x = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    left, top = columns.start + int(x[0]), rows.start + int(y[0])
-    return [left, top, int(x[-1] - x[0]) + 1, int(y[-1] - y[0]) + 1]
+    y, x = extent(panoptic_seg[region] == id, region)
+    return [x.start, y.start, x.stop - x.start, y.stop - y.start]
 
 
 def map_images(function: Callable, tasks: List[Task], processes: int, about: str) -> Iterator:
@@ -275,7 +273,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What an image and a category must have, and of which type.
+# The fields that images and categories need, with their types.
 FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,), "height": (int,), "width": (int,)},
     "categories": {"id": (int,), "name": (str,)},
@@ -283,7 +281,7 @@ FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
 
 
 def _check(entries: List[Dict], name: str, path: str) -> None:
-    """Refuse images and categories of which maps would be lost, or lie somewhere else."""
+    """Refuse images and categories that would overwrite a map or write it outside the folder."""
     for x in entries:
         for key, types in FIELDS[name].items():
             if not isinstance(x, dict) or not isinstance(x.get(key), types):
@@ -309,7 +307,7 @@ def prepare(args: argparse.Namespace) -> Tuple[Job, List[Task]]:
         raise ValueError(
             f"{args.instances} holds results; --images must name a JSON with images and categories."
         )
-    images, categories = header.read("images"), header.read("categories")
+    images, categories = header.read("images", "categories")
     for name, found in (("images", images), ("categories", categories)):
         if not found:
             raise ValueError(f"{header.path} has no {name}.")

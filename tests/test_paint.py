@@ -264,7 +264,7 @@ def test_an_interrupted_run_goes_on(inputs, capsys):
     assert not (inputs / "out.json").exists()
     unfinished = inputs / "out.unfinished"
     assert len(unfinished.read_text().splitlines()) == 1 + 2
-    unfinished.write_text(unfinished.read_text()[:-9])  # a line of which the end was not written
+    unfinished.write_text(unfinished.read_text()[:-9])  # the end of its last line was not written
     (inputs / "results.json").write_bytes(whole)
     error = refused(capsys, inputs, "out", "--order", "lower_first")
     assert "other options: {'order': 'score'}" in error

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
-__all__ = ["fill", "fuse", "label_in_tiles", "order_of_sorted", "paint", "pasted_mask"]
+__all__ = ["extent", "fill", "fuse", "label_in_tiles", "order_of_sorted", "paint", "pasted_mask"]
 __all__ += ["semantic_labels", "stuff_to_paint"]
 
 Array = Any  # a NumPy array or a tensor
@@ -42,6 +42,26 @@ def order_of_sorted(margins: np.ndarray) -> np.ndarray:
         against[best] = np.iinfo(np.int64).max
         lost[best] = 0  # so that later subtractions leave `against[best]` alone
     return order
+
+
+def extent(mask: np.ndarray, region: Region) -> Region:
+    """
+    Args:
+        mask: (h, w) bool.
+        region: of the image that the mask covers.
+
+    Returns:
+        the smallest region of the image with all pixels of the mask; (slice(0, 0), slice(0, 0))
+        without a pixel.
+    """
+    y = np.flatnonzero(mask.any(axis=1))
+    if not len(y):
+        return slice(0, 0), slice(0, 0)
+    x = np.flatnonzero(mask[y[0] : y[-1] + 1].any(axis=0))
+    rows, columns = (
+        slice(r.start + int(k[0]), r.start + int(k[-1]) + 1) for r, k in zip(region, (y, x))
+    )
+    return rows, columns
 
 
 def pasted_mask(

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from .arrays import Region, pasted_mask
+from .arrays import Region, extent, pasted_mask
 
 __all__ = ["Detections", "read_detections", "rle_runs"]
 
@@ -94,7 +94,7 @@ def _parts(x: Any) -> Dict[str, Any]:
         masks: Any = [] if x.mask is None else np.asarray(x.mask)
         return {"masks": masks, "scores": x.confidence, "classes": x.class_id, "class_names": of_class}
     if hasattr(x, "orig_shape") and hasattr(x, "boxes"):  # ultralytics.engine.results.Results
-        # Their masks have the size of the network's input, their contours that of the image.
+        # The masks are as large as the network's input. The contours fit the image.
         contours = [] if x.masks is None else [[_array(c).ravel()] for c in x.masks.xy]
         parts = {"masks": contours, "scores": x.boxes.conf, "classes": x.boxes.cls}
         return {**parts, "image_size": x.orig_shape, "class_names": dict(x.names)}
@@ -151,18 +151,9 @@ def _full(masks: np.ndarray) -> Detections:
                 f"The masks are {masks.dtype}; they must be bool, or zeros and ones. Apply a threshold."
             )
         masks = masks.astype(bool)
-    regions = [_extent(mask) for mask in masks]
-    return Detections(regions, lambda i: masks[i][regions[i]], (masks.shape[1], masks.shape[2]))
-
-
-def _extent(mask: np.ndarray) -> Region:
-    """The smallest region with all pixels of a mask."""
-    y = np.flatnonzero(mask.any(axis=1))
-    if not len(y):
-        return slice(0, 0), slice(0, 0)
-    rows = slice(int(y[0]), int(y[-1]) + 1)
-    x = np.flatnonzero(mask[rows].any(axis=0))
-    return rows, slice(int(x[0]), int(x[-1]) + 1)
+    size = (masks.shape[1], masks.shape[2])
+    regions = [extent(mask, (slice(0, size[0]), slice(0, size[1]))) for mask in masks]
+    return Detections(regions, lambda i: masks[i][regions[i]], size)
 
 
 def _in_boxes(masks: np.ndarray, boxes: np.ndarray, size: Size) -> Detections:

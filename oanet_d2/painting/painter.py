@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .arrays import fuse
+from .arrays import extent, fuse
 from .formats import Detections, _array, read_detections
 
 __all__ = ["Painted", "paint", "paint_detections"]
@@ -149,7 +149,7 @@ def _smaller_first(detections: Detections, chosen: np.ndarray) -> np.ndarray:
 
 
 def _lower_first(detections: Detections, chosen: np.ndarray) -> np.ndarray:
-    return _by(detections, chosen, [-_box(detections, i)[3] for i in chosen])
+    return _by(detections, chosen, [-extent(*detections.mask_of(i))[0].stop for i in chosen])
 
 
 RULES = {"score": _by_score, "smaller_first": _smaller_first, "lower_first": _lower_first}
@@ -161,18 +161,6 @@ def _by(detections: Detections, chosen: np.ndarray, values: Sequence) -> np.ndar
     return first[np.argsort(np.asarray(values)[first], kind="stable")]
 
 
-def _box(detections: Detections, i: int) -> Tuple[int, int, int, int]:
-    """XYXY of the pixels of a mask; zeros for a mask without one."""
-    mask, (rows, columns) = detections.mask_of(i)
-    y, x = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    if not len(y):
-        return 0, 0, 0, 0
-    return (
-        columns.start + int(x[0]), rows.start + int(y[0]),
-        columns.start + int(x[-1]) + 1, rows.start + int(y[-1]) + 1,
-    )  # fmt: skip
-
-
 def _learned(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:
     if not len(chosen):
         return chosen
@@ -182,7 +170,8 @@ def _learned(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarr
     unnamed = sorted(set(of_classes) - set(detections.class_names))
     if unnamed:
         raise ValueError(f"The class_names lack a name for {unnamed}.")
-    boxes = np.array([_box(detections, i) for i in chosen], float).reshape(-1, 4)
+    extents = [extent(*detections.mask_of(i)) for i in chosen]
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in extents], float)
     names = [detections.class_names[c] for c in of_classes]
     # Annotations are certain.
     scores = np.ones(len(chosen)) if detections.scores is None else detections.scores[chosen]
