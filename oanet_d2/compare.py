@@ -65,6 +65,12 @@ def _count(
     path = os.path.join(folder, annotation["file_name"])
     with Image.open(path) as png:
         ids = np.asarray(png.convert("RGB")).astype(np.int64) @ (1, 256, 256**2)
+    shown, listed = set(np.unique(ids).tolist()) - {0}, {x["id"] for x in truth}
+    if shown != listed:
+        raise ValueError(
+            f"{path} shows the ids {sorted(shown - listed)}, which {gt.path} does not list, and lacks "
+            f"{sorted(listed - shown)}."
+        )
     detections, semantic = job.read(task)
     if ids.shape != detections.image_size:
         raise ValueError(f"{path} has {ids.shape} pixels, the image {detections.image_size}.")

@@ -203,6 +203,15 @@ def test_the_table_of_orders(inputs, capsys):
         assert float(table[order]["PQ"]) == pytest.approx(pq, abs=0.051)
 
 
+def test_a_truth_whose_png_has_other_ids(inputs, capsys):
+    run(inputs, "truth", "--order", "lower_first", instances="annotations.json")
+    png = sorted((inputs / "truth").rglob("*.png"))[0]
+    pixels = np.array(Image.open(png))
+    Image.fromarray(np.where(pixels > 0, pixels + 100, 0).astype(np.uint8)).save(png)
+    options = ["--order", "score", "--gt", inputs / "truth.json"]
+    assert re.search(r"shows the ids \[.*does not list", refused(capsys, inputs, "out", *options))
+
+
 def test_the_table_of_annotations_has_no_scores(inputs, capsys):
     run(inputs, "truth", "--order", "smaller_first", instances="annotations.json")
     run(
