@@ -65,15 +65,19 @@ def test_results_keep_their_masks_and_scores(srm_cfg):
     srm_cfg.MODEL.SRM_HEAD.PAIRS.EVIDENCE = ("geometry",)
     model = build_model(srm_cfg).train()
     boxes, classes = WORN_TIE
-    training_input = make_input(SIZE, [*boxes, [0, 0, 30, 30]], [*classes, PERSON], 2)
-    expected = ground_truth_on_grid(training_input["instances"][:2], model.stride)
-    expected.scores[:] = torch.tensor([0.9, 0.6])
-    truth = truth_on_grid(training_input, model.stride, torch.device("cpu"))
-    training_input["instances"].scores = torch.tensor([0.9, 0.6, 0.49])
+    inputs, expected, truths = [], [], []
+    for size, scores in ((SIZE, [0.9, 0.6, 0.49]), ((72, 48), [0.7, 0.8, 0.3])):
+        training_input = make_input(size, [*boxes, [0, 0, 30, 30]], [*classes, PERSON], 2)
+        on_grid = ground_truth_on_grid(training_input["instances"][:2], model.stride)
+        on_grid.scores[:] = torch.tensor(scores[:2])
+        truths.append(truth_on_grid(training_input, model.stride, torch.device("cpu")))
+        training_input["instances"].scores = torch.tensor(scores)
+        inputs.append(training_input)
+        expected.append(on_grid)
     norm = copy.deepcopy(model.srm_head.network.norm.state_dict())
-    losses = model([training_input])
-    model.srm_head.network.norm.load_state_dict(norm)  # it has seen the pair
-    assert losses == model.srm_head.losses([expected], [truth], [{}])
+    losses = model(inputs)
+    model.srm_head.network.norm.load_state_dict(norm)  # it has seen the pairs
+    assert losses == model.srm_head.losses(expected, truths, [{}, {}])
 
 
 @pytest.mark.parametrize(
