@@ -60,6 +60,7 @@ PANOPTIC_FPN = "MODEL.META_ARCHITECTURE PanopticFPN MODEL.SEM_SEG_HEAD.NAME SemS
 PANOPTIC_FPN += ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff"]
 ONLY_PANOPTIC = ["MODEL.OANET.OUTPUTS", "()"]
 NUM_THINGS, NUM_STUFF, IMAGE_SIZE = 80, 53, (800, 1333)
+EXPORTED_SIZE = HEIGHT, WIDTH = 800, 1216
 Sides = Iterable[Callable]  # ours, theirs
 
 
@@ -171,9 +172,6 @@ def panoptic_fpn_and_ours() -> Tuple[torch.nn.Module, Callable[[str], None]]:
     return theirs, export
 
 
-EXPORTED_SIZE = (800, 1216)
-
-
 def exported(device: str, openvino: Optional[Dict] = None) -> Sides:
     """One file, from the picture to the panoptic map with 100 instances, against Panoptic FPN's module."""
     image = np.random.default_rng(0).integers(0, 256, (*EXPORTED_SIZE, 3), dtype=np.uint8)
@@ -183,14 +181,14 @@ def exported(device: str, openvino: Optional[Dict] = None) -> Sides:
     with tempfile.TemporaryDirectory() as folder:
         export(f"{folder}/model.onnx")
         ours = OnnxPredictor(f"{folder}/model.onnx", openvino=openvino)
-    given = {"image": torch.as_tensor(image.transpose(2, 0, 1).copy()), "height": 800, "width": 1216}
+    given = {"image": torch.as_tensor(image.transpose(2, 0, 1).copy()), "height": HEIGHT, "width": WIDTH}
     return partial(ours, image), torch.no_grad()(partial(theirs.inference, [given]))
 
 
 def facts_of_exported() -> str:
     """What the file weighs and takes, and the least time that its network could take on this processor."""
     theirs, export = panoptic_fpn_and_ours()
-    given = {"image": torch.zeros(3, *EXPORTED_SIZE), "height": 800, "width": 1216}
+    given = {"image": torch.zeros(3, *EXPORTED_SIZE), "height": HEIGHT, "width": WIDTH}
     operations = 2 * FlopCountAnalysis(theirs, ([given],)).total()
     square = torch.randn(4096, 4096)
     fastest = min(milliseconds_of(partial(torch.mm, square, square), "cpu") for _ in range(5))
