@@ -1,5 +1,6 @@
 """Two processes on the CPU (gloo)."""
 
+import json
 import math
 import os
 import signal
@@ -88,7 +89,7 @@ class Silhouettes(SilhouetteModel):
 
 
 def evaluated(scenes, folder):
-    """Numbers of two datasets: one of three images, and one of a single image."""
+    """Numbers of two datasets, of three images and of one, and how many pictures this process keeps."""
     with ExitStack() as stack:
         datasets = {"two_processes_three": scenes / "three", "two_processes_one": scenes / "one"}
         for name, root in datasets.items():
@@ -96,14 +97,22 @@ def evaluated(scenes, folder):
         cfg = training_cfg("occlusion_scenes_train", folder)
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), tuple(datasets)
         cfg.TEST.ORDERS = "score", "smaller_first", "srm_pairs", "oracle"
-        results = OANetTrainer.test(cfg, Silhouettes(*datasets))
-    return {
+        with EventStorage() as storage:
+            results = OANetTrainer.test(cfg, Silhouettes(*datasets))
+    numbers = {
         (dataset, task, metric): 0 if math.isnan(x) else x
         for dataset, tasks in results.items()
         for task, metrics in tasks.items()
         for metric, x in metrics.items()
         if metric != "seconds"
     }
+    return numbers, len(storage._vis_data)
+
+
+def report(folder):
+    path = folder / "two_processes_three" / "report" / "evaluation.json"
+    content = json.loads(path.read_text())
+    return [content[key] for key in ("cases", "overlaps", "outcomes", "classes")]
 
 
 def scenes_cfg(name, folder):
@@ -153,8 +162,12 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(scenes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two_processes")
+
+
+@pytest.fixture(scope="module")
+def found(scenes, folder):
     launch(train_in_process, 2, dist_url="auto", args=(scenes, folder))
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
@@ -178,10 +191,13 @@ def test_steps_in_which_one_process_lacks_something(found):
         assert torch.equal(tensor, found[1]["steps"][name]) and torch.isfinite(tensor).all(), name
 
 
-def test_evaluates_to_the_numbers_of_one_process(found, scenes, tmp_path):
-    """Also where one of them has no image."""
-    expected = evaluated(scenes, tmp_path)
-    assert found[0]["evaluated"] == pytest.approx(expected) and found[1]["evaluated"] == {}
+def test_evaluates_to_the_numbers_of_one_process(found, folder, scenes, tmp_path):
+    """Also where one of them has no image. The main process alone reports, and keeps its pictures."""
+    expected, _ = evaluated(scenes, tmp_path)
+    (numbers, pictures), other = (x["evaluated"] for x in found)
+    assert numbers == pytest.approx(expected) and pictures == 2 + 1 and other == ({}, 0)
+    assert report(folder / "evaluated") == report(tmp_path)
+    assert report(tmp_path)[2]["better"] > 0
     for dataset in ("two_processes_three", "two_processes_one"):
         assert expected[dataset, "segm", "AP"] > 10
         assert expected[dataset, "panoptic_seg/score", "PQ_th"] > 10
