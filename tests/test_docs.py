@@ -78,10 +78,20 @@ def test_an_order_for_any_segmenter(tmp_path, monkeypatch):
     folder = tmp_path / load_config("my_order.yaml").OUTPUT_DIR
     network = PairNetwork(2, GEOMETRY_NUMBERS, 0)
     LearnedOrder(network, ["person", "tie"], 4, 256, 384).save(folder / "model_final.safetensors")
-    (example,) = examples("docs/training.md")
+    example, _ = examples("docs/training.md")
     found: Dict = {}
     exec(example, found)
     assert sorted(found["order"].tolist()) == [0, 1]
+
+
+def test_large_scale_jittering(train_cfg):
+    _, example = examples("docs/training.md")
+    exec(example, found := {})
+    batch = next(iter(found["JitteringTrainer"].build_train_loader(train_cfg)))
+    for x in batch:
+        assert x["image"].shape == (3, 1024, 1024) and x["instances"].image_size == (1024, 1024)
+        padding = (x["image"] == 128).all(dim=0)
+        assert (x["panoptic_category"][padding] == -1).float().mean() > 0.99
 
 
 def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):

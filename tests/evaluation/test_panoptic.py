@@ -19,7 +19,6 @@ from oanet_d2.evaluation import (
     write_orderings,
 )
 from oanet_d2.painting.metrics import METRICS
-from oanet_d2.report import ReportRecorder
 from tests.conftest import registered, scenes_paths
 from tests.evaluation.silhouettes import SilhouetteModel
 
