@@ -310,6 +310,23 @@ def test_options_do_what_they_do_in_detectron2(tmp_path, opts, augmentations, ma
     assert len(shapes) > 1 or augmentations
 
 
+def test_a_crop_that_no_segment_fills(tmp_path):
+    """Of the crops of a quarter, most would lie in one half of the image."""
+    halves = [(7, "thing", (0, 0, 60, 60)), (9, "stuff", (60, 0, 120, 60))]
+    d = write_scene(tmp_path, (60, 120), halves, None)
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", *crop_of("relative", 0.25, 0.25))
+    found = []
+    for most in (1.0, 0.8):
+        cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = most
+        mapper, largest = PanopticDatasetMapper(cfg, True, num_things=2), []
+        for seed in range(20):
+            np.random.seed(seed)
+            _, counts = mapper(d)["panoptic_seg"][0].unique(return_counts=True)
+            largest.append((counts.max() / counts.sum()).item())
+        found.append(sum(x < 0.83 for x in largest))  # the image is resized after the crop
+    assert found[0] < 8 < 12 < found[1]
+
+
 def test_an_image_that_vanishes_when_it_is_resized_is_named(tmp_path):
     d = write_scene(tmp_path, (1, 500), [(5, "stuff", (0, 0, 500, 1))], None)
     for is_train in (True, False):
