@@ -105,8 +105,9 @@ def add_oanet_config(cfg: CfgNode) -> None:
 
     # ---------------------------------------------------------------- evaluation
     # Painting orders to compare on the same predictions, in OUTPUT_DIR/orderings.json: rules as in
-    # MODEL.OANET.ORDER; "oracle", the order that the ground truth gives; "class_order", which class
-    # lies on which in the training annotations.
+    # MODEL.OANET.ORDER; "class_order", which class lies on which in the training annotations;
+    # "oracle", the order that the ground truth gives; "oracle_true", the same, but pairs with a false
+    # positive are as in MODEL.OANET.ORDER.
     cfg.TEST.ORDERS = ()
     cfg.TEST.ORDER_PICTURES = 12  # the most of each kind that an evaluation and its report show
     # True: an evaluation writes OUTPUT_DIR/inference/panoptic.json and PNGs in panoptic/, the COCO

@@ -142,22 +142,12 @@ class Job:
         painted = self.paint(detections, semantic, self.order)
         name = _png_name(task.image)
         write_atomically(os.path.join(folder, name), png_of(painted.panoptic_seg), sync=False)
-        areas = np.bincount(painted.panoptic_seg.ravel())
         whole = slice(0, task.image["height"]), slice(0, task.image["width"])
-        segments = [
-            {
-                "id": x["id"],
-                "category_id": x["category_id"],
-                "iscrowd": x.get("iscrowd", 0),
-                "area": int(areas[x["id"]]),
-                "bbox": _bbox(
-                    painted.panoptic_seg,
-                    x["id"],
-                    detections.regions[x["instance_id"]] if x["isthing"] else whole,
-                ),
-            }
-            for x in painted.segments_info
-        ]
+        segments = []
+        for x in painted.segments_info:
+            region = detections.regions[x["instance_id"]] if x["isthing"] else whole
+            segment = {key: x.get(key, 0) for key in ("id", "category_id", "iscrowd")}
+            segments.append({**segment, **_area_and_box(painted.panoptic_seg, x["id"], region)})
         return {"image_id": task.image["id"], "file_name": name, "segments_info": segments}
 
 
@@ -176,10 +166,12 @@ def _png_name(image: Dict) -> str:
     return os.path.splitext(image["file_name"])[0] + ".png"
 
 
-def _bbox(panoptic_seg: np.ndarray, id: int, region: Region) -> List[int]:
-    """XYWH of a segment that lies inside a region."""
-    y, x = extent(panoptic_seg[region] == id, region)
-    return [x.start, y.start, x.stop - x.start, y.stop - y.start]
+def _area_and_box(panoptic_seg: np.ndarray, id: int, region: Region) -> Dict:
+    """Of a segment that lies inside a region."""
+    mask = panoptic_seg[region] == id
+    y, x = extent(mask, region)
+    bbox = [x.start, y.start, x.stop - x.start, y.stop - y.start]
+    return {"area": int(np.count_nonzero(mask)), "bbox": bbox}
 
 
 def map_images(function: Callable, tasks: List[Task], processes: int, about: str) -> Iterator:

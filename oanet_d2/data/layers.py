@@ -12,7 +12,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from ..files import write_atomically
-from ..submission import rgb_of
+from ..submission import image_of
 
 __all__ = ["Annotated", "Layers", "encode", "prepare", "shrink", "write_jsons"]
 
@@ -101,7 +101,7 @@ def _write(images: Path, pngs: Path, image_id: int, photo: Layers, things: Set[i
             instances.append({**instance, **_annotation(category_id, whole)})
     png = f"{Path(photo.file_name).stem}.png"
     photo.image.save(images / photo.file_name, quality=92)
-    Image.fromarray(rgb_of(ids)).save(pngs / png)
+    image_of(ids).save(pngs / png)
     image = {"id": image_id, "file_name": photo.file_name, "height": len(ids), "width": len(ids[0])}
     return image, {"image_id": image_id, "file_name": png, "segments_info": segments}, instances
 

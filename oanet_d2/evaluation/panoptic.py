@@ -18,7 +18,8 @@ from ..painting.order_counts import OrderCounts, Orderings, orderings_table
 from ..painting.ranking import order_from_margins
 from .class_order import class_order
 
-__all__ = ["PanopticEvaluator", "orderings_of", "orderings_table", "write_orderings"]
+__all__ = ["PanopticEvaluator", "margins_of_true_pairs", "orderings_of", "orderings_table"]
+__all__ += ["write_orderings"]
 
 class PanopticEvaluator(DatasetEvaluator):
     """
@@ -33,7 +34,7 @@ class PanopticEvaluator(DatasetEvaluator):
         """
         Args:
             model: the OANet that is evaluated, needed for `orders`. It paints with its own thresholds.
-            orders: names of ranking rules, "oracle", and "class_order".
+            orders: names of ranking rules, "class_order", "oracle" and "oracle_true".
             report: a :class:`ReportRecorder` of some of the orders.
             class_margins: (C, C) from :func:`count_class_margins`, for "class_order".
         """
@@ -90,6 +91,10 @@ class PanopticEvaluator(DatasetEvaluator):
         for name in self.orders:
             if name == "oracle":
                 orders[name] = order_from_margins(margins.to(scores.device), scores)
+            elif name == "oracle_true":
+                own = _restricted(order_inputs.order(self.own_order), painted)
+                known = margins_of_true_pairs(margins, matched, own.to(margins.device))
+                orders[name] = order_from_margins(known.to(scores.device), scores)
             elif name == "class_order":
                 orders[name] = _restricted(class_order(order_inputs, self.class_margins), painted)
             else:
@@ -123,6 +128,25 @@ class PanopticEvaluator(DatasetEvaluator):
         if self.report is not None:
             self.report.save(results, counts.quality, counts.overlaps, counts.right)
         return results if comm.is_main_process() else None
+
+
+def margins_of_true_pairs(
+    margins: torch.Tensor, matched: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """
+    What the oracle would know if it could not tell which instances are false.
+
+    Args:
+        margins: (N, N) from :func:`visible_margins`.
+        matched: (N,) int64 from :func:`match_to_segments`.
+        order: (N,) int64, a permutation; it decides the pairs with an instance that matches nothing.
+
+    Returns:
+        (N, N) antisymmetric float for :func:`order_from_margins`.
+    """
+    place, true = order.argsort(), matched >= 0
+    in_order = torch.sign(place - place[:, None]) * margins.abs()
+    return torch.where(true & true[:, None], margins, in_order)
 
 
 def orderings_of(results: Dict) -> Orderings:

@@ -388,7 +388,7 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
                 f"so it must be a multiple or a divisor of {map_stride}."
             )
     _check_order("MODEL.OANET.ORDER", cfg.MODEL.OANET.ORDER, srm_head)
-    for order in set(cfg.TEST.ORDERS) - {"oracle", "class_order"}:
+    for order in set(cfg.TEST.ORDERS) - {"oracle", "oracle_true", "class_order"}:
         _check_order("TEST.ORDERS", order, srm_head)
 
 

@@ -23,7 +23,7 @@ from iopath.common.file_io import file_lock
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ...submission import rgb_of
+from ...submission import image_of
 from ..layers import Annotated, encode, write_jsons
 from .scene import CATEGORIES, draw_scene, scene_to_panoptic
 
@@ -142,7 +142,8 @@ def _write_scene(root: Path, parameters: dict, index: int) -> Annotated:
     number = SPLITS.index(split) * 1_000_000 + index + 1  # the splits share none
     jpg, png = f"{number:012d}.jpg", f"{number:012d}.png"
     _write_image(root / split / jpg, scene.image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-    _write_image(root / f"panoptic_{split}" / png, rgb_of(ids), [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    rgb = np.array(image_of(ids))
+    _write_image(root / f"panoptic_{split}" / png, rgb, [cv2.IMWRITE_PNG_COMPRESSION, 6])
     instances = []
     for (category_id, mask), segment in zip(scene.things, segments):
         instance = {"image_id": number, "category_id": category_id, "segmentation": encode(mask)}
