@@ -5,6 +5,7 @@ from typing import Any, Optional, Sequence, Union
 import yaml
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.projects.point_rend import add_pointrend_config
 
 __all__ = ["add_oanet_config", "find_config", "load_config"]
 
@@ -148,7 +149,7 @@ def load_config(
     config_file: Union[str, os.PathLike], opts: Sequence = (), content: Optional[str] = None
 ) -> CfgNode:
     """
-    Detectron2's defaults and this project's, then a yaml, then overrides. Class counts and datasets
+    Detectron2's defaults, PointRend's and this project's, then a yaml, then overrides. Class counts and datasets
     are left to :func:`oanet_d2.complete_config`.
 
     Args:
@@ -161,6 +162,7 @@ def load_config(
         ValueError: the file or an override is wrong. The message names it.
     """
     cfg = get_cfg()
+    add_pointrend_config(cfg)
     add_oanet_config(cfg)
     try:
         if content is None:

@@ -90,11 +90,11 @@ class PanopticGraph(nn.Module):
         """
         model, size = self.model, (image.shape[0], image.shape[1])
         features = self.backbone(self._preprocess(image))
-        semantic = model.sem_seg_head.layers(features)
+        semantic = model.semantic_branch.layers(features)
         boxes, scores, classes = self._detections(features, self._proposals(features, size), size)
         masks = self._masks(features, boxes, classes)
         order = self._order(semantic, features, (boxes, scores, classes, masks), size)
-        return boxes, scores, classes, masks, model.sem_seg_head.stuff_scores(semantic)[0], order
+        return boxes, scores, classes, masks, model.semantic_branch.stuff_scores(semantic)[0], order
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
         backbone, (height, width) = self.backbone, image.shape[:2]
@@ -376,7 +376,7 @@ def _description(predictor: PanopticPredictor) -> Dict[str, Any]:
         "overlap_threshold": model.combine_overlap_thresh,
         "stuff_area_thresh": model.combine_stuff_area_thresh,
         "keep_things_free": model.keep_things_free,
-        "semantic_stride": model.sem_seg_head.common_stride,
+        "semantic_stride": model.semantic_branch.common_stride,
     }
     for kind in ("thing", "stuff"):
         names = classes.get(f"{kind}_classes")

@@ -101,6 +101,11 @@ def _check_values(cfg) -> None:
             f"DATASETS.TEST is {cfg.DATASETS.TEST!r}, but SRMFromAnnotations cannot predict; set it to "
             "() and evaluate its weights in an OANet (tools/attach_srm.py)."
         )
+    if cfg.MODEL.KEYPOINT_ON and cfg.INPUT.COPY_PASTE > 0:
+        raise ValueError(
+            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; set it to "
+            "0, or MODEL.KEYPOINT_ON to False."
+        )
     for key in ("TRAIN", "TEST"):
         found = cfg.DATASETS[key]
         if not isinstance(found, (list, tuple)):

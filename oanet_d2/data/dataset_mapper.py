@@ -197,9 +197,14 @@ class PanopticDatasetMapper(DatasetMapper):
             if x.get("iscrowd", 0):
                 continue
             mask = x.pop("segmentation")
+            if not self.use_keypoint:
+                x.pop("keypoints", None)
             if isinstance(mask, list):
                 x["segmentation"] = [np.asarray(polygon, dtype=float) for polygon in mask]
-            x = utils.transform_instance_annotations(x, transforms, image_shape)
+            flipped = self.keypoint_hflip_indices
+            x = utils.transform_instance_annotations(
+                x, transforms, image_shape, keypoint_hflip_indices=flipped
+            )
             if not isinstance(mask, list):
                 x["segmentation"] = transforms.apply_segmentation(mask_util.decode(mask)) == 1
                 mask_format = "bitmask"
