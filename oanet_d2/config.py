@@ -149,8 +149,8 @@ def load_config(
     config_file: Union[str, os.PathLike], opts: Sequence = (), content: Optional[str] = None
 ) -> CfgNode:
     """
-    Detectron2's defaults, PointRend's and this project's, then a yaml, then overrides. Class counts and datasets
-    are left to :func:`oanet_d2.complete_config`.
+    Detectron2's defaults, PointRend's and this project's, then a yaml, then overrides. Class counts
+    and datasets are left to :func:`oanet_d2.complete_config`.
 
     Args:
         config_file: see :func:`find_config`. Its `_BASE_` may be one of this project's, too. Code in

@@ -35,6 +35,7 @@ from detectron2.modeling.roi_heads import (
     FastRCNNOutputLayers,
     StandardROIHeads,
 )
+from detectron2.projects.point_rend import PointRendSemSegHead
 from detectron2.utils.logger import setup_logger
 
 from .files import atomic_path
@@ -300,6 +301,8 @@ def _check(model: Any) -> None:
             raise ExportError(f"{name} is a deformable convolution, which ONNX Runtime does not have.")
         if isinstance(x, ROIPooler) and not isinstance(x.level_poolers[0], layers.ROIAlign):
             raise ExportError(f"{name} pools by {type(x.level_poolers[0]).__name__}; it must be ROIAlign.")
+        if isinstance(x, PointRendSemSegHead):
+            raise ExportError(f"{name} is PointRend's, which PyTorch cannot convert to ONNX.")
     rpn, heads = model.proposal_generator, model.roi_heads
     standard = CascadeROIHeads if isinstance(heads, CascadeROIHeads) else StandardROIHeads
     _same("MODEL.PROPOSAL_GENERATOR.NAME", rpn, RPN, ["forward", "predict_proposals"])

@@ -155,19 +155,15 @@ def _check_dataset(cfg, name: str) -> None:
 
 
 def _check_keypoints(cfg, name: str, dicts: List[Dict]) -> None:
-    points = [len(x.get("keypoints", ())) // 3 for d in dicts for x in d.get("annotations", [])]
-    number, evaluated = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, name in cfg.DATASETS.TEST and points
-    if (evaluated or name in cfg.DATASETS.TRAIN) and {*points} != {number}:
-        found = max(points, default=0) or "none"
-        raise ValueError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but the annotations in the INSTANCES_JSON "
-            f"of dataset {name!r} have {found}. Set the right number, or MODEL.KEYPOINT_ON to False."
-        )
+    found = {len(x.get("keypoints", ())) // 3 for d in dicts for x in d.get("annotations", [])}
+    number, evaluated = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, name in cfg.DATASETS.TEST and found
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS or range(17))  # COCO's
-    if evaluated and sigmas != number:
+    wrong = found != {number} and (evaluated or name in cfg.DATASETS.TRAIN)
+    if wrong or (evaluated and sigmas != number):
         raise ValueError(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers; it must have {number}, as "
-            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS says."
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}; the annotations in the INSTANCES_JSON of "
+            f"dataset {name!r} have {sorted(found or {0})}, and TEST.KEYPOINT_OKS_SIGMAS is for {sigmas}. "
+            "Set the right number, or MODEL.KEYPOINT_ON to False."
         )
 
 

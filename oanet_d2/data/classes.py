@@ -103,8 +103,8 @@ def _check_values(cfg) -> None:
         )
     if cfg.MODEL.KEYPOINT_ON and cfg.INPUT.COPY_PASTE > 0:
         raise ValueError(
-            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; set it to "
-            "0, or MODEL.KEYPOINT_ON to False."
+            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; with "
+            "MODEL.KEYPOINT_ON set it to 0."
         )
     for key in ("TRAIN", "TEST"):
         found = cfg.DATASETS[key]

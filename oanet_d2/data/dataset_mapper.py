@@ -201,10 +201,8 @@ class PanopticDatasetMapper(DatasetMapper):
                 x.pop("keypoints", None)
             if isinstance(mask, list):
                 x["segmentation"] = [np.asarray(polygon, dtype=float) for polygon in mask]
-            flipped = self.keypoint_hflip_indices
-            x = utils.transform_instance_annotations(
-                x, transforms, image_shape, keypoint_hflip_indices=flipped
-            )
+            flip = {"keypoint_hflip_indices": self.keypoint_hflip_indices}
+            x = utils.transform_instance_annotations(x, transforms, image_shape, **flip)
             if not isinstance(mask, list):
                 x["segmentation"] = transforms.apply_segmentation(mask_util.decode(mask)) == 1
                 mask_format = "bitmask"

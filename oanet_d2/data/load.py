@@ -272,33 +272,25 @@ def _instances(
         elif x.get("keypoints"):
             instance["keypoints"] = _keypoints(x["keypoints"], at, report)
         instances[image_id].append(instance)
-    _complete_keypoints([x for of_image in instances.values() for x in of_image], where, report)
+    of_all = [*chain.from_iterable(instances.values())]
+    most = max((len(x.get("keypoints", ())) for x in of_all), default=0)
+    for x in of_all if most else ():  # Detectron2 and COCO's evaluation want them in all or in none
+        x.setdefault("keypoints", [0.0] * most)
     if items and not instances:
         detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
-    elif all(x["iscrowd"] for of_image in instances.values() for x in of_image):
+    elif all(x["iscrowd"] for x in of_all):
         report("no instance", where, "there is none but crowds, so none is learned", fatal=False)
     return instances
 
 
 def _keypoints(keypoints: Any, at: str, report: Report) -> List[float]:
-    """As Detectron2's `load_coco_json` gives them, from the centres of pixels; [] if reported."""
+    """As Detectron2's `load_coco_json` gives them: in the centres of pixels. [] if it was reported."""
     if not isinstance(keypoints, list) or len(keypoints) % 3 or not all(map(_is_coordinate, keypoints)):
         found = f"its keypoints are {reprlib.repr(keypoints)}"
         report("malformed keypoints", at, f"{found}; they are a list of x, y, visibility, x, ...")
         return []
     return [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(keypoints)]
-
-
-def _complete_keypoints(annotations: List[Dict], where: str, report: Report) -> None:
-    """Where some have keypoints, the others get keypoints that nobody labelled, as COCO's crowds."""
-    lengths = {len(x["keypoints"]) for x in annotations if x.get("keypoints")}
-    if len(lengths) > 1:
-        found = f"annotations have {sorted(n // 3 for n in lengths)} keypoints"
-        report("different numbers of keypoints", where, f"{found}; all must have one number")
-    elif lengths:
-        for x in annotations:
-            x["keypoints"] = x.get("keypoints") or [0.0] * max(lengths)
 
 
 def _compare_headers(content: Dict, path: str, panoptic: Dict, images: Dict, report: Report) -> None:

@@ -16,9 +16,9 @@ def build_instance_evaluator(
     dataset_name: str, folder: str, max_dets_per_image: int, oks_sigmas: Sequence[float] = ()
 ) -> COCOEvaluator:
     """
-    Detectron2's evaluator of instance and keypoint AP, on the instances that were loaded and not on the JSON that
-    they come from: the images that are evaluated, boxes and areas of the masks, ids from 1. It must be
-    called in every process.
+    Detectron2's evaluator of instance and keypoint AP, on the instances that were loaded and not on
+    the JSON that they come from: the images that are evaluated, boxes and areas of the masks, ids from
+    1. It must be called in every process.
 
     Args:
         dataset_name: a dataset of :func:`register_panoptic` with an instances JSON.

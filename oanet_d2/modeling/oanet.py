@@ -165,7 +165,8 @@ class OANet(PanopticFPN):
         with torch.set_grad_enabled(torch.is_grad_enabled() and network_learns):
             features = self.backbone(images.tensor)
             head = self.semantic_branch
-            semantic = head.layers(features) if network_learns or head.num_things > 0 else None
+            needed = network_learns or head.num_things > 0
+            semantic: Any = head.layers(features) if needed else None
             proposals, losses = self.proposal_generator(images, features, gt_instances)
             if network_learns:
                 losses.update(self.roi_heads(images, features, proposals, gt_instances)[1])
@@ -180,20 +181,14 @@ class OANet(PanopticFPN):
         return losses
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
-        """
-        As :meth:`PanopticFPN.preprocess_image`.
-
-        Raises:
-            ValueError: an image is larger than the square that the backbone wants; Detectron2 would
-                cut it off.
-        """
+        """As PanopticFPN's. A ValueError says that an image does not fit the backbone's square."""
         side = self.backbone.padding_constraints.get("square_size", 0)
-        for height, width in (x["image"].shape[1:] for x in batched_inputs if side > 0):
-            if max(height, width) > side:
-                raise ValueError(
-                    f"The backbone wants squares of {side} pixels, but an image has {width} x {height}. "
-                    f"Set INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most {side}."
-                )
+        largest = max(max(x["image"].shape[1:]) for x in batched_inputs)
+        if 0 < side < largest:  # Detectron2 would cut it off
+            raise ValueError(
+                f"An image has a side of {largest} pixels, but the backbone wants squares of {side}. Set "
+                f"INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most {side}."
+            )
         return super().preprocess_image(batched_inputs)
 
     def _labels(self, batched_inputs: List[Dict]) -> torch.Tensor:

@@ -18,22 +18,17 @@ class SemanticBranch(Protocol):
     """
     What OANet asks of its semantic branch. A head that has all of this, as
     :class:`OANetSemSegFPNHead` has, may know the thing classes (`SUPERVISION` "things_and_stuff"),
-    and its logits are labelled at low resolution. :func:`semantic_branch` gives it to other heads.
-
-    Attributes:
-        num_things: number of thing classes among the classes, the first ones; 0 if class 0 stands
-            for all things.
-        common_stride: pixels of the network's input per cell of the logits.
+    and its logits are labelled at low resolution. :func:`semantic_branch` makes it of other heads.
     """
 
-    num_things: int
-    common_stride: int
+    num_things: int  # the first classes are things; 0 if class 0 stands for all things
+    common_stride: int  # pixels of the network's input per cell of the logits
 
     def layers(self, features: Dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, classes, h, w) float logits from the backbone's feature maps."""
 
     def losses(self, predictions: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """From what :meth:`layers` returns, and labels (B, H, W) int64 of the padded images."""
+        """From what :meth:`layers` returns and (B, H, W) int64 labels of the padded images."""
 
     def stuff_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, 1 + #stuff, h, w) float; channel 0 is "any thing"."""
@@ -42,11 +37,8 @@ class SemanticBranch(Protocol):
         """The same at the resolution of the padded images, (B, 1 + #stuff, H, W)."""
 
 
-class _DetectronHead:
-    """
-    The :class:`SemanticBranch` of a head that does what Detectron2 asks of it and no more: called with
-    features, it gives logits of the padded images; in training, called with labels too, its losses.
-    """
+class _PlainBranch:
+    """Of a head that gives what Detectron2 asks for: losses, or logits of the padded images."""
 
     num_things, common_stride = 0, 1
 
@@ -67,8 +59,8 @@ class _DetectronHead:
 
 
 def semantic_branch(head: nn.Module) -> SemanticBranch:
-    """`head` itself if it has the interface, or any of Detectron2's heads seen through it."""
-    return head if isinstance(head, SemanticBranch) else _DetectronHead(head)
+    """The interface of any of Detectron2's semantic heads: `head` itself, if it has it."""
+    return head if isinstance(head, SemanticBranch) else _PlainBranch(head)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
