@@ -33,7 +33,7 @@ from detectron2.modeling.roi_heads import BaseMaskRCNNHead
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from oanet_d2 import complete_config, load_config
+from oanet_d2 import PanopticPredictor, complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.engine import OANetTrainer
@@ -198,11 +198,13 @@ RES5 += model(ROI_HEADS__NAME="Res5ROIHeads", SRM_HEAD__IN_FEATURE="res4")
 for key in ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"):
     RES5 += [f"MODEL.{key}.IN_FEATURES", ["res4"]]
 RES5 += model(ANCHOR_GENERATOR__SIZES=[[16, 48]])
-RETINANET = resnet(50, 16, BACKBONE__NAME="build_retinanet_resnet_fpn_backbone")
+SYNC_BN = model(RESNETS__NORM="SyncBN", FPN__NORM="SyncBN")
+RETINANET = [*SYNC_BN, *resnet(50, 16, BACKBONE__NAME="build_retinanet_resnet_fpn_backbone")]
 RETINANET += model(RPN__IN_FEATURES=LEVELS, ANCHOR_GENERATOR__SIZES=[[8 * 2**i] for i in range(6)])
-GN = {f"{part}__NORM": "GN" for part in ("RESNETS", "FPN", "SEM_SEG_HEAD")}
-GN_WIDTHS = model(RESNETS__WIDTH_PER_GROUP=32, FPN__OUT_CHANNELS=32, SEM_SEG_HEAD__CONVS_DIM=32)
-SYNC_BN = {"RESNETS__NORM": "SyncBN", "FPN__NORM": "SyncBN", "RESNETS__NUM_GROUPS": 2}
+RESNEXT = [*resnet(50, 32), *model(RESNETS__NUM_GROUPS=2, RESNETS__WIDTH_PER_GROUP=16)]
+for key in ("RESNETS", "FPN", "SEM_SEG_HEAD"):
+    RESNEXT += [f"MODEL.{key}.NORM", "GN"]  # of 32 groups
+RESNEXT += model(FPN__OUT_CHANNELS=32, SEM_SEG_HEAD__CONVS_DIM=32, FPN__FUSE_TYPE="avg")
 
 # name -> keys and values, and which part cannot be exported
 VARIANTS = {
@@ -223,9 +225,9 @@ VARIANTS = {
         None,
     ),
     "Res5ROIHeads": (RES5, "Res5ROIHeads"),
-    "R-152, GN": ([*resnet(152, 32, **GN), *GN_WIDTHS], None),
-    "ResNeXt, SyncBN, avg": (resnet(50, 16, FPN__FUSE_TYPE="avg", **SYNC_BN), None),
-    "top block of RetinaNet": (RETINANET, None),
+    "R-101": (resnet(101, 16), None),
+    "ResNeXt, GN, avg": (RESNEXT, None),
+    "top block of RetinaNet, SyncBN": (RETINANET, None),
     "ViTDet": (model(BACKBONE__NAME="build_vitdet"), None),
     "Swin": (model(BACKBONE__NAME="build_swin_fpn"), None),
     "MViT": (model(BACKBONE__NAME="build_mvit_fpn"), None),
@@ -286,8 +288,11 @@ def test_variant(cfg, datasets, name):
     again.resume_or_load(resume=True)
     assert again.start_iter == 1
     again.train()
+    file = Path(cfg.OUTPUT_DIR) / "model_final.safetensors"
+    predicting = PanopticPredictor.from_file(file).model
     for key, tensor in trainer.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[key], tensor), key
+        assert torch.equal(predicting.state_dict()[key], tensor), key
 
     ours, full = trainer.model.eval(), trainer.cfg.clone()
     full.defrost()

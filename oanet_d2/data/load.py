@@ -269,8 +269,8 @@ def _instances(
         instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
         if is_results:
             instance["score"] = x["score"]
-        elif x.get("keypoints"):
-            instance["keypoints"] = _keypoints(x["keypoints"], at, report)
+        else:
+            instance.update(_keypoints(x.get("keypoints"), at, report))
         instances[image_id].append(instance)
     of_all = [*chain.from_iterable(instances.values())]
     most = max((len(x.get("keypoints", ())) for x in of_all), default=0)
@@ -284,13 +284,15 @@ def _instances(
     return instances
 
 
-def _keypoints(keypoints: Any, at: str, report: Report) -> List[float]:
-    """As Detectron2's `load_coco_json` gives them: in the centres of pixels. [] if it was reported."""
-    if not isinstance(keypoints, list) or len(keypoints) % 3 or not all(map(_is_coordinate, keypoints)):
-        found = f"its keypoints are {reprlib.repr(keypoints)}"
-        report("malformed keypoints", at, f"{found}; they are a list of x, y, visibility, x, ...")
-        return []
-    return [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(keypoints)]
+def _keypoints(points: Any, at: str, report: Report) -> Dict[str, List[float]]:
+    """As Detectron2's `load_coco_json` gives them: in the centres of pixels. Nothing without any."""
+    if not points:
+        return {}
+    if not isinstance(points, list) or len(points) % 3 or not all(map(_is_coordinate, points)):
+        detail = f"'keypoints' is {reprlib.repr(points)}, not x, y, visibility, x, ...; it is left out"
+        report("malformed keypoints", at, detail, fatal=False)
+        return {}
+    return {"keypoints": [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(points)]}
 
 
 def _compare_headers(content: Dict, path: str, panoptic: Dict, images: Dict, report: Report) -> None:
