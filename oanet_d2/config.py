@@ -15,18 +15,21 @@ _BUNDLED = [folder / "configs" for folder in Path(__file__).parents[:2]]
 
 def add_oanet_config(cfg: CfgNode) -> None:
     """
-    Add OANet's keys to a Detectron2 config, with their defaults. Detectron2's own keys keep their
-    meaning: `MODEL.PANOPTIC_FPN.COMBINE.*`, for example, steer the fusion.
+    Add OANet's keys to a Detectron2 config, with their defaults, and PointRend's, whose heads come with
+    Detectron2. Detectron2's own keys keep their meaning: `MODEL.PANOPTIC_FPN.COMBINE.*`, for example,
+    steer the fusion.
 
     Args:
         cfg: changed in place.
     """
+    add_pointrend_config(cfg)
     CN = CfgNode
 
     # ---------------------------------------------------------------- classes
     # 0: follow the dataset, see `oanet_d2.complete_config`.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = 0
 
     # ---------------------------------------------------------------- backbone
     # For MODEL.BACKBONE.NAME "build_timm_fpn_backbone", any network of timm that takes images of any
@@ -149,8 +152,8 @@ def load_config(
     config_file: Union[str, os.PathLike], opts: Sequence = (), content: Optional[str] = None
 ) -> CfgNode:
     """
-    Detectron2's defaults, PointRend's and this project's, then a yaml, then overrides. Class counts
-    and datasets are left to :func:`oanet_d2.complete_config`.
+    Detectron2's defaults and this project's, then a yaml, then overrides. Class counts and datasets
+    are left to :func:`oanet_d2.complete_config`.
 
     Args:
         config_file: see :func:`find_config`. Its `_BASE_` may be one of this project's, too. Code in
@@ -162,7 +165,6 @@ def load_config(
         ValueError: the file or an override is wrong. The message names it.
     """
     cfg = get_cfg()
-    add_pointrend_config(cfg)
     add_oanet_config(cfg)
     try:
         if content is None:

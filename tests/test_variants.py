@@ -181,16 +181,13 @@ KEYPOINTS = model(
 )
 KEYPOINTS += ["TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.1, 0.1]]
 POINT_HEAD = model(POINT_HEAD__FC_DIM=8, POINT_HEAD__SUBDIVISION_NUM_POINTS=64)
-POINT_SEMANTIC = model(
-    SEM_SEG_HEAD__NAME="PointRendSemSegHead", POINT_HEAD__NUM_CLASSES=7, POINT_HEAD__SUBDIVISION_STEPS=2
-)
+POINT_SEMANTIC = model(SEM_SEG_HEAD__NAME="PointRendSemSegHead", POINT_HEAD__SUBDIVISION_STEPS=2)
 POINT_MASKS = model(
     ROI_HEADS__NAME="PointRendROIHeads",
     ROI_MASK_HEAD__NAME="PointRendMaskHead",
     ROI_MASK_HEAD__POOLER_TYPE="",
     ROI_MASK_HEAD__FC_DIM=8,
     ROI_MASK_HEAD__POINT_HEAD_ON=True,
-    POINT_HEAD__NUM_CLASSES=8,
     POINT_HEAD__SUBDIVISION_STEPS=3,
 )
 RES5 = resnet(50, 16, BACKBONE__NAME="PaddedC4", RESNETS__OUT_FEATURES=["res4"])
@@ -264,6 +261,7 @@ def cfg(datasets, tmp_path):
     cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (48, 120), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"])
     cfg.merge_from_list(["INPUT.MAX_SIZE_TEST", 128, "TEST.DETECTIONS_PER_IMAGE", 20])
     cfg.merge_from_list(model(SEM_SEG_HEAD__NUM_CLASSES=0, SEM_SEG_HEAD__SUPERVISION="stuff"))
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = 0
     cfg.merge_from_list(model(SRM_HEAD__PAIRS__EVIDENCE=("geometry", "features")))
     # Random weights are sure of nothing.
     cfg.merge_from_list(model(ROI_HEADS__SCORE_THRESH_TEST=0.05))
@@ -390,6 +388,7 @@ C4 = [*RES5, *model(BACKBONE__NAME="build_resnet_backbone")]
     [
         (C4, ["'build_resnet_backbone'", "stride of 16", "size_divisibility"]),
         (model(BACKBONE__NAME="build_vitdet_of_any_size"), ["stride of 32", "size_divisibility"]),
+        ([*POINT_SEMANTIC, *model(POINT_HEAD__NUM_CLASSES=8)], ["POINT_HEAD", "is 8", "must be 7"]),
         ([*KEYPOINTS, "INPUT.COPY_PASTE", 0.5], ["COPY_PASTE is 0.5", "KEYPOINT_ON"]),
         ([*KEYPOINTS, *model(ROI_KEYPOINT_HEAD__NUM_KEYPOINTS=17)], ["is 17", "points_train", "[3]"]),
         (

@@ -53,7 +53,10 @@ def complete_config(cfg) -> None:
     num_things = max(1, len(things))
     supervision = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION
     labels = len(stuff) + (1 if supervision == "stuff" else num_things)
-    for section, right in (("ROI_HEADS", num_things), ("SEM_SEG_HEAD", labels)):
+    counts = {"ROI_HEADS": num_things, "SEM_SEG_HEAD": labels, "POINT_HEAD": num_things}
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == "PointRendSemSegHead":
+        counts["POINT_HEAD"] = labels
+    for section, right in counts.items():
         found = cfg.MODEL[section].NUM_CLASSES
         if found not in (0, right):
             raise ValueError(
