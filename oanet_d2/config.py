@@ -44,7 +44,7 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.FREEZE_BN = True
 
     # ---------------------------------------------------------------- semantic head
-    # Supervision of OANetSemSegFPNHead.
+    # Supervision of OANetSemSegFPNHead. Other heads take "stuff", see docs/training.md.
     #   "things_and_stuff": L_seg(stuff+object) of the paper. SEM_SEG_HEAD.NUM_CLASSES is
     #       #things + #stuff: the thing classes first, then the stuff classes.
     #   "stuff": as in Panoptic FPN. NUM_CLASSES is 1 + #stuff, and class 0 is "any thing".
