@@ -190,6 +190,8 @@ POINT_MASKS = model(
     ROI_MASK_HEAD__POINT_HEAD_ON=True,
     POINT_HEAD__SUBDIVISION_STEPS=3,
 )
+FILTER = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+POINT_MASKS += [FILTER, True]
 RES5 = resnet(50, 16, BACKBONE__NAME="PaddedC4", RESNETS__OUT_FEATURES=["res4"])
 RES5 += model(ROI_HEADS__NAME="Res5ROIHeads", SRM_HEAD__IN_FEATURE="res4")
 for key in ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"):
@@ -389,6 +391,7 @@ C4 = [*RES5, *model(BACKBONE__NAME="build_resnet_backbone")]
         (C4, ["'build_resnet_backbone'", "stride of 16", "size_divisibility"]),
         (model(BACKBONE__NAME="build_vitdet_of_any_size"), ["stride of 32", "size_divisibility"]),
         ([*POINT_SEMANTIC, *model(POINT_HEAD__NUM_CLASSES=8)], ["POINT_HEAD", "is 8", "must be 7"]),
+        ([*POINT_MASKS, FILTER, False], ["'PointRendMaskHead'", "a batch without a thing", FILTER]),
         ([*KEYPOINTS, "INPUT.COPY_PASTE", 0.5], ["COPY_PASTE is 0.5", "KEYPOINT_ON"]),
         ([*KEYPOINTS, *model(ROI_KEYPOINT_HEAD__NUM_KEYPOINTS=17)], ["is 17", "points_train", "[3]"]),
         (

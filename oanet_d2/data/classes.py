@@ -109,6 +109,12 @@ def _check_values(cfg) -> None:
             f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; with "
             "MODEL.KEYPOINT_ON set it to 0."
         )
+    mask_head = cfg.MODEL.ROI_MASK_HEAD.NAME
+    if mask_head == "PointRendMaskHead" and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        raise ValueError(
+            f"MODEL.ROI_MASK_HEAD.NAME is {mask_head!r}, whose loss fails in a batch without a thing; set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to True."
+        )
     for key in ("TRAIN", "TEST"):
         found = cfg.DATASETS[key]
         if not isinstance(found, (list, tuple)):
