@@ -336,8 +336,15 @@ def export_onnx(predictor: PanopticPredictor, path: str) -> None:
     """
     model = predictor.model
     graph = PanopticGraph(model).eval()
+    side, sizes = model.backbone.padding_constraints.get("square_size", 0), predictor.cfg.INPUT
+    if side and not 0 < sizes.MIN_SIZE_TEST <= sizes.MAX_SIZE_TEST <= side:
+        raise ExportError(
+            f"INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST are {sizes.MIN_SIZE_TEST} and "
+            f"{sizes.MAX_SIZE_TEST}; they must be from 1 to {side}, the square that the backbone wants."
+        )
     # Two sizes that no other number equals: PyTorch takes equal ones for the same.
-    image = torch.zeros(200, 330, 3, dtype=torch.uint8)
+    size = (side - 2, side - 1) if 0 < side <= 330 else (200, 330)
+    image = torch.zeros(*size, 3, dtype=torch.uint8)
     names = [*OUTPUTS, "margins" if model.order in MARGINS else "order"]
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:

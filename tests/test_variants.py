@@ -5,6 +5,7 @@ import json
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.evaluation import build_instance_evaluator
-from oanet_d2.export import ExportError, PanopticGraph
+from oanet_d2.export import ExportError, PanopticGraph, export_onnx
 from oanet_d2.modeling import OANetSemSegFPNHead
 from tests.conftest import make_input, panoptic_fpn_cfg, registered, trainer_of, training_cfg
 
@@ -409,12 +410,17 @@ def test_what_cannot_work_is_refused_before_the_training(cfg, opts, words):
 
 
 def test_an_image_larger_than_the_square_of_a_backbone_is_refused(cfg):
-    """In a batch of one image, Detectron2 would cut it off."""
+    """In a batch of one image, Detectron2 would cut it off, and so would an exported file."""
     cfg.merge_from_list(model(BACKBONE__NAME="build_vitdet"))
     complete_config(cfg)
     tested = build_model(cfg).eval()
     with torch.no_grad(), pytest.raises(ValueError, match="130 pixels.*128.*MAX_SIZE_TEST"):
         tested([make_input((64, 130), [], [])])
+    for key, value in (("MAX_SIZE_TEST", 129), ("MIN_SIZE_TEST", 0)):
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 128
+        cfg.INPUT[key] = value
+        with pytest.raises(ExportError, match=rf"MAX_SIZE_TEST.*\b{value}\b.*128"):
+            export_onnx(SimpleNamespace(model=tested, cfg=cfg), "unused.onnx")
 
 
 def test_keypoints_are_flipped_with_the_image(cfg, datasets):
