@@ -5,6 +5,7 @@ from typing import Any, Optional, Sequence, Union
 import yaml
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.projects.point_rend import add_pointrend_config
 
 __all__ = ["add_oanet_config", "find_config", "load_config"]
 
@@ -14,18 +15,21 @@ _BUNDLED = [folder / "configs" for folder in Path(__file__).parents[:2]]
 
 def add_oanet_config(cfg: CfgNode) -> None:
     """
-    Add OANet's keys to a Detectron2 config, with their defaults. Detectron2's own keys keep their
-    meaning: `MODEL.PANOPTIC_FPN.COMBINE.*`, for example, steer the fusion.
+    Add OANet's keys to a Detectron2 config, with their defaults, and PointRend's, whose heads come with
+    Detectron2. Detectron2's own keys keep their meaning: `MODEL.PANOPTIC_FPN.COMBINE.*`, for example,
+    steer the fusion.
 
     Args:
         cfg: changed in place.
     """
+    add_pointrend_config(cfg)
     CN = CfgNode
 
     # ---------------------------------------------------------------- classes
     # 0: follow the dataset, see `oanet_d2.complete_config`.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = 0
 
     # ---------------------------------------------------------------- backbone
     # For MODEL.BACKBONE.NAME "build_timm_fpn_backbone", any network of timm that takes images of any
@@ -40,7 +44,7 @@ def add_oanet_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.FREEZE_BN = True
 
     # ---------------------------------------------------------------- semantic head
-    # Supervision of OANetSemSegFPNHead.
+    # Supervision of OANetSemSegFPNHead. Other heads take "stuff", see docs/training.md.
     #   "things_and_stuff": L_seg(stuff+object) of the paper. SEM_SEG_HEAD.NUM_CLASSES is
     #       #things + #stuff: the thing classes first, then the stuff classes.
     #   "stuff": as in Panoptic FPN. NUM_CLASSES is 1 + #stuff, and class 0 is "any thing".

@@ -200,7 +200,8 @@ class OANetTrainer(DefaultTrainer):
         has_instances = metadata.json_file and metadata.thing_classes
         if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
             path, most = os.path.join(folder, "inference"), cfg.TEST.DETECTIONS_PER_IMAGE
-            evaluators.append(evaluation.build_instance_evaluator(dataset_name, path, most))
+            options = path, most, cfg.TEST.KEYPOINT_OKS_SIGMAS
+            evaluators.append(evaluation.build_instance_evaluator(dataset_name, *options))
         if cfg.TEST.SAVE_PANOPTIC:
             path = os.path.join(folder, "inference", "panoptic.json")
             evaluators.append(evaluation.PanopticFiles(dataset_name, path))

@@ -35,6 +35,7 @@ from detectron2.modeling.roi_heads import (
     FastRCNNOutputLayers,
     StandardROIHeads,
 )
+from detectron2.projects.point_rend import PointRendSemSegHead
 from detectron2.utils.logger import setup_logger
 
 from .files import atomic_path
@@ -90,11 +91,11 @@ class PanopticGraph(nn.Module):
         """
         model, size = self.model, (image.shape[0], image.shape[1])
         features = self.backbone(self._preprocess(image))
-        semantic = model.sem_seg_head.layers(features)
+        semantic = model.semantic_branch.layers(features)
         boxes, scores, classes = self._detections(features, self._proposals(features, size), size)
         masks = self._masks(features, boxes, classes)
         order = self._order(semantic, features, (boxes, scores, classes, masks), size)
-        return boxes, scores, classes, masks, model.sem_seg_head.stuff_scores(semantic)[0], order
+        return boxes, scores, classes, masks, model.semantic_branch.stuff_scores(semantic)[0], order
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
         backbone, (height, width) = self.backbone, image.shape[:2]
@@ -300,6 +301,8 @@ def _check(model: Any) -> None:
             raise ExportError(f"{name} is a deformable convolution, which ONNX Runtime does not have.")
         if isinstance(x, ROIPooler) and not isinstance(x.level_poolers[0], layers.ROIAlign):
             raise ExportError(f"{name} pools by {type(x.level_poolers[0]).__name__}; it must be ROIAlign.")
+        if isinstance(x, PointRendSemSegHead):
+            raise ExportError(f"{name} is PointRend's, which PyTorch cannot convert to ONNX.")
     rpn, heads = model.proposal_generator, model.roi_heads
     standard = CascadeROIHeads if isinstance(heads, CascadeROIHeads) else StandardROIHeads
     _same("MODEL.PROPOSAL_GENERATOR.NAME", rpn, RPN, ["forward", "predict_proposals"])
@@ -333,8 +336,15 @@ def export_onnx(predictor: PanopticPredictor, path: str) -> None:
     """
     model = predictor.model
     graph = PanopticGraph(model).eval()
+    side, sizes = model.backbone.padding_constraints.get("square_size", 0), predictor.cfg.INPUT
+    if side and not 0 < sizes.MIN_SIZE_TEST <= sizes.MAX_SIZE_TEST <= side:
+        raise ExportError(
+            f"INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST are {sizes.MIN_SIZE_TEST} and "
+            f"{sizes.MAX_SIZE_TEST}; they must be from 1 to {side}, the square that the backbone wants."
+        )
     # Two sizes that no other number equals: PyTorch takes equal ones for the same.
-    image = torch.zeros(200, 330, 3, dtype=torch.uint8)
+    size = (side - 2, side - 1) if 0 < side <= 330 else (200, 330)
+    image = torch.zeros(*size, 3, dtype=torch.uint8)
     names = [*OUTPUTS, "margins" if model.order in MARGINS else "order"]
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
@@ -376,7 +386,7 @@ def _description(predictor: PanopticPredictor) -> Dict[str, Any]:
         "overlap_threshold": model.combine_overlap_thresh,
         "stuff_area_thresh": model.combine_stuff_area_thresh,
         "keep_things_free": model.keep_things_free,
-        "semantic_stride": model.sem_seg_head.common_stride,
+        "semantic_stride": model.semantic_branch.common_stride,
     }
     for kind in ("thing", "stuff"):
         names = classes.get(f"{kind}_classes")

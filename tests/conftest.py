@@ -50,7 +50,9 @@ def tiny_cfg():
 def panoptic_fpn_cfg(cfg):
     """The config of Detectron2's Panoptic FPN that an OANet's is based on."""
     cfg = cfg.clone()
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "PanopticFPN", "SemSegFPNHead"
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == "OANetSemSegFPNHead":
+        cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
     return cfg
 
 

@@ -13,7 +13,8 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Instances
 
 from oanet_d2 import load_config
@@ -79,14 +80,14 @@ def test_an_order_for_any_segmenter(tmp_path, monkeypatch):
     folder = tmp_path / load_config("my_order.yaml").OUTPUT_DIR
     network = PairNetwork(2, GEOMETRY_NUMBERS, 0)
     LearnedOrder(network, ["person", "tie"], 4, 256, 384).save(folder / "model_final.safetensors")
-    example, _ = examples("docs/training.md")
+    _, example, _ = examples("docs/training.md")
     found: Dict = {}
     exec(example, found)
     assert sorted(found["order"].tolist()) == [0, 1]
 
 
 def test_large_scale_jittering(train_cfg):
-    _, example = examples("docs/training.md")
+    _, _, example = examples("docs/training.md")
     exec(example, found := {})
     np.random.seed(0)
     loader, padded = found["JitteringTrainer"].build_train_loader(train_cfg), []
@@ -94,6 +95,13 @@ def test_large_scale_jittering(train_cfg):
         assert x["image"].shape == (3, 1024, 1024) and x["instances"].image_size == (1024, 1024)
         padded.append(x["panoptic_category"][(x["image"] == 128).all(dim=0)])
     assert (torch.cat(padded) == -1).float().mean() > 0.99
+
+
+def test_a_builder_of_a_backbone():
+    exec(examples("docs/training.md")[0], {})
+    opts = ["MODEL.BACKBONE.NAME", "build_swin_t_fpn", "MODEL.FPN.OUT_CHANNELS", 8]
+    backbone = build_backbone(load_config(CONFIGS / "Base-OANet.yaml", opts))
+    assert backbone.output_shape()["p2"] == ShapeSpec(channels=8, stride=4)
 
 
 def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):

@@ -22,6 +22,7 @@ PAPER = ["MODEL.SRM_HEAD.NAME", "SpatialRankingHead"]
 MAP = ["MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT", "1.0"]
 CASCADE = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]
 STUFF = ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "0"]
+THEIR_HEAD = ["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"]
 TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]
 
 
@@ -95,7 +96,7 @@ def test_the_graph_of_an_image_without_instances():
 # What is exported in earnest: an export takes about half a minute.
 EXPORTED = {
     "pairs": [*MAP, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", str(tuple(EVIDENCE))],
-    "cascade": [*TIMM, *CASCADE, *PAPER, *STUFF, *order("lower_first")],
+    "cascade": [*TIMM, *CASCADE, *PAPER, *STUFF, *THEIR_HEAD, *order("lower_first")],
 }
 
 

@@ -134,6 +134,8 @@ def _check_dataset(cfg, name: str) -> None:
             "MODEL.META_ARCHITECTURE 'SRMFromAnnotations' and INPUT.COPY_PASTE 0 learns from them; "
             "anything else needs annotations."
         )
+    if cfg.MODEL.KEYPOINT_ON:
+        _check_keypoints(cfg, name, dicts)
     # Detectron2 filters only what has "annotations".
     is_filtered = name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     if is_filtered and all("annotations" in d and not _no_crowds(d["annotations"]) for d in dicts):
@@ -150,6 +152,19 @@ def _check_dataset(cfg, name: str) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(look_at, dicts[comm.get_rank() :: comm.get_world_size()]))
+
+
+def _check_keypoints(cfg, name: str, dicts: List[Dict]) -> None:
+    found = {len(x.get("keypoints", ())) // 3 for d in dicts for x in d.get("annotations", [])}
+    number, evaluated = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, name in cfg.DATASETS.TEST and found
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS or range(17))  # COCO's
+    wrong = found != {number} and (evaluated or name in cfg.DATASETS.TRAIN)
+    if wrong or (evaluated and sigmas != number):
+        raise ValueError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}; the annotations in the INSTANCES_JSON of "
+            f"dataset {name!r} have {sorted(found or {0})}, and TEST.KEYPOINT_OKS_SIGMAS is for {sigmas}. "
+            "Set the right number, or MODEL.KEYPOINT_ON to False."
+        )
 
 
 def _number_of_things(d: Dict) -> int:

@@ -63,7 +63,10 @@ def complete_config(cfg) -> None:
     num_things = max(1, len(things))
     supervision = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION
     labels = len(stuff) + (1 if supervision == "stuff" else num_things)
-    for section, right in (("ROI_HEADS", num_things), ("SEM_SEG_HEAD", labels)):
+    counts = {"ROI_HEADS": num_things, "SEM_SEG_HEAD": labels, "POINT_HEAD": num_things}
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == "PointRendSemSegHead":
+        counts["POINT_HEAD"] = labels
+    for section, right in counts.items():
         found = cfg.MODEL[section].NUM_CLASSES
         if found not in (0, right):
             raise ValueError(
@@ -111,6 +114,17 @@ def _check_values(cfg) -> None:
         raise ValueError(
             f"DATASETS.TEST is {cfg.DATASETS.TEST!r}, but SRMFromAnnotations cannot predict; set it to "
             "() and evaluate its weights in an OANet (tools/attach_srm.py)."
+        )
+    if cfg.MODEL.KEYPOINT_ON and cfg.INPUT.COPY_PASTE > 0:
+        raise ValueError(
+            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; with "
+            "MODEL.KEYPOINT_ON set it to 0."
+        )
+    mask_head = cfg.MODEL.ROI_MASK_HEAD.NAME
+    if mask_head == "PointRendMaskHead" and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        raise ValueError(
+            f"MODEL.ROI_MASK_HEAD.NAME is {mask_head!r}, whose loss fails in a batch without a thing; set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to True."
         )
     for key in ("TRAIN", "TEST"):
         found = cfg.DATASETS[key]

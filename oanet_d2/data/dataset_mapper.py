@@ -201,9 +201,12 @@ class PanopticDatasetMapper(DatasetMapper):
             if x.get("iscrowd", 0):
                 continue
             mask = x.pop("segmentation")
+            if not self.use_keypoint:
+                x.pop("keypoints", None)
             if isinstance(mask, list):
                 x["segmentation"] = [np.asarray(polygon, dtype=float) for polygon in mask]
-            x = utils.transform_instance_annotations(x, transforms, image_shape)
+            flip = {"keypoint_hflip_indices": self.keypoint_hflip_indices}
+            x = utils.transform_instance_annotations(x, transforms, image_shape, **flip)
             if not isinstance(mask, list):
                 x["segmentation"] = transforms.apply_segmentation(mask_util.decode(mask)) == 1
                 mask_format = "bitmask"

@@ -269,13 +269,30 @@ def _instances(
         instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
         if is_results:
             instance["score"] = x["score"]
+        else:
+            instance.update(_keypoints(x.get("keypoints"), at, report))
         instances[image_id].append(instance)
+    of_all = [*chain.from_iterable(instances.values())]
+    most = max((len(x.get("keypoints", ())) for x in of_all), default=0)
+    for x in of_all if most else ():  # Detectron2 and COCO's evaluation want them in all or in none
+        x.setdefault("keypoints", [0.0] * most)
     if items and not instances:
         detail = "none has a pixel in an image of the panoptic JSON (an image_id of '1' is not 1)"
         report("instances of no image", where, detail)
-    elif all(x["iscrowd"] for of_image in instances.values() for x in of_image):
+    elif all(x["iscrowd"] for x in of_all):
         report("no instance", where, "there is none but crowds, so none is learned", fatal=False)
     return instances
+
+
+def _keypoints(points: Any, at: str, report: Report) -> Dict[str, List[float]]:
+    """As Detectron2's `load_coco_json` gives them: in the centres of pixels. Nothing without any."""
+    if not points:
+        return {}
+    if not isinstance(points, list) or len(points) % 3 or not all(map(_is_coordinate, points)):
+        detail = f"'keypoints' is {reprlib.repr(points)}, not x, y, visibility, x, ...; it is left out"
+        report("malformed keypoints", at, detail, fatal=False)
+        return {}
+    return {"keypoints": [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(points)]}
 
 
 def _compare_headers(content: Dict, path: str, panoptic: Dict, images: Dict, report: Report) -> None:

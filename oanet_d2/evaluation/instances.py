@@ -1,5 +1,6 @@
 import json
 import os
+from typing import Sequence
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
@@ -12,17 +13,18 @@ __all__ = ["build_instance_evaluator"]
 
 
 def build_instance_evaluator(
-    dataset_name: str, folder: str, max_dets_per_image: int
+    dataset_name: str, folder: str, max_dets_per_image: int, oks_sigmas: Sequence[float] = ()
 ) -> COCOEvaluator:
     """
-    Detectron2's evaluator of instance AP, on the instances that were loaded and not on the JSON that
-    they come from: the images that are evaluated, boxes and areas of the masks, ids from 1. It must be
-    called in every process.
+    Detectron2's evaluator of instance and keypoint AP, on the instances that were loaded and not on
+    the JSON that they come from: the images that are evaluated, boxes and areas of the masks, ids from
+    1. It must be called in every process.
 
     Args:
         dataset_name: a dataset of :func:`register_panoptic` with an instances JSON.
         folder: for the results, and for the ground truth as a COCO JSON.
         max_dets_per_image: AP counts this many detections of an image.
+        oks_sigmas: of keypoints, where they are not COCO's.
     """
     metadata = MetadataCatalog.get(dataset_name)
     contiguous = metadata.thing_dataset_id_to_contiguous_id
@@ -39,4 +41,5 @@ def build_instance_evaluator(
         # COCOeval sorts the classes by their ids, and Detectron2 takes the names in its order.
         thing_classes=[metadata.thing_classes[contiguous[i]] for i in sorted(contiguous)],
     )
-    return COCOEvaluator(name, output_dir=folder, max_dets_per_image=max_dets_per_image)
+    options = {"max_dets_per_image": max_dets_per_image, "kpt_oks_sigmas": oks_sigmas}
+    return COCOEvaluator(name, output_dir=folder, **options)

@@ -1,10 +1,10 @@
 from .from_annotations import SRMFromAnnotations
 from .oanet import FusionInputs, OANet
 from .pair_head import PairwiseRankingHead
-from .semantic_head import OANetSemSegFPNHead
+from .semantic_head import OANetSemSegFPNHead, SemanticBranch
 from .srm_head import SRM_HEAD_REGISTRY, SpatialRankingHead, build_srm_head
 from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
 __all__ = ["SRM_HEAD_REGISTRY", "FusionInputs", "OANet", "OANetSemSegFPNHead"]
-__all__ += ["PairwiseRankingHead", "SRMFromAnnotations", "SpatialRankingHead", "build_srm_head"]
-__all__ += ["TimmBackbone", "build_timm_fpn_backbone"]
+__all__ += ["PairwiseRankingHead", "SRMFromAnnotations", "SemanticBranch", "SpatialRankingHead"]
+__all__ += ["TimmBackbone", "build_srm_head", "build_timm_fpn_backbone"]

@@ -7,7 +7,7 @@ from detectron2.config import configurable
 from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import ImageList, Instances
 
 from ..painting.fusion import combine
@@ -23,13 +23,15 @@ from .grid import (
     map_on_grid,
     truth_on_grid,
 )
-from .semantic_head import OANetSemSegFPNHead
+from .semantic_head import SemanticBranch, semantic_branch
 from .srm_head import build_srm_head
 
 __all__ = ["FusionInputs", "OANet"]
 
 OUTPUTS = ("pred_masks", "sem_seg")
 TRAIN_MASKS = ("detections", "gt")
+# They find boxes first, then what is in them.
+IN_TWO_STEPS = (StandardROIHeads.forward, CascadeROIHeads.forward)
 
 
 class FusionInputs(NamedTuple):
@@ -117,6 +119,10 @@ class OANet(PanopticFPN):
             "outputs": cfg.MODEL.OANET.OUTPUTS,
         }
 
+    @property
+    def semantic_branch(self) -> SemanticBranch:
+        return semantic_branch(self.sem_seg_head)
+
     def set_phase(self, phase: str) -> None:
         """
         Args:
@@ -158,11 +164,13 @@ class OANet(PanopticFPN):
         network_learns = self.phase != "ranking"
         with torch.set_grad_enabled(torch.is_grad_enabled() and network_learns):
             features = self.backbone(images.tensor)
-            semantic = self.sem_seg_head.layers(features)
+            head = self.semantic_branch
+            needed = network_learns or head.num_things > 0
+            semantic: Any = head.layers(features) if needed else None
             proposals, losses = self.proposal_generator(images, features, gt_instances)
             if network_learns:
                 losses.update(self.roi_heads(images, features, proposals, gt_instances)[1])
-                losses.update(self.sem_seg_head.losses(semantic, self._labels(batched_inputs)))
+                losses.update(head.losses(semantic, self._labels(batched_inputs)))
         if self.phase == "network":
             return losses
         instances = self._training_instances(images, features, proposals, gt_instances)
@@ -171,6 +179,17 @@ class OANet(PanopticFPN):
             maps = self.ranking_maps(images.image_sizes, semantic, features)
             losses.update(self.srm_head.losses(instances, truth, maps))
         return losses
+
+    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
+        """As PanopticFPN's. A ValueError says that an image does not fit the backbone's square."""
+        side = self.backbone.padding_constraints.get("square_size", 0)
+        largest = max(max(x["image"].shape[1:]) for x in batched_inputs)
+        if 0 < side < largest:  # Detectron2 would cut it off
+            raise ValueError(
+                f"An image has a side of {largest} pixels, but the backbone wants squares of {side}. Set "
+                f"INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most {side}."
+            )
+        return super().preprocess_image(batched_inputs)
 
     def _labels(self, batched_inputs: List[Dict]) -> torch.Tensor:
         labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
@@ -207,13 +226,13 @@ class OANet(PanopticFPN):
 
         Args:
             image_sizes: (H, W) of every image without padding.
-            semantic: what the layers of the semantic head return.
+            semantic: what the layers of the semantic branch return.
             features: the backbone's.
         """
-        num_things, name = self.sem_seg_head.num_things, self.srm_in_feature
+        head, name = self.semantic_branch, self.srm_in_feature
         found = {}
-        if num_things > 0:
-            found["semantic"] = semantic[:, :num_things], self.sem_seg_head.common_stride
+        if head.num_things > 0:
+            found["semantic"] = semantic[:, : head.num_things], head.common_stride
         if name in features:
             found["features"] = features[name], self.backbone.output_shape()[name].stride
         maps: List[Maps] = [{} for _ in image_sizes]
@@ -247,12 +266,12 @@ class OANet(PanopticFPN):
         _refuse_export(do_postprocess)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
-        semantic = self.sem_seg_head.layers(features)
+        semantic = self.semantic_branch.layers(features)
         proposals, _ = self.proposal_generator(images, features, None)
         all_masks = "pred_masks" in self.outputs or not do_postprocess
         detected = self._detect(images, features, proposals, all_masks)
         if not do_postprocess:
-            return detected, self.sem_seg_head.predict(semantic)
+            return detected, self.semantic_branch.predict(semantic)
 
         if return_fusion_inputs is None:
             return_fusion_inputs = self.return_fusion_inputs
@@ -278,19 +297,19 @@ class OANet(PanopticFPN):
         """
         What the ROI heads give in evaluation mode. Without `all_masks` only instances that will be
         painted get a mask, if the heads work in Detectron2's two steps; the masks of others are 0.
+        In training there are no keypoints then.
         """
         heads = self.roi_heads
-        in_two_steps = getattr(heads.forward, "__func__", None) is StandardROIHeads.forward
-        if all_masks or not in_two_steps:
+        if all_masks or getattr(heads.forward, "__func__", None) not in IN_TWO_STEPS:
             return heads(images, features, proposals, None)[0]
         detected = heads._forward_box(features, proposals)
         painted = [x.scores >= self.combine_instances_score_thresh for x in detected]
         chosen = [x[indices] for x, indices in zip(detected, painted)]
-        chosen = heads.forward_with_given_boxes(features, chosen)
+        chosen = heads._forward_mask(features, chosen)
         for x, indices, masks in zip(detected, painted, [x.pred_masks for x in chosen]):
             x.pred_masks = masks.new_zeros(len(x), *masks.shape[1:])
             x.pred_masks[indices] = masks
-        return detected
+        return detected if self.training else heads._forward_keypoint(features, detected)
 
     def _rank(
         self, images, semantic, features, detected: List[Instances], for_all_orders: bool
@@ -316,12 +335,12 @@ class OANet(PanopticFPN):
         if "pred_masks" in self.outputs:
             instances.pred_masks = masks.full()
         if "sem_seg" in self.outputs:
-            sem_seg = self.sem_seg_head.predict(logits[None])[0]
+            sem_seg = self.semantic_branch.predict(logits[None])[0]
             result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
             labels = semantic_labels(result["sem_seg"], self.keep_things_free)
         else:
-            scores = self.sem_seg_head.stuff_scores(logits[None])[0]
-            sizes = self.sem_seg_head.common_stride, image_size, size
+            scores = self.semantic_branch.stuff_scores(logits[None])[0]
+            sizes = self.semantic_branch.common_stride, image_size, size
             labels = resized_semantic_labels(scores, *sizes, self.keep_things_free)
         return result, FusionInputs(masks, instances, labels, order_inputs[left])
 
@@ -369,10 +388,12 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
     """Refuses keys of the config that contradict each other or the parts of the model."""
     if not cfg.MODEL.MASK_ON:
         raise ValueError("MODEL.MASK_ON is False; OANet ranks masks, so set it to True.")
-    if not isinstance(sem_seg_head, OANetSemSegFPNHead):
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if head.SUPERVISION != "stuff" and not isinstance(sem_seg_head, SemanticBranch):
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.NAME is {cfg.MODEL.SEM_SEG_HEAD.NAME!r}; OANet needs "
-            "'OANetSemSegFPNHead' or a subclass. (With SUPERVISION 'stuff' that is Panoptic FPN's.)"
+            f"MODEL.SEM_SEG_HEAD.SUPERVISION is {head.SUPERVISION!r}, but the head {head.NAME!r} does "
+            "not know the thing classes; set it to 'stuff', or NAME to 'OANetSemSegFPNHead'. "
+            "oanet_d2.modeling.SemanticBranch says what a head of your own needs."
         )
     choices = ("SRM_HEAD.TRAIN_MASKS", [cfg.MODEL.SRM_HEAD.TRAIN_MASKS], TRAIN_MASKS)
     for key, values, known in (choices, ("OANET.OUTPUTS", cfg.MODEL.OANET.OUTPUTS, OUTPUTS)):
@@ -380,8 +401,16 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
             if value not in known:
                 raise ValueError(f"MODEL.{key} holds {value!r}; it may hold {known}.")
     shapes, stride = backbone.output_shape(), cfg.MODEL.SRM_HEAD.STRIDE
+    padded_to = backbone.padding_constraints.get("square_size") or backbone.size_divisibility
+    largest = max((shapes[x].stride for x in head.IN_FEATURES if x in shapes), default=1)
+    if (padded_to or 1) % largest:
+        raise ValueError(
+            f"The backbone {cfg.MODEL.BACKBONE.NAME!r} wants images of multiples of {padded_to or 1} "
+            f"pixels, but MODEL.SEM_SEG_HEAD.IN_FEATURES holds one with a stride of {largest}. Its "
+            f"size_divisibility must be a multiple of {largest}, so that the labels fit the images."
+        )
     in_feature = shapes.get(cfg.MODEL.SRM_HEAD.IN_FEATURE)
-    for map_stride in (sem_seg_head.common_stride, in_feature.stride if in_feature else 4):
+    for map_stride in (semantic_branch(sem_seg_head).common_stride, in_feature.stride if in_feature else 4):
         if stride < 1 or (stride % map_stride and map_stride % stride):
             raise ValueError(
                 f"MODEL.SRM_HEAD.STRIDE is {stride}; the feature maps have the stride {map_stride}, "

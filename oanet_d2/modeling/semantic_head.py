@@ -1,15 +1,66 @@
-from typing import Dict
+from typing import Dict, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from detectron2.config import configurable
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 
-__all__ = ["OANetSemSegFPNHead"]
+__all__ = ["OANetSemSegFPNHead", "SemanticBranch", "semantic_branch"]
 
 SUPERVISION = ("things_and_stuff", "stuff")
+
+
+@runtime_checkable
+class SemanticBranch(Protocol):
+    """
+    What OANet asks of its semantic branch. A head that has all of this, as
+    :class:`OANetSemSegFPNHead` has, may know the thing classes (`SUPERVISION` "things_and_stuff"),
+    and its logits are labelled at low resolution. :func:`semantic_branch` makes it of other heads.
+    """
+
+    num_things: int  # the first classes are things; 0 if class 0 stands for all things
+    common_stride: int  # pixels of the network's input per cell of the logits
+
+    def layers(self, features: Dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, classes, h, w) float logits from the backbone's feature maps."""
+
+    def losses(self, predictions: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """From what :meth:`layers` returns and (B, H, W) int64 labels of the padded images."""
+
+    def stuff_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + #stuff, h, w) float; channel 0 is "any thing"."""
+
+    def predict(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same at the resolution of the padded images, (B, 1 + #stuff, H, W)."""
+
+
+class _PlainBranch:
+    """Of a head that gives what Detectron2 asks for: losses, or logits of the padded images."""
+
+    num_things, common_stride = 0, 1
+
+    def __init__(self, head: nn.Module):
+        self.head = head
+
+    def layers(self, features):
+        # In training there are no logits, and the losses need the features.
+        return features if self.head.training else self.head(features, None)[0]
+
+    def losses(self, predictions, targets):
+        return self.head(predictions, targets)[1]
+
+    def stuff_scores(self, logits):
+        return logits
+
+    predict = stuff_scores
+
+
+def semantic_branch(head: nn.Module) -> SemanticBranch:
+    """The interface of any of Detectron2's semantic heads: `head` itself, if it has it."""
+    return head if isinstance(head, SemanticBranch) else _PlainBranch(head)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
