@@ -95,13 +95,14 @@ def test_instances_equal_detectron2s(tiny_cfg, agnostic):
     plain = build_model(plain_cfg).eval()
     plain.load_state_dict(model.state_dict(), strict=False)
     plain.roi_heads.box_predictor.test_score_thresh = 0.05
+    model.combine_instances_score_thresh = 0.9  # what is not painted has a mask too
     theirs = GeneralizedRCNNWithTTA(plain_cfg, plain, batch_size=1)
     batch = [make_input(size, [], [], seed=i) for i, size in enumerate([(64, 96), (50, 70)])]
     with torch.no_grad():
         expected = theirs(copy.deepcopy(batch))
     for x, y in zip(with_tta(batch), expected):
         ours, theirs = instance_tensors(x["instances"]), instance_tensors(y["instances"])
-        assert ours.keys() == theirs.keys() and len(x["instances"]) > 5
+        assert ours.keys() == theirs.keys() and (ours["scores"] < 0.9).any()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name])
 
