@@ -14,15 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
+from oanet_d2.modeling import OANetWithTTA
 from oanet_d2.modeling.false_positives import with_false_positives
 from oanet_d2.modeling.grid import GridInstances
 from oanet_d2.modeling.pair_head import EVIDENCE
 from oanet_d2.painting import BoxedMasks, combine, order_from_margins
 from oanet_d2.painting.matching import match_to_segments, visible_margins
 from oanet_d2.painting.semantic import resized_semantic_labels
-from tests.conftest import make_grid_instances, make_input, random_scene
+from tests.conftest import load_config, make_grid_instances, make_input, random_scene
 
 SIZE, NUM, CLASSES = (30, 42), 6, 3
 LIMITS = {"overlap_threshold": 0.5, "stuff_area_thresh": 8, "instances_score_thresh": 0.3}
@@ -189,18 +191,35 @@ def training(model, amp=None):
     return stage
 
 
-def inferring(model, amp=None):
+def inferring(model, amp=None, wrap=lambda model: model):
     @torch.no_grad()
     def stage(to):
         on_device = to(copy.deepcopy(model)).eval()
         with amp or nullcontext():
-            results = on_device.inference(BATCH, return_fusion_inputs=True)
+            results = wrap(on_device).inference(BATCH, return_fusion_inputs=True)
         inputs = [x["fusion_inputs"] for x in results]
         orders = [x.order_inputs.order(rule) for x in inputs for rule in ("srm_mean", "srm_overlap")]
         detected = [(x["instances"].scores, x["instances"].pred_masks.float()) for x in results]
         return orders, [(x["panoptic_seg"], x["sem_seg"]) for x in results], detected
 
     return stage
+
+
+def augmented(model, amp=None):
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", "TEST.AUG.MIN_SIZES", "(56,)")
+
+    def wrap(on_device):
+        # Detectron2 makes a batch of one image by unsqueeze_(), which the pretence cannot do.
+        several = on_device.preprocess_image
+
+        def one(x):
+            images = several([*x, *x])
+            return ImageList(images.tensor[:1], images.image_sizes[:1])
+
+        on_device.preprocess_image = one
+        return OANetWithTTA(cfg, on_device)
+
+    return inferring(model, amp, wrap)
 
 
 @pytest.mark.parametrize("device, mode, tolerance", DEVICES)
@@ -210,7 +229,7 @@ def test_stages(stage, device, mode, tolerance):
 
 
 @pytest.mark.parametrize("device, mode, tolerance", DEVICES)
-@pytest.mark.parametrize("stage", [training, inferring])
+@pytest.mark.parametrize("stage", [training, inferring, augmented])
 def test_the_whole_model(model, stage, device, mode, tolerance):
     assert_same(on(device, stage(model), mode()), on(CPU, stage(model)), tolerance)
 
@@ -218,7 +237,7 @@ def test_the_whole_model(model, stage, device, mode, tolerance):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stage", [training, inferring])
+@pytest.mark.parametrize("stage", [training, inferring, augmented])
 def test_the_whole_model_in_half_precision_on_cuda(model, stage, dtype):
     found = on(CUDA, stage(model, torch.autocast("cuda", dtype)))
     assert all(torch.isfinite(x).all() for x in tree_leaves(found) if isinstance(x, torch.Tensor))
