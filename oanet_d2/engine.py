@@ -8,6 +8,7 @@ import torch
 
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -21,6 +22,7 @@ from .data.builtin import dataset_root
 from .data.check import check_datasets
 from .data.occlusion_scenes import ensure_split
 from .data.training_stream import TrainingStream, build_train_loader
+from .modeling import OANetWithTTA
 from .output_folder import RunConfig
 from .painting.learned import order_metadata
 from .report import ReportRecorder, write_report
@@ -101,7 +103,12 @@ class OANetTrainer(DefaultTrainer):
         first_phase = hooks.network_iterations(self.cfg)
         if first_phase < self.max_iter:
             ours.append(hooks.TwoPhases(first_phase))
-        return [*ours, *super().build_hooks()]
+        theirs = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            last_evaluation = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            evaluates = [isinstance(x, EvalHook) for x in theirs].index(True)
+            theirs.insert(evaluates + 1, last_evaluation)  # before the writers of metrics end
+        return [*ours, *theirs]
 
     def run_step(self):
         try:
@@ -213,11 +220,26 @@ class OANetTrainer(DefaultTrainer):
         if evaluators is not None:
             return super().test(cfg, model, evaluators)
         bare_model = getattr(model, "module", model)
+        if isinstance(bare_model, OANetWithTTA):
+            bare_model = bare_model.model
         evaluators = [cls.build_evaluator(cfg, x, model=bare_model) for x in cfg.DATASETS.TEST]
         results = super().test(cfg, model, evaluators)
         if cfg.TEST.ORDERS and comm.is_main_process():
             report_orderings(cfg, results)
         return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg, model):
+        """
+        As :meth:`test`, with the augmentations of `cfg.TEST.AUG`. As in Detectron2's training script
+        "_TTA" follows the names of the results, and files go to `OUTPUT_DIR/inference_TTA`.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        cfg.INPUT.MIN_SIZE_TEST = 0  # images as in their files: each scale is made from these
+        results = cls.test(cfg, OANetWithTTA(cfg, model))
+        return {f"{name}_TTA": x for name, x in results.items()}
 
 
 def evaluation_folder(cfg, dataset_name: str) -> str:

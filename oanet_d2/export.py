@@ -334,6 +334,10 @@ def export_onnx(predictor: PanopticPredictor, path: str) -> None:
     Raises:
         ExportError: the model cannot be exported.
     """
+    if predictor.cfg.TEST.AUG.ENABLED:
+        raise ExportError(
+            "TEST.AUG.ENABLED is True, but an exported model sees each picture once; set it to False."
+        )
     model = predictor.model
     graph = PanopticGraph(model).eval()
     side, sizes = model.backbone.padding_constraints.get("square_size", 0), predictor.cfg.INPUT

@@ -18,7 +18,7 @@ from .config import load_config
 from .data import complete_config
 from .data.images import read_image
 from .data.register import Path, category_metadata
-from .modeling import OANet
+from .modeling import OANet, OANetWithTTA
 from .result import PanopticResult, check_picture, with_names
 
 __all__ = ["PanopticPredictor", "PanopticResult"]
@@ -33,7 +33,8 @@ _building = threading.Lock()  # Detectron2's catalogs of datasets belong to the 
 
 class PanopticPredictor:
     """
-    Detectron2's :class:`DefaultPredictor` for an OANet. One predictor can serve several threads.
+    Detectron2's :class:`DefaultPredictor` for an OANet, with the augmentations of `TEST.AUG` if they
+    are enabled. One predictor can serve several threads.
 
     The names of the classes come from what is registered under the name of the config's dataset
     or, for a dataset of `DATASETS.PANOPTIC`, from its panoptic JSON. Nothing else of it is read.
@@ -84,7 +85,10 @@ class PanopticPredictor:
                 f"shape, such as {new[0]}. It is for another config, or for a training to start from."
             )
         self.metadata = MetadataCatalog.get(names[0]) if metadata is None else metadata
-        self.aug = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        with_tta = cfg.TEST.AUG.ENABLED
+        self.network = OANetWithTTA(cfg, self.model) if with_tta else self.model
+        min_size = 0 if with_tta else cfg.INPUT.MIN_SIZE_TEST  # 0: as it is
+        self.aug = T.ResizeShortestEdge(min_size, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
     def from_config(cls, config_file: Optional[Path], weights: Path = "", opts: Sequence = ()):
@@ -163,9 +167,9 @@ class PanopticPredictor:
         check_picture(image)
         given = image[:, :, ::-1] if self.cfg.INPUT.FORMAT == "RGB" else image
         resized = self.aug.get_transform(given).apply_image(given)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1), np.float32))
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         inputs = {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
-        return image, self.model.inference([inputs], **options)[0]
+        return image, self.network.inference([inputs], **options)[0]
 
     def _result(self, image, predictions, panoptic_seg, segments) -> PanopticResult:
         named = with_names(segments, self.metadata)

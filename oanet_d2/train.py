@@ -43,6 +43,8 @@ def run(args):
         checkpointer = OANetCheckpointer(model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = OANetTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(OANetTrainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

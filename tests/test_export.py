@@ -187,13 +187,16 @@ def by_values(inputs):
     return torch.tensor(sorted(range(len(inputs.scores)), key=inputs.scores.tolist().__getitem__))
 
 
-def test_a_rule_that_cannot_be_exported(tmp_path):
+def test_what_only_the_config_shows_is_refused(tmp_path):
     if "by_values" not in RANKING_RULE_REGISTRY:
         RANKING_RULE_REGISTRY.register(by_values)
     cfg = config(*order("by_values"))
     cfg.MODEL.WEIGHTS = str(tmp_path / "tiny.pth")
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     with pytest.raises(ExportError, match="PyTorch cannot export"):
+        export_onnx(PanopticPredictor(cfg), str(tmp_path / "out" / "m.onnx"))
+    cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(ExportError, match=r"TEST\.AUG\.ENABLED"):
         export_onnx(PanopticPredictor(cfg), str(tmp_path / "out" / "m.onnx"))
     assert not (tmp_path / "out").exists()
 

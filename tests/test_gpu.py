@@ -18,16 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
 from oanet_d2.evaluation import PanopticEvaluator
+from oanet_d2.modeling import OANetWithTTA
 from oanet_d2.modeling.false_positives import with_false_positives
 from oanet_d2.modeling.grid import GridInstances
 from oanet_d2.modeling.pair_head import EVIDENCE
 from oanet_d2.painting import BoxedMasks, combine, order_from_margins
 from oanet_d2.painting.matching import match_to_segments, visible_margins
 from oanet_d2.painting.semantic import resized_semantic_labels
-from tests.conftest import make_grid_instances, make_input, random_scene, trainer_of
+from tests.conftest import load_config, make_grid_instances, make_input, random_scene, trainer_of
 
 SIZE, NUM, CLASSES = (30, 42), 6, 3
 LIMITS = {"overlap_threshold": 0.5, "stuff_area_thresh": 8, "instances_score_thresh": 0.3}
@@ -195,14 +197,15 @@ def training(model, amp=None):
     return stage
 
 
-def inferring(model, amp=None):
+def inferring(model, amp=None, wrap=lambda model: model):
     @torch.no_grad()
     def stage(to):
         on_device = to(copy.deepcopy(model)).eval()
         with amp or nullcontext():
-            results = on_device.inference(BATCH, return_fusion_inputs=True)
+            wrapped = wrap(on_device)
+            results = wrapped.inference(BATCH, return_fusion_inputs=True)
             on_device.outputs = ()
-            smallest = [x["panoptic_seg"] for x in on_device.inference(BATCH)]
+            smallest = [x["panoptic_seg"] for x in wrapped.inference(BATCH)]
         inputs = [x["fusion_inputs"] for x in results]
         orders = [x.order_inputs.order(rule) for x in inputs for rule in ("srm_mean", "srm_overlap")]
         detected = [(x["instances"].scores, x["instances"].pred_masks.float()) for x in results]
@@ -231,6 +234,23 @@ def evaluating(model, amp=None):
     return stage
 
 
+def augmented(model, amp=None):
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", "TEST.AUG.MIN_SIZES", "(56,)")
+
+    def wrap(on_device):
+        # Detectron2 makes a batch of one image by unsqueeze_(), which the pretence cannot do.
+        several = on_device.preprocess_image
+
+        def one(x):
+            images = several([*x, *x])
+            return ImageList(images.tensor[:1], images.image_sizes[:1])
+
+        on_device.preprocess_image = one
+        return OANetWithTTA(cfg, on_device)
+
+    return inferring(model, amp, wrap)
+
+
 @pytest.mark.parametrize("device, mode, tolerance", DEVICES)
 @pytest.mark.parametrize("stage", [painting, with_mistakes])
 def test_stages(stage, device, mode, tolerance):
@@ -238,7 +258,7 @@ def test_stages(stage, device, mode, tolerance):
 
 
 @pytest.mark.parametrize("device, mode, tolerance", DEVICES)
-@pytest.mark.parametrize("stage", [training, inferring, evaluating])
+@pytest.mark.parametrize("stage", [training, inferring, evaluating, augmented])
 def test_the_whole_model(model, stage, device, mode, tolerance):
     assert_same(on(device, stage(model), mode()), on(CPU, stage(model)), tolerance)
 
@@ -246,7 +266,7 @@ def test_the_whole_model(model, stage, device, mode, tolerance):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stage", [training, inferring, evaluating])
+@pytest.mark.parametrize("stage", [training, inferring, evaluating, augmented])
 def test_the_whole_model_in_half_precision_on_cuda(model, stage, dtype):
     found = on(CUDA, stage(model, torch.autocast("cuda", dtype)))
     assert all(torch.isfinite(x).all() for x in tree_leaves(found) if isinstance(x, torch.Tensor))

@@ -61,8 +61,12 @@ def test_trains_in_two_processes_and_evaluates_again_in_one(train_net, tmp_path)
     assert first["seconds"]["train"] > 0 and first["seconds"]["eval"] > 0
     for file in files:
         file.unlink()
-    train_net("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.safetensors"))
-    assert json.loads(files[0].read_text())["orderings"] == first["orderings"] and files[1].exists()
+    # One image at the test scale is no real augmentation, so it changes nothing.
+    augmented = "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.FLIP", "False"
+    train_net("--eval-only", *augmented, "MODEL.WEIGHTS", str(tmp_path / "model_final.safetensors"))
+    for file in (files[0], tmp_path / "inference_TTA/orderings.json"):
+        assert json.loads(file.read_text())["orderings"] == first["orderings"]
+    assert files[1].exists() and (tmp_path / "inference_TTA/report.html").exists()
 
 
 def test_the_ranking_trains_from_annotations_alone(tmp_path):
@@ -105,6 +109,19 @@ def test_several_test_sets_have_a_folder_each(train_cfg, few_scenes):
         with open(os.path.join(folder, "orderings.json")) as f:
             assert json.load(f)["images"] == images
         assert {"report.html", "inference"} <= set(os.listdir(folder))
+
+
+def test_the_last_evaluation_of_a_training_is_augmented_too(train_cfg, few_scenes):
+    train_cfg.DATASETS.TEST, train_cfg.TEST.ORDERS = few_scenes[1:], ("score",)
+    train_cfg.TEST.EVAL_PERIOD, train_cfg.SOLVER.MAX_ITER = 1, 2
+    train_cfg.TEST.AUG.ENABLED, train_cfg.TEST.AUG.MIN_SIZES = True, (48, 64)
+    trainer_of(train_cfg).train()
+    with open(os.path.join(train_cfg.OUTPUT_DIR, "metrics.json")) as f:
+        metrics = [json.loads(line) for line in f]
+    in_each = ["panoptic_seg_TTA/PQ" in x for x in metrics if "panoptic_seg/PQ" in x]
+    assert in_each == [False, True]
+    with open(os.path.join(train_cfg.OUTPUT_DIR, "inference_TTA", "orderings.json")) as f:
+        assert json.load(f)["images"] == 3
 
 
 def test_files_that_only_the_evaluation_reads_are_missed_before_training(tiny_cfg, datasets_root):

@@ -39,8 +39,13 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.evaluation import build_instance_evaluator
+<<<<<<< ours
 from oanet_d2.export import ExportError, PanopticGraph, export_onnx
 from oanet_d2.modeling import OANetSemSegFPNHead
+=======
+from oanet_d2.export import ExportError, PanopticGraph
+from oanet_d2.modeling import OANetSemSegFPNHead, OANetWithTTA
+>>>>>>> theirs
 from tests.conftest import make_input, panoptic_fpn_cfg, registered, trainer_of, training_cfg
 
 POINTS = ["left", "right", "middle"]
@@ -311,6 +316,13 @@ def test_variant(cfg, datasets, name):
         expected = theirs(copy.deepcopy(batch))
         ours.order = "score"
         found = ours(copy.deepcopy(batch))
+        if not cfg.MODEL.KEYPOINT_ON:
+            # One image at the test scale is no real augmentation.
+            full.TEST.AUG.MIN_SIZES, full.TEST.AUG.FLIP = (64,), False
+            (augmented,), (plain,) = (x(batch[:1]) for x in (OANetWithTTA(full, ours), ours))
+            assert torch.equal(augmented["panoptic_seg"][0], plain["panoptic_seg"][0])
+            assert torch.equal(augmented["sem_seg"], plain["sem_seg"])
+            assert torch.equal(*(x["instances"].pred_masks for x in (augmented, plain)))
         ours.outputs, ours.order = (), "srm_pairs"
         lean = ours.inference(copy.deepcopy(batch), return_fusion_inputs=True)
     for a, b, c in zip(found, expected, lean):

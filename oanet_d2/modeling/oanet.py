@@ -1,4 +1,4 @@
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -279,16 +279,13 @@ class OANet(PanopticFPN):
             order_inputs = self._rank(images, semantic, features, detected, return_fusion_inputs)
             del features  # the largest tensors
             results = []
-            for x, image_size, *of_image in zip(
+            for x, image_size, detections, logits, ranked in zip(
                 batched_inputs, images.image_sizes, detected, semantic.float(), order_inputs
             ):
                 size = x.get("height", image_size[0]), x.get("width", image_size[1])
-                result, fusion_inputs = self._postprocess(image_size, size, *of_image)
-                order = fusion_inputs.order_inputs.order(self.order)
-                result["panoptic_seg"] = self.combine(fusion_inputs, order)
-                if return_fusion_inputs:
-                    result["fusion_inputs"] = fusion_inputs
-                results.append(result)
+                labels, sem_seg = self._semantic(image_size, size, logits)
+                of_image = image_size, size, detections, ranked, labels, return_fusion_inputs
+                results.append({**sem_seg, **self._result(*of_image)})
         return results
 
     def _detect(
@@ -321,8 +318,22 @@ class OANet(PanopticFPN):
         maps = self.ranking_maps(images.image_sizes, semantic, features)
         return self.srm_head.order_inputs(instances, maps)
 
-    def _postprocess(self, image_size, size, detected: Instances, logits, order_inputs: OrderInputs):
-        # One image's result at `size` = (H, W), still without "panoptic_seg", and its fusion inputs.
+    def _semantic(self, image_size, size, logits: torch.Tensor) -> Tuple[torch.Tensor, Dict]:
+        # One image's labels at `size` = (H, W), and its "sem_seg" if that is wanted.
+        if "sem_seg" in self.outputs:
+            sem_seg = self._sem_seg(image_size, size, logits)
+            return semantic_labels(sem_seg, self.keep_things_free), {"sem_seg": sem_seg}
+        scores = self.semantic_branch.stuff_scores(logits[None])[0]
+        sizes = self.semantic_branch.common_stride, image_size, size
+        return resized_semantic_labels(scores, *sizes, self.keep_things_free), {}
+
+    def _sem_seg(self, image_size, size, logits: torch.Tensor) -> torch.Tensor:
+        return sem_seg_postprocess(self.semantic_branch.predict(logits[None])[0], image_size, *size)
+
+    def _result(
+        self, image_size, size, detected: Instances, order_inputs: OrderInputs, labels, for_all_orders
+    ) -> Dict:
+        # One image's result at `size` = (H, W), but for "sem_seg".
         # Detectron2 would make a full image of each mask, so it post-processes the rest alone. It
         # drops instances with an empty box; `index` tells which are left.
         fields = {**detected.get_fields(), "index": torch.arange(len(detected), device=self.device)}
@@ -331,18 +342,12 @@ class OANet(PanopticFPN):
         left = instances.index
         instances.remove("index")
         masks = BoxedMasks.paste(roi_masks[left], instances.pred_boxes.tensor, size)
-        result = {"instances": instances}
         if "pred_masks" in self.outputs:
             instances.pred_masks = masks.full()
-        if "sem_seg" in self.outputs:
-            sem_seg = self.semantic_branch.predict(logits[None])[0]
-            result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
-            labels = semantic_labels(result["sem_seg"], self.keep_things_free)
-        else:
-            scores = self.semantic_branch.stuff_scores(logits[None])[0]
-            sizes = self.semantic_branch.common_stride, image_size, size
-            labels = resized_semantic_labels(scores, *sizes, self.keep_things_free)
-        return result, FusionInputs(masks, instances, labels, order_inputs[left])
+        fusion_inputs = FusionInputs(masks, instances, labels, order_inputs[left])
+        order = fusion_inputs.order_inputs.order(self.order)
+        result = {"instances": instances, "panoptic_seg": self.combine(fusion_inputs, order)}
+        return {**result, "fusion_inputs": fusion_inputs} if for_all_orders else result
 
     def combine(self, fusion_inputs: FusionInputs, order: torch.Tensor):
         """
@@ -388,6 +393,11 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
     """Refuses keys of the config that contradict each other or the parts of the model."""
     if not cfg.MODEL.MASK_ON:
         raise ValueError("MODEL.MASK_ON is False; OANet ranks masks, so set it to True.")
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.KEYPOINT_ON:
+        raise ValueError(
+            "TEST.AUG.ENABLED and MODEL.KEYPOINT_ON are True, but Detectron2 merges no keypoints of "
+            "augmented images; set one of the two to False."
+        )
     head = cfg.MODEL.SEM_SEG_HEAD
     if head.SUPERVISION != "stuff" and not isinstance(sem_seg_head, SemanticBranch):
         raise ValueError(

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 
 from oanet_d2 import PanopticPredictor, PanopticResult, load_config
 from oanet_d2.checkpoint import CheckpointError, read_description
+from oanet_d2.modeling import OANetWithTTA
 from tests.conftest import scenes_paths
 from tests.demo.conftest import owners
 
@@ -48,6 +49,20 @@ def test_equals_detectron2s_predictor(predictor, pictures, bgr):
 def test_a_network_that_wants_rgb(config_file, predictor, bgr):
     rgb = PanopticPredictor.from_config(config_file, opts=["INPUT.FORMAT", "RGB"])
     assert torch.equal(rgb(bgr[:, :, ::-1]).panoptic_seg, predictor(bgr).panoptic_seg)
+
+
+def test_follows_test_aug(config_file, predictor, pictures, bgr):
+    """One image at the test scale is no real augmentation; with others it is OANetWithTTA's result."""
+    opts = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
+    once = PanopticPredictor.from_config(config_file, opts=opts)
+    assert torch.equal(once(bgr).panoptic_seg, predictor(bgr).panoptic_seg)
+    opts[3:] = (48, 64), "TEST.AUG.FLIP", True
+    augmented = PanopticPredictor.from_config(config_file, opts=opts)
+    from_file = [{"file_name": str(pictures[0])}]
+    expected, info = OANetWithTTA(augmented.cfg, augmented.model)(from_file)[0]["panoptic_seg"]
+    for result in (augmented(pictures[0]), *augmented.in_orders(bgr, ["srm_pairs"]).values()):
+        assert torch.equal(result.panoptic_seg, expected) and len(result.segments_info) == len(info)
+    assert not torch.equal(expected, predictor(bgr).panoptic_seg)
 
 
 def test_orders_of_the_same_predictions(predictor, bgr):

@@ -438,6 +438,7 @@ NO_MAP = ["MODEL.SRM_HEAD.PAIRS.MAP_LOSS_WEIGHT", 0.0]
         (["MODEL.SEM_SEG_HEAD.SUPERVISION", "all"], ["SUPERVISION", "'all'", "things_and_stuff"]),
         (["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"], ["'SemSegFPNHead'", "things_and_stuff", "'stuff'"]),
         (["MODEL.MASK_ON", False], ["MODEL.MASK_ON", "False", "True"]),
+        (["TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True], ["TEST.AUG.ENABLED", "keypoints"]),
         (["MODEL.OANET.OUTPUTS", "('masks',)"], ["OANET.OUTPUTS", "'masks'", "'pred_masks'"]),
         (["MODEL.SRM_HEAD.IN_FEATURE", "p9"], ["SRM_HEAD.IN_FEATURE", "'p9'", "'p2'"]),
         (["MODEL.SRM_HEAD.TRAIN_MASKS", "pred"], ["TRAIN_MASKS", "'pred'", "'detections'"]),
