@@ -2,7 +2,7 @@ import logging
 import os
 import time
 import weakref
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Union
 
 import torch
 
@@ -267,7 +267,7 @@ def build_evaluator(
     model: Any = None,
     *,
     orders: Sequence[str] = (),
-    train_names: Sequence[str] = (),
+    train_names: Union[str, Sequence[str]] = (),
     max_pictures: int = 12,
     instance_ap: bool = True,
     max_dets_per_image: int = 100,
@@ -280,7 +280,7 @@ def build_evaluator(
     Args:
         model: the OANet that is evaluated, built with `return_fusion_inputs`, for `orders`.
         orders, max_pictures, save_panoptic: `TEST.ORDERS`, `ORDER_PICTURES` and `SAVE_PANOPTIC`.
-        train_names: training sets, for the order "class_order".
+        train_names: one or several training sets, for the order "class_order".
         instance_ap: False for a model whose results hold no masks.
         max_dets_per_image: AP counts this many detections of an image.
     """
@@ -290,7 +290,8 @@ def build_evaluator(
         compared = "score", model.order
         report = ReportRecorder(dataset_name, output_dir, max_pictures, compared)
     if "class_order" in orders:
-        by_class = evaluation.count_class_margins(train_names, model.roi_heads.num_classes)
+        names = [train_names] if isinstance(train_names, str) else train_names
+        by_class = evaluation.count_class_margins(names, model.roi_heads.num_classes)
     evaluators.append(evaluation.PanopticEvaluator(model, orders, report, by_class))
     metadata, folder = MetadataCatalog.get(dataset_name), os.path.join(output_dir, "inference")
     if instance_ap and metadata.json_file and metadata.thing_classes:
