@@ -7,7 +7,7 @@ setup(
     include_package_data=False,  # no more than this:
     package_data={
         "oanet_d2": ["py.typed"],
-        "oanet_d2.configs": ["**/*.yaml"],
+        "oanet_d2.configs": ["**/*.yaml", "**/*.py"],
         "oanet_d2.report": ["template/*"],
     },
 )

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .files import atomic_path, write_atomically
@@ -100,6 +101,29 @@ class OANetCheckpointer(DetectionCheckpointer):
         except (OSError, RuntimeError) as error:  # torch may raise the latter for a full disk
             reason = f"{error.__context__ or error}. {last} Make room and go on with --resume."
             raise CheckpointError(f"{path} cannot be written: {reason}") from error
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """
+        As :meth:`DetectionCheckpointer.resume_or_load`.
+
+        Raises:
+            CheckpointError: see :meth:`load`; or the last checkpoint is of another kind of training,
+                or not every process finds it.
+        """
+        last = self.get_checkpoint_file() if resume and self.has_checkpoint() else ""
+        found = comm.all_gather(os.path.basename(last))
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"The processes would resume from {found}: not all of them find the last checkpoint "
+                f"in {self.save_dir}. Every machine needs that folder."
+            )
+        try:
+            return super().resume_or_load(path, resume=resume)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{last} holds no training that goes on here, but for example that of a yaml, which no "
+                f".py resumes: it has no {error}. Give it as weights, in another output folder."
+            ) from error
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """

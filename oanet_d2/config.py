@@ -7,7 +7,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.point_rend import add_pointrend_config
 
-__all__ = ["add_oanet_config", "find_config", "load_config"]
+__all__ = ["add_oanet_config", "find_config", "is_lazy", "load_config"]
 
 # A wheel has the configs inside the package, a checkout beside it.
 _BUNDLED = [folder / "configs" for folder in Path(__file__).parents[:2]]
@@ -148,6 +148,11 @@ def find_config(name: Union[str, os.PathLike]) -> str:
     return bundled[0] if bundled and not os.path.exists(name) else name
 
 
+def is_lazy(config_file: Union[str, os.PathLike, None]) -> bool:
+    """Whether it is a config in Python, see :mod:`oanet_d2.lazy`."""
+    return os.fspath(config_file or "").endswith(".py")
+
+
 def load_config(
     config_file: Union[str, os.PathLike], opts: Sequence = (), content: Optional[str] = None
 ) -> CfgNode:
@@ -164,6 +169,8 @@ def load_config(
     Raises:
         ValueError: the file or an override is wrong. The message names it.
     """
+    if is_lazy(config_file):
+        raise ValueError(f"config {config_file}: a .py is not taken here; give a yaml.")
     cfg = get_cfg()
     add_oanet_config(cfg)
     try:

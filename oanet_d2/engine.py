@@ -2,7 +2,7 @@ import logging
 import os
 import time
 import weakref
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence, Union
 
 import torch
 
@@ -10,13 +10,15 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import setup_logger
 
 from . import evaluation, hooks
-from .checkpoint import CheckpointError, OANetCheckpointer
+from .checkpoint import OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import dataset_root
 from .data.check import check_datasets
@@ -28,7 +30,7 @@ from .painting.learned import order_metadata
 from .report import ReportRecorder, write_report
 from .submission import categories_of
 
-__all__ = ["OANetTrainer", "prepare_datasets", "report_orderings"]
+__all__ = ["OANetTrainer", "build_evaluator", "build_step_trainer", "prepare_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,22 @@ class BFloat16Trainer(SimpleTrainer):
         self.after_backward()
         self._write_metrics(losses, data_time)
         self.optimizer.step()
+
+
+def build_step_trainer(model, data_loader, optimizer, amp: bool, **ddp) -> SimpleTrainer:
+    """
+    Detectron2's trainer of single steps, in several processes and in mixed precision on a CPU, too.
+
+    Args:
+        amp: mixed precision.
+        ddp: for :func:`create_ddp_model`.
+    """
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    devices: Dict[str, Any] = {} if on_cuda else {"device_ids": None}
+    trainer_class = SimpleTrainer
+    if amp:
+        trainer_class = AMPTrainer if on_cuda else BFloat16Trainer
+    return trainer_class(create_ddp_model(model, **ddp, **devices), data_loader, optimizer)
 
 
 class OANetTrainer(DefaultTrainer):
@@ -76,17 +94,16 @@ class OANetTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
-        on_cuda = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         # Each of two phases leaves the parameters of the other one without a gradient.
-        two_phases = hooks.network_iterations(cfg) < cfg.SOLVER.MAX_ITER
-        devices: Dict[str, Any] = {} if on_cuda else {"device_ids": None}
-        ddp_model = create_ddp_model(
-            model, broadcast_buffers=False, find_unused_parameters=two_phases, **devices
+        two_phases = _network_iterations(cfg) < cfg.SOLVER.MAX_ITER
+        self._trainer = build_step_trainer(
+            model,
+            data_loader,
+            optimizer,
+            cfg.SOLVER.AMP.ENABLED,
+            broadcast_buffers=False,
+            find_unused_parameters=two_phases,
         )
-        trainer_class = SimpleTrainer
-        if cfg.SOLVER.AMP.ENABLED:
-            trainer_class = AMPTrainer if on_cuda else BFloat16Trainer
-        self._trainer = trainer_class(ddp_model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = OANetCheckpointer(
             model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE, trainer=weakref.proxy(self)
@@ -95,14 +112,14 @@ class OANetTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self):
-        self.guard = hooks.DivergenceGuard()
+        self.guard = hooks.DivergenceGuard(self.checkpointer, self.cfg.INPUT.FORMAT)
         ours = [RunConfig(), self.guard]
         stream = getattr(self.data_loader, "dataset", None)
         if isinstance(stream, TrainingStream):  # a subclass may build another loader
             ours.append(hooks.DataOrder(stream))
-        first_phase = hooks.network_iterations(self.cfg)
+        first_phase = _network_iterations(self.cfg)
         if first_phase < self.max_iter:
-            ours.append(hooks.TwoPhases(first_phase))
+            ours.append(hooks.TwoPhases(self.checkpointer.model, first_phase))
         theirs = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
             last_evaluation = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
@@ -115,20 +132,6 @@ class OANetTrainer(DefaultTrainer):
             super().run_step()
         except FloatingPointError as error:
             raise self.guard.explained(error) from error
-
-    def resume_or_load(self, resume=True):
-        """
-        Raises:
-            CheckpointError: a checkpoint is of no use, or not every process finds the last one.
-            OutputFolderError: it is of another model or optimizer, see :class:`RunConfig`.
-        """
-        super().resume_or_load(resume)
-        starts = comm.all_gather(self.start_iter)
-        if len(set(starts)) > 1:
-            raise CheckpointError(
-                f"The processes would start at the iterations {starts}: not all of them find the "
-                f"last checkpoint in {self.cfg.OUTPUT_DIR}. Every machine needs that folder."
-            )
 
     def after_train(self):
         """
@@ -173,9 +176,15 @@ class OANetTrainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        if hooks.network_iterations(cfg) < cfg.SOLVER.MAX_ITER:
-            return hooks.build_two_phase_lr_scheduler(cfg, optimizer)
-        return super().build_lr_scheduler(cfg, optimizer)
+        first, total = _network_iterations(cfg), cfg.SOLVER.MAX_ITER
+        if first == total:
+            return super().build_lr_scheduler(cfg, optimizer)
+        network = cfg.clone()
+        network.defrost()
+        network.SOLVER.MAX_ITER = first
+        network.SOLVER.STEPS = tuple(x for x in cfg.SOLVER.STEPS if x < first)
+        schedule = super().build_lr_scheduler(network, optimizer)._multiplier
+        return LRMultiplier(optimizer, hooks.two_phase_schedule(schedule, first / total), total)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -189,44 +198,33 @@ class OANetTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None, model=None):
         """
-        Panoptic quality, with `model` in each order of `cfg.TEST.ORDERS` too, and COCO's
-        instance AP where there are an instances JSON and masks (`cfg.MODEL.OANET.OUTPUTS`). Within a
-        training a few pictures for TensorBoard.
+        See :func:`build_evaluator`. The default folder is `cfg.OUTPUT_DIR`, or one in it for each of
+        several datasets.
         """
-        folder = output_folder or evaluation_folder(cfg, dataset_name)
-        evaluators = [evaluation.PanopticPictures(dataset_name)] if has_event_storage() else []
-        orders = cfg.TEST.ORDERS if model is not None else ()
-        report = by_class = None
-        if orders and _has_report(cfg):
-            compared, most = ("score", model.order), cfg.TEST.ORDER_PICTURES
-            report = ReportRecorder(dataset_name, folder, most, compared)
-        if "class_order" in orders:
-            by_class = evaluation.count_class_margins(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        evaluators.append(evaluation.PanopticEvaluator(model, orders, report, by_class))
-        metadata = MetadataCatalog.get(dataset_name)
-        has_instances = metadata.json_file and metadata.thing_classes
-        if has_instances and "pred_masks" in cfg.MODEL.OANET.OUTPUTS:
-            path, most = os.path.join(folder, "inference"), cfg.TEST.DETECTIONS_PER_IMAGE
-            options = path, most, cfg.TEST.KEYPOINT_OKS_SIGMAS
-            evaluators.append(evaluation.build_instance_evaluator(dataset_name, *options))
-        if cfg.TEST.SAVE_PANOPTIC:
-            path = os.path.join(folder, "inference", "panoptic.json")
-            evaluators.append(evaluation.PanopticFiles(dataset_name, path))
-        return DatasetEvaluators(evaluators)
+        several = len(cfg.DATASETS.TEST) > 1
+        folder = os.path.join(cfg.OUTPUT_DIR, dataset_name) if several else cfg.OUTPUT_DIR
+        return build_evaluator(
+            dataset_name,
+            output_folder or folder,
+            model,
+            orders=cfg.TEST.ORDERS if model is not None else (),
+            train_names=cfg.DATASETS.TRAIN,
+            max_pictures=cfg.TEST.ORDER_PICTURES,
+            instance_ap="pred_masks" in cfg.MODEL.OANET.OUTPUTS,
+            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            save_panoptic=cfg.TEST.SAVE_PANOPTIC,
+        )
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """As :meth:`DefaultTrainer.test`; a comparison of `cfg.TEST.ORDERS` is reported, too."""
-        if evaluators is not None:
-            return super().test(cfg, model, evaluators)
-        bare_model = getattr(model, "module", model)
-        if isinstance(bare_model, OANetWithTTA):
-            bare_model = bare_model.model
-        evaluators = [cls.build_evaluator(cfg, x, model=bare_model) for x in cfg.DATASETS.TEST]
-        results = super().test(cfg, model, evaluators)
-        if cfg.TEST.ORDERS and comm.is_main_process():
-            report_orderings(cfg, results)
-        return results
+        """As :meth:`DefaultTrainer.test`."""
+        if evaluators is None:
+            bare_model = getattr(model, "module", model)
+            if isinstance(bare_model, OANetWithTTA):
+                bare_model = bare_model.model
+            evaluators = [cls.build_evaluator(cfg, x, model=bare_model) for x in cfg.DATASETS.TEST]
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg, model):
@@ -242,15 +240,11 @@ class OANetTrainer(DefaultTrainer):
         return {f"{name}_TTA": x for name, x in results.items()}
 
 
-def evaluation_folder(cfg, dataset_name: str) -> str:
-    """`cfg.OUTPUT_DIR`, or a folder in it for each of several datasets."""
-    several = len(cfg.DATASETS.TEST) > 1
-    return os.path.join(cfg.OUTPUT_DIR, dataset_name) if several else cfg.OUTPUT_DIR
-
-
-def _has_report(cfg) -> bool:
-    order = cfg.MODEL.OANET.ORDER
-    return order != "score" and {"score", order} <= set(cfg.TEST.ORDERS)
+def _network_iterations(cfg) -> int:
+    share, total = cfg.SOLVER.SRM_ONLY_SHARE, cfg.SOLVER.MAX_ITER
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    first = hooks.network_iterations(share, total, model)
+    return total if cfg.MODEL.OANET.TRAIN_SRM_ONLY else first
 
 
 def prepare_datasets(cfg) -> None:
@@ -263,24 +257,74 @@ def prepare_datasets(cfg) -> None:
             ensure_split(dataset_root("occlusion_scenes"), split, images, **options)
 
 
-def report_orderings(cfg, results: Dict) -> None:
+class OrdersReported(DatasetEvaluators):
+    """Logs a comparison of orders, and writes its `orderings.json` and report."""
+
+    def __init__(self, evaluators: List, dataset_name: str, output_dir: str, has_report: bool):
+        super().__init__(evaluators)
+        self.dataset_name = dataset_name
+        self.output_dir = output_dir
+        self.has_report = has_report
+
+    def evaluate(self):
+        results = super().evaluate()
+        if comm.is_main_process():
+            # Detectron2 takes the time of each iteration, less the first three of a run.
+            steps = get_event_storage().histories().get("time") if has_event_storage() else None
+            train_seconds = sum(x for x, _ in steps.values()) if steps else None
+            path = os.path.join(self.output_dir, "orderings.json")
+            seconds = {"train": train_seconds, "eval": results["evaluation"]["seconds"]}
+            evaluation.write_orderings(path, results, seconds)
+            table = evaluation.orderings_table(evaluation.orderings_of(results))
+            logger.info(
+                f"Painting orders on {self.dataset_name}, same predictions:\n{table}\nWritten to {path}"
+            )
+            if self.has_report:
+                logger.info(f"Report, for a browser: {write_report(self.output_dir)}")
+        return results
+
+
+def build_evaluator(
+    dataset_name: str,
+    output_dir: str,
+    model: Any = None,
+    *,
+    orders: Sequence[str] = (),
+    train_names: Union[str, Sequence[str]] = (),
+    max_pictures: int = 12,
+    instance_ap: bool = True,
+    max_dets_per_image: int = 100,
+    oks_sigmas: Sequence[float] = (),
+    save_panoptic: bool = False,
+) -> DatasetEvaluators:
     """
-    Log the table of orders, and write `orderings.json` and the report.
+    Panoptic quality, also in other painting orders, and COCO's instance AP where there is an
+    instances JSON. Within a training a few pictures for TensorBoard.
 
     Args:
-        cfg: the config of the evaluation.
-        results: from the evaluators, by dataset where there are several.
+        model: the OANet that is evaluated, built with `return_fusion_inputs`, for `orders`.
+        orders, max_pictures, save_panoptic: `TEST.ORDERS`, `ORDER_PICTURES` and `SAVE_PANOPTIC`.
+        train_names: one or several training sets, for the order "class_order".
+        instance_ap: False for a model whose results hold no masks.
+        max_dets_per_image: AP counts this many detections of an image.
+        oks_sigmas: of keypoints, where they are not COCO's.
     """
-    # Detectron2 takes the time of each iteration, less the first three of a run.
-    steps = get_event_storage().histories().get("time") if has_event_storage() else None
-    train_seconds = sum(x for x, _ in steps.values()) if steps else None
-    names = cfg.DATASETS.TEST
-    for name, result in ({names[0]: results} if len(names) == 1 else results).items():
-        folder = evaluation_folder(cfg, name)
-        path = os.path.join(folder, "orderings.json")
-        seconds = {"train": train_seconds, "eval": result["evaluation"]["seconds"]}
-        evaluation.write_orderings(path, result, seconds)
-        table = evaluation.orderings_table(evaluation.orderings_of(result))
-        logger.info(f"Painting orders on {name}, same predictions:\n{table}\nWritten to {path}")
-        if _has_report(cfg):
-            logger.info(f"Report, for a browser: {write_report(folder)}")
+    evaluators = [evaluation.PanopticPictures(dataset_name)] if has_event_storage() else []
+    report = by_class = None
+    if orders and model.order != "score" and {"score", model.order} <= set(orders):
+        compared = "score", model.order
+        report = ReportRecorder(dataset_name, output_dir, max_pictures, compared)
+    if "class_order" in orders:
+        names = [train_names] if isinstance(train_names, str) else train_names
+        by_class = evaluation.count_class_margins(names, model.roi_heads.num_classes)
+    evaluators.append(evaluation.PanopticEvaluator(model, orders, report, by_class))
+    metadata, folder = MetadataCatalog.get(dataset_name), os.path.join(output_dir, "inference")
+    if instance_ap and metadata.json_file and metadata.thing_classes:
+        options = folder, max_dets_per_image, oks_sigmas
+        evaluators.append(evaluation.build_instance_evaluator(dataset_name, *options))
+    if save_panoptic:
+        path = os.path.join(folder, "panoptic.json")
+        evaluators.append(evaluation.PanopticFiles(dataset_name, path))
+    if orders:
+        return OrdersReported(evaluators, dataset_name, output_dir, report is not None)
+    return DatasetEvaluators(evaluators)

@@ -38,6 +38,7 @@ from detectron2.modeling.roi_heads import (
 from detectron2.projects.point_rend import PointRendSemSegHead
 from detectron2.utils.logger import setup_logger
 
+from .config import is_lazy
 from .files import atomic_path
 from .modeling import OANet, PairwiseRankingHead
 from .modeling.grid import detections_on_grid
@@ -411,7 +412,7 @@ def get_parser() -> argparse.ArgumentParser:
     about = "path to config file; not needed with a model_final.safetensors as MODEL.WEIGHTS"
     parser.add_argument("--config-file", metavar="FILE", help=about)
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, *.onnx")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, default=[], help="config's KEY VALUE ...")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, default=[], help="as for predict")
     return parser
 
 
@@ -421,7 +422,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     setup_logger(name="oanet_d2")
     for name in ("onnxscript", "onnx_ir", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    start, opts = time.perf_counter(), [*args.opts, "MODEL.DEVICE", "cpu"]
+    on_cpu = ["train.device=cpu"] if is_lazy(args.config_file) else ["MODEL.DEVICE", "cpu"]
+    start, opts = time.perf_counter(), [*args.opts, *on_cpu]
     try:
         predictor = PanopticPredictor.from_config(args.config_file, opts=opts)
         with warnings.catch_warnings():  # of the exporter, about PyTorch's and Detectron2's own code

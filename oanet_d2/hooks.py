@@ -2,20 +2,22 @@
 
 import logging
 import os
-from typing import Dict, Sequence
+from typing import Any, Dict, Sequence
 
 import torch
-from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamScheduler
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    ParamScheduler,
+)
 from PIL import Image
 
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.solver import LRMultiplier, build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from .checkpoint import first_not_finite
+from .checkpoint import OANetCheckpointer, first_not_finite
 from .data.training_stream import TrainingStream, derived_seed
 
 __all__ = ["DataOrder", "DivergenceGuard", "TwoPhases"]
@@ -25,40 +27,35 @@ logger = logging.getLogger(__name__)
 OF_STEPS = 2  # tells the random numbers of a step from those of a sample of the TrainingStream
 
 
-def network_iterations(cfg) -> int:
+def network_iterations(share: float, total: int, model: Any) -> int:
     """
     The number of iterations in which the network learns, at least one. In the others, at the end,
-    the ranking head learns (`cfg.SOLVER.SRM_ONLY_SHARE`). A training with one phase has no others.
+    the ranking head learns.
+
+    Args:
+        share: of these others in the total; 0 for a training with one phase.
+        model: the model, or its class.
 
     Raises:
         ValueError: it is no share, or the model has no phases.
     """
-    share, total = cfg.SOLVER.SRM_ONLY_SHARE, cfg.SOLVER.MAX_ITER
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    has_phases = hasattr(META_ARCH_REGISTRY.get(architecture), "set_phase")
-    if not 0 <= share < 1 or (share > 0 and not has_phases):
+    if not 0 <= share < 1 or (share > 0 and not hasattr(model, "set_phase")):
+        name = getattr(model, "__name__", type(model).__name__)
         raise ValueError(
             f"SOLVER.SRM_ONLY_SHARE is {share}; it must lie in [0, 1), and be 0 for a model without "
-            f"a ranking head beside a network (MODEL.META_ARCHITECTURE is {architecture!r}). To train "
-            "nothing but the ranking head, set MODEL.OANET.TRAIN_SRM_ONLY."
+            f"a ranking head beside a network (the model is {name!r}). To train nothing but the "
+            "ranking head, set MODEL.OANET.TRAIN_SRM_ONLY."
         )
-    return total if cfg.MODEL.OANET.TRAIN_SRM_ONLY else max(1, total - round(share * total))
+    return max(1, total - round(share * total))
 
 
-def build_two_phase_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+def two_phase_schedule(network: ParamScheduler, share: float) -> ParamScheduler:
     """
-    Detectron2's schedule over :func:`network_iterations`, then half a cosine from BASE_LR to 0.
+    A schedule of the network's learning rate over this share of the iterations, then half a cosine
+    from the base learning rate to 0.
     """
-    first, total = network_iterations(cfg), cfg.SOLVER.MAX_ITER
-    network = cfg.clone()
-    network.defrost()
-    network.SOLVER.MAX_ITER = first
-    network.SOLVER.STEPS = tuple(x for x in cfg.SOLVER.STEPS if x < first)
-    schedule = build_lr_scheduler(network, optimizer)._multiplier
-    lengths = [first / total, 1 - first / total]
-    phases = [schedule, CosineParamScheduler(1, 0)]
-    both = CompositeParamScheduler(phases, lengths, ["rescaled", "rescaled"])
-    return LRMultiplier(optimizer, both, total)
+    phases = [network, CosineParamScheduler(1, 0)]
+    return CompositeParamScheduler(phases, [share, 1 - share], ["rescaled", "rescaled"])
 
 
 class TwoPhases(HookBase):
@@ -68,12 +65,17 @@ class TwoPhases(HookBase):
     while every parameter required a gradient, with `find_unused_parameters`.)
     """
 
-    def __init__(self, network_iterations: int):
+    def __init__(self, model: Any, network_iterations: int):
+        """
+        Args:
+            model: without DistributedDataParallel.
+        """
+        self.model = model
         self.network_iterations = network_iterations
 
     def before_step(self):
         phase = "network" if self.trainer.iter < self.network_iterations else "ranking"
-        model = self.trainer.checkpointer.model  # without DistributedDataParallel
+        model = self.model
         if model.phase != phase:
             logger.info(f"Iteration {self.trainer.iter}: from here on, the {phase} learns.")
             model.set_phase(phase)
@@ -110,10 +112,18 @@ class DivergenceGuard(HookBase):
     the batch. Every process looks at its own.
     """
 
-    _batch: Sequence[Dict] = ()
+    def __init__(self, checkpointer: OANetCheckpointer, image_format: str):
+        """
+        Args:
+            checkpointer: of the model, without DistributedDataParallel.
+            image_format: of the images in a batch.
+        """
+        self.checkpointer = checkpointer
+        self.image_format = image_format
+        self._batch: Sequence[Dict] = ()
 
     def before_train(self):
-        model = self.trainer.checkpointer.model  # without DistributedDataParallel
+        model = self.checkpointer.model
         model.register_forward_pre_hook(self._remember)
         model.register_forward_hook(self._check)
 
@@ -132,13 +142,13 @@ class DivergenceGuard(HookBase):
         Args:
             error: of this guard, or of Detectron2's proposal generator, which comes before the losses.
         """
-        cfg, checkpointer = self.trainer.cfg, self.trainer.checkpointer
+        checkpointer = self.checkpointer
         name = f"iteration_{self.trainer.iter:07d}_rank_{comm.get_rank()}"
-        folder = os.path.join(cfg.OUTPUT_DIR, "non_finite_loss", name)
+        folder = os.path.join(checkpointer.save_dir, "non_finite_loss", name)
         os.makedirs(folder, exist_ok=True)
         for i, x in enumerate(self._batch):
             if "image" in x:  # a training from annotations has none
-                rgb = convert_image_to_rgb(x["image"].byte().permute(1, 2, 0), cfg.INPUT.FORMAT)
+                rgb = convert_image_to_rgb(x["image"].byte().permute(1, 2, 0), self.image_format)
                 stem = os.path.splitext(os.path.basename(x["file_name"]))[0]
                 Image.fromarray(rgb).save(os.path.join(folder, f"{i:02d}_{stem}.png"))
         weight = first_not_finite(checkpointer.model.named_parameters())
@@ -147,5 +157,6 @@ class DivergenceGuard(HookBase):
         return FloatingPointError(
             f"Iteration {self.trainer.iter}: {error} The batch ({file_names}) is in {folder}."
             f"{spoiled} The last checkpoint is {checkpointer.get_checkpoint_file() or 'none yet'}. A "
-            "lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help."
+            "lower learning rate (SOLVER.BASE_LR), a longer warm-up (SOLVER.WARMUP_ITERS) or "
+            "SOLVER.CLIP_GRADIENTS may help."
         )

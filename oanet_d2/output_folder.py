@@ -9,6 +9,7 @@ from typing import Any, Dict
 import torch
 import yaml
 
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 
@@ -31,14 +32,19 @@ class OutputFolderError(ValueError):
 
 def prepare_output_folder(cfg, resume: bool = False, eval_only: bool = False) -> None:
     """
-    Make `cfg.OUTPUT_DIR`, and see that a training which starts there replaces no other one.
+    Make the output folder, and see that a training which starts there replaces no other one.
+
+    Args:
+        cfg: of a yaml, or a LazyConfig. The latter is not compared: it finds a folder without
+            checkpoints, or resumes.
 
     Raises:
         OutputFolderError: nothing can be written there, or it holds checkpoints of another config.
     """
     if not comm.is_main_process():
         return
-    folder = cfg.OUTPUT_DIR
+    is_yaml = isinstance(cfg, CfgNode)
+    folder = cfg.OUTPUT_DIR if is_yaml else cfg.train.output_dir
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -47,12 +53,14 @@ def prepare_output_folder(cfg, resume: bool = False, eval_only: bool = False) ->
     found = sorted(Path(folder).glob("model_[0-9f]*.pth"))  # model_final.pth comes last
     if eval_only or not found or (resume and os.path.exists(f"{folder}/last_checkpoint")):
         return
-    here = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).dump()
-    try:
-        trainer = torch.load(found[-1], map_location="cpu", weights_only=True)["trainer"]
-        reason = _listed(_differences(trainer["hooks"]["RunConfig"]["yaml"], here))
-    except Exception:  # damaged, or of another program
-        reason = "it does not say with which config it was trained"
+    reason = "a config in Python is not compared with it"
+    if is_yaml:
+        here = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).dump()
+        try:
+            trainer = torch.load(found[-1], map_location="cpu", weights_only=True)["trainer"]
+            reason = _listed(_differences(trainer["hooks"]["RunConfig"]["yaml"], here))
+        except Exception:  # damaged, or of another program
+            reason = "it does not say with which config it was trained"
     if reason:
         raise OutputFolderError(
             f"OUTPUT_DIR holds {found[-1]} of another training: {reason}. Set another OUTPUT_DIR, "

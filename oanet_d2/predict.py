@@ -32,6 +32,12 @@ from .submission import PanopticSubmission
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4")
+# What --confidence-threshold (two of them) and --order change, in a yaml and in a .py.
+KEYS = {
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "model.roi_heads.box_predictor.test_score_thresh",
+    "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": "model.combine_instances_score_thresh",
+    "MODEL.OANET.ORDER": "model.order",
+}
 PANEL_SIDES = 480, 1280  # pixels, the longer side of a panel of --compare: at least and at most
 
 logger = logging.getLogger("oanet_d2.predict")
@@ -61,7 +67,8 @@ def get_parser() -> argparse.ArgumentParser:
         "folder of its name; without --output nothing is drawn"
     )
     add("--save-panoptic", nargs="?", const="", metavar="JSON", help=about)
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="config's KEY VALUE ...; comes last")
+    about = "config's KEY VALUE ..., of a .py key=value ...; comes last"
+    add("--opts", nargs=argparse.REMAINDER, default=[], help=about)
     return parser
 
 
@@ -126,15 +133,15 @@ class Segmenter:
 
             self.predictor, self.orders = OnnxPredictor(args.onnx), []
             return
+        from .config import is_lazy
         from .predictor import PanopticPredictor
 
-        changes = {
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": args.confidence_threshold,
-            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": args.confidence_threshold,
-            "MODEL.OANET.ORDER": args.order,
-        }
-        opts = [x for item in changes.items() if item[1] is not None for x in item]
-        self.predictor = PanopticPredictor.from_config(args.config_file, opts=[*args.opts, *opts])
+        lazy, opts = is_lazy(args.config_file), list(args.opts)
+        values = args.confidence_threshold, args.confidence_threshold, args.order
+        for (key, lazy_key), value in zip(KEYS.items(), values):
+            if value is not None:
+                opts += [f"{lazy_key}={value}"] if lazy else [key, value]
+        self.predictor = PanopticPredictor.from_config(args.config_file, opts=opts)
         self.orders = ["score", self.predictor.model.order] if args.compare else []
         if self.orders == ["score", "score"]:
             raise ValueError("--compare needs another order than 'score'; name it by --order.")

@@ -3,18 +3,18 @@
 import logging
 import os
 import threading
-from typing import Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
 from .checkpoint import CheckpointError, OANetCheckpointer, read_description
-from .config import load_config
+from .config import is_lazy, load_config
 from .data import complete_config
 from .data.images import read_image
 from .data.register import Path, category_metadata
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Picture = Union[Path, np.ndarray]
 # What nobody asks a predictor for is not made.
 _OPTS = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
+_LAZY_OPTS = ["model.outputs=[]", "model.return_fusion_inputs=False"]
 _building = threading.Lock()  # Detectron2's catalogs of datasets belong to the whole process
 
 
@@ -41,11 +42,12 @@ class PanopticPredictor:
     :meth:`from_file` needs neither.
     """
 
-    def __init__(self, cfg: CfgNode, metadata: Optional[Metadata] = None):
+    def __init__(self, cfg: CfgNode, metadata: Optional[Metadata] = None, model: Any = None):
         """
         Args:
             cfg: config of the network, with `MODEL.WEIGHTS`.
             metadata: Detectron2's of the classes, instead of that dataset's.
+            model: the network, instead of the one that `cfg.MODEL` describes.
 
         Raises:
             ValueError: the config or the checkpoint cannot be used. The message says why.
@@ -53,7 +55,10 @@ class PanopticPredictor:
         self.cfg = cfg = cfg.clone()
         cfg.defrost()
         if not cfg.MODEL.WEIGHTS:
-            raise ValueError("MODEL.WEIGHTS is not set. Give the checkpoint to predict with.")
+            raise ValueError(
+                "MODEL.WEIGHTS is not set. Give the checkpoint to predict with (with a .py, as "
+                "train.init_checkpoint)."
+            )
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'RGB' or 'BGR'.")
         if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -72,9 +77,10 @@ class PanopticPredictor:
         with _building:
             complete_config(cfg)
             cfg.freeze()
-            self.model = build_model(cfg).eval()
+            model = build_model(cfg) if model is None else model.to(cfg.MODEL.DEVICE)
+        self.model = model.eval()
         if not isinstance(self.model, OANet):
-            found = cfg.MODEL.META_ARCHITECTURE
+            found = type(self.model).__name__
             raise ValueError(f"MODEL.META_ARCHITECTURE is {found}; it must be OANet.")
         checkpointer = OANetCheckpointer(self.model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load(cfg.MODEL.WEIGHTS)
@@ -94,20 +100,30 @@ class PanopticPredictor:
     def from_config(cls, config_file: Optional[Path], weights: Path = "", opts: Sequence = ()):
         """
         Args:
-            config_file: yaml that the network was trained with. None: see :meth:`from_file`.
-            weights: path or URL of its checkpoint. The default is the config's `MODEL.WEIGHTS`.
-            opts: "KEY", value, "KEY", value, ... to override in the config. "MODEL.OANET.OUTPUTS"
-                is () unless it is set here.
+            config_file: yaml or .py that the network was trained with. A .py is code, and runs. None:
+                see :meth:`from_file`.
+            weights: path or URL of its checkpoint. The default is the config's `MODEL.WEIGHTS`
+                (`train.init_checkpoint`).
+            opts: "KEY", value, "KEY", value, ... to override in the config, for a .py "key=value", ...
+                "MODEL.OANET.OUTPUTS" (`model.outputs`) is () unless it is set here.
         """
         if config_file is None:
             weights = weights or dict(zip(opts[::2], opts[1::2])).get("MODEL.WEIGHTS", "")
             if not weights:
                 raise ValueError("Give --config-file, or MODEL.WEIGHTS model_final.safetensors.")
             return cls.from_file(weights, opts)
-        cfg = load_config(config_file, [*_OPTS, *opts])
+        model = None
+        if is_lazy(config_file):
+            from . import lazy  # it needs what training needs
+
+            with _building:  # while Detectron2 reads such a config, it replaces `import`
+                lazy_cfg = lazy.load_lazy_config(config_file, [*_LAZY_OPTS, *opts])
+            cfg, model = lazy.yaml_keys(lazy_cfg), instantiate(lazy_cfg.model)
+        else:
+            cfg = load_config(config_file, [*_OPTS, *opts])
         if weights:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
-        return cls(cfg)
+        return cls(cfg, model=model)
 
     @classmethod
     def from_file(cls, weights: Path, opts: Sequence = ()):

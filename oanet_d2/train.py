@@ -11,8 +11,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from . import lazy
 from .checkpoint import OANetCheckpointer
-from .config import find_config, load_config
+from .config import find_config, is_lazy, load_config
 from .data import complete_config
 from .data.check import check_datasets
 from .engine import OANetTrainer, prepare_datasets
@@ -35,6 +36,8 @@ def setup(args):
 
 
 def run(args):
+    if is_lazy(args.config_file):
+        return lazy.run(args)
     cfg = setup(args)
 
     if args.eval_only:

@@ -17,10 +17,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Instances
 
-from oanet_d2 import load_config
+from oanet_d2 import complete_config, load_config
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.cli import COMMANDS
 from oanet_d2.data.occlusion_scenes import write_split
+from oanet_d2.lazy import load_lazy_config, yaml_keys
 from oanet_d2.modeling.oanet import FusionInputs
 from oanet_d2.painting import RANKING_RULE_REGISTRY, BoxedMasks, OrderInputs
 from oanet_d2.painting.learned import LearnedOrder
@@ -80,14 +81,14 @@ def test_an_order_for_any_segmenter(tmp_path, monkeypatch):
     folder = tmp_path / load_config("my_order.yaml").OUTPUT_DIR
     network = PairNetwork(2, GEOMETRY_NUMBERS, 0)
     LearnedOrder(network, ["person", "tie"], 4, 256, 384).save(folder / "model_final.safetensors")
-    _, example, _ = examples("docs/training.md")
+    _, _, example, _ = examples("docs/training.md")
     found: Dict = {}
     exec(example, found)
     assert sorted(found["order"].tolist()) == [0, 1]
 
 
 def test_large_scale_jittering(train_cfg):
-    _, _, example = examples("docs/training.md")
+    *_, example = examples("docs/training.md")
     exec(example, found := {})
     np.random.seed(0)
     loader, padded = found["JitteringTrainer"].build_train_loader(train_cfg), []
@@ -98,10 +99,24 @@ def test_large_scale_jittering(train_cfg):
 
 
 def test_a_builder_of_a_backbone():
-    exec(examples("docs/training.md")[0], {})
+    exec(examples("docs/training.md")[1], {})
     opts = ["MODEL.BACKBONE.NAME", "build_swin_t_fpn", "MODEL.FPN.OUT_CHANNELS", 8]
     backbone = build_backbone(load_config(CONFIGS / "Base-OANet.yaml", opts))
     assert backbone.output_shape()["p2"] == ShapeSpec(channels=8, stride=4)
+
+
+def test_a_config_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        write_split(tmp_path / "my", split, 1, image_size=64, num_workers=0)
+        (tmp_path / f"my/annotations/panoptic_{split}.json").rename(tmp_path / f"my/{split}.json")
+    example, *_ = examples("docs/training.md")
+    (tmp_path / "my_config.py").write_text(example)
+    keys = yaml_keys(load_lazy_config("my_config.py"))
+    complete_config(keys)  # it has the classes of the datasets
+    for name in (*keys.DATASETS.TRAIN, *keys.DATASETS.TEST):  # other tests register these names, too
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):

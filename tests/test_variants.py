@@ -39,13 +39,8 @@ from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.evaluation import build_instance_evaluator
-<<<<<<< ours
 from oanet_d2.export import ExportError, PanopticGraph, export_onnx
-from oanet_d2.modeling import OANetSemSegFPNHead
-=======
-from oanet_d2.export import ExportError, PanopticGraph
 from oanet_d2.modeling import OANetSemSegFPNHead, OANetWithTTA
->>>>>>> theirs
 from tests.conftest import make_input, panoptic_fpn_cfg, registered, trainer_of, training_cfg
 
 POINTS = ["left", "right", "middle"]

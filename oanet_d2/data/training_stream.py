@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from detectron2.config import configurable
 from detectron2.data import (
     DatasetFromList,
     build_batch_data_loader,
@@ -96,14 +97,7 @@ class TrainingStream(IterableDataset):
                 yield sample
 
 
-def build_train_loader(cfg, mapper):
-    """
-    Detectron2's `build_detection_train_loader`; its `dataset` is a :class:`TrainingStream`. For
-    `INPUT.COPY_PASTE` the mapper gets the whole dataset, too, as `others`.
-
-    Raises:
-        ValueError: the config names no training set.
-    """
+def _from_config(cfg, mapper) -> Dict[str, Any]:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is (); a training needs at least one dataset.")
     # One by one: in one call Detectron2 takes it that either all or none have instances.
@@ -113,25 +107,59 @@ def build_train_loader(cfg, mapper):
     dicts: Any = [*chain.from_iterable(map(read, cfg.DATASETS.TRAIN))]
     # A sampler that counts classes finds the things of the PNG where there are no annotations.
     counted = [x if "annotations" in x else {**x, "annotations": _things(x)} for x in dicts]
-    if cfg.INPUT.COPY_PASTE > 0:
-        dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
-        mapper = partial(mapper, others=dicts)
-    # Detectron2 makes the sampler of the config, and the samples.
-    make = partial(build_detection_train_loader, mapper=mapper, aspect_ratio_grouping=False)
+    # Detectron2 makes the sampler of the config. The dataset is not serialized for that.
     listed = DatasetFromList(counted, copy=False, serialize=False)
-    sampler = make(cfg, dataset=listed).dataset.sampler
-    theirs = make(dicts, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH).dataset
-    by_shape = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    groups = [int(by_shape and x["width"] > x["height"]) for x in dicts]
-    batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    theirs = build_detection_train_loader(
+        cfg, mapper=mapper, dataset=listed, aspect_ratio_grouping=False
+    )
+    return {
+        "dataset": dicts,
+        "mapper": mapper,
+        "sampler": theirs.dataset.sampler,
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+    }
+
+
+@configurable(from_config=_from_config)
+def build_train_loader(
+    dataset: Any,
+    *,
+    mapper: Any,
+    sampler: Any = None,
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+):
+    """
+    Detectron2's `build_detection_train_loader`, with its arguments, or with a config and a mapper. The
+    loader's `dataset` is a :class:`TrainingStream`. A mapper that pastes gets the whole dataset, too,
+    as `others`.
+
+    Raises:
+        ValueError: the config names no training set.
+    """
+    if getattr(mapper, "copy_paste", 0) > 0:
+        dataset = DatasetFromList(dataset, copy=False)  # in memory that workers share
+        mapper = partial(mapper, others=dataset)
+    theirs = build_detection_train_loader(
+        dataset=dataset,
+        mapper=mapper,
+        sampler=sampler,
+        total_batch_size=total_batch_size,
+        aspect_ratio_grouping=False,
+    ).dataset
+    groups = [int(aspect_ratio_grouping and x["width"] > x["height"]) for x in dataset]
+    batch_size = total_batch_size // comm.get_world_size()
     stream = TrainingStream(theirs.dataset, theirs.sampler, batch_size, groups)
     if stream.seed < 0:  # newer versions of Detectron2 hand SEED -1 on: a random seed
         stream.seed = comm.shared_random_seed()
     return build_batch_data_loader(
         stream,
         None,
-        cfg.SOLVER.IMS_PER_BATCH,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        total_batch_size,
+        num_workers=num_workers,
         seed=stream.seed,  # or it would take a random number from the step that starts it
     )
 

@@ -94,7 +94,8 @@ class OANetSemSegFPNHead(SemSegFPNHead):
                 "MODEL.ROI_HEADS.NUM_CLASSES too. Set it to #things + #stuff, or SUPERVISION to "
                 "'stuff' for Panoptic FPN's 1 + #stuff classes."
             )
-        super().__init__(input_shape, num_classes=num_classes, **kwargs)
+        # By name: Detectron2 would take a LazyConfig's mapping for a whole config.
+        super().__init__(input_shape=input_shape, num_classes=num_classes, **kwargs)
         if 0 <= self.ignore_value < num_classes:
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {self.ignore_value}, which is one of the "
