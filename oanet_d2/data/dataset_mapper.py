@@ -127,7 +127,11 @@ class PanopticDatasetMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
-        ret = super().from_config(cfg, is_train)
+        ret, crop = super().from_config(cfg, is_train), cfg.INPUT.CROP
+        most = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)  # PointRend's key; here, of one segment
+        if is_train and crop.ENABLED and most < 1:
+            limited = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, most, ignored_category=0)
+            ret["augmentations"][0] = limited
         ret["num_things"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret["stuff_only"] = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
         ret["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE

@@ -111,13 +111,16 @@ def build_train_loader(cfg, mapper):
         get_detection_dataset_dicts, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
     dicts: Any = [*chain.from_iterable(map(read, cfg.DATASETS.TRAIN))]
+    # A sampler that counts classes finds the things of the PNG where there are no annotations.
+    counted = [x if "annotations" in x else {**x, "annotations": _things(x)} for x in dicts]
     if cfg.INPUT.COPY_PASTE > 0:
         dicts = DatasetFromList(dicts, copy=False)  # in memory that workers share
         mapper = partial(mapper, others=dicts)
-    # Detectron2 makes the samples and the sampler of the config.
-    theirs = build_detection_train_loader(
-        cfg, mapper=mapper, dataset=dicts, aspect_ratio_grouping=False
-    ).dataset
+    # Detectron2 makes the sampler of the config, and the samples.
+    make = partial(build_detection_train_loader, mapper=mapper, aspect_ratio_grouping=False)
+    listed = DatasetFromList(counted, copy=False, serialize=False)
+    sampler = make(cfg, dataset=listed).dataset.sampler
+    theirs = make(dicts, sampler=sampler, total_batch_size=cfg.SOLVER.IMS_PER_BATCH).dataset
     by_shape = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [int(by_shape and x["width"] > x["height"]) for x in dicts]
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
@@ -131,3 +134,7 @@ def build_train_loader(cfg, mapper):
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=stream.seed,  # or it would take a random number from the step that starts it
     )
+
+
+def _things(dataset_dict: Dict) -> List[Dict]:
+    return [s for s in dataset_dict["segments_info"] if s["isthing"]]

@@ -1,3 +1,5 @@
+from operator import attrgetter
+
 import pytest
 
 from detectron2.config import get_cfg
@@ -127,20 +129,21 @@ def test_two_datasets_have_to_agree(tmp_path):
         ("INPUT.MASK_FORMAT", ["rle", ""], ["polygon", "bitmask"]),
         ("MODEL.DEVICE", ["gpu", "cpu:0", ""], ["cpu", "cuda", "cuda:1", "mps"]),
         ("DATASETS.TRAIN", [None, "occlusion_scenes_train"], [()]),
+        ("INPUT.RANDOM_FLIP", ["both"], ["vertical", "none"]),
+        ("INPUT.CROP.TYPE", ["random"], ["relative"]),
+        ("INPUT.CROP.SIZE", [[1.5, 1.0], [0, 1]], [[0.1, 1.0], [1, 1]]),
+        ("DATALOADER.SAMPLER_TRAIN", ["WeightedTrainingSampler"], ["RepeatFactorTrainingSampler"]),
         ("MODEL.LOAD_PROPOSALS", [True], [False]),
+        ("MODEL.PROPOSAL_GENERATOR.NAME", ["PrecomputedProposals"], ["RPN"]),
     ],
 )
 def test_wrong_values_are_named_before_anything_is_read(key, wrong, right):
     """(Whether there is such a device, torch says.)"""
+    on = "INPUT.CROP.ENABLED", True
     for value in right:
-        complete_config(config(key, value))
+        complete_config(config(*on, key, value))
     for value in wrong:
-        cfg = config()
-        section, name = key.split(".")
-        cfg[section][name] = value
+        cfg, (section, _, name) = config(*on), key.rpartition(".")
+        setattr(attrgetter(section)(cfg), name, value)
         with pytest.raises(ValueError, match=key):
             complete_config(cfg)
-
-
-def test_proposals_are_unpickled_only_where_pickles_are_allowed():
-    complete_config(config("MODEL.LOAD_PROPOSALS", True, "MODEL.ALLOW_PICKLE", True))

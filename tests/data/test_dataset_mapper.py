@@ -12,7 +12,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 import detectron2.data.transforms as T
-from detectron2.data import build_detection_train_loader
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 
 from oanet_d2.data import PanopticDatasetMapper
@@ -256,6 +256,75 @@ def test_instances_from_the_png_are_those_of_annotations(folder, scene, crop, se
     assert torch.equal(ours.gt_classes, theirs.gt_classes)
     for x, y in ((ours.gt_boxes, theirs.gt_boxes), (ours.gt_masks, theirs.gt_masks)):
         assert torch.equal(x.tensor, y.tensor) and x.tensor.dtype == y.tensor.dtype
+
+
+def crop_of(type, *size):
+    return ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", type, "INPUT.CROP.SIZE", size]
+
+
+LSJ = [T.ResizeScale(0.3, 2.0, 40, 50), T.FixedSizeCrop((40, 50))]  # large-scale jittering
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+@pytest.mark.parametrize(
+    "opts, augmentations",
+    [
+        ([], {}),
+        ([], {"augmentations": LSJ}),
+        *[(crop_of(*x), {}) for x in (("relative", 0.5, 0.8), ("relative_range", 0.3, 0.3))],
+        *[(crop_of(*x), {}) for x in (("absolute", 30, 9), ("absolute_range", 4, 30))],
+        (["INPUT.RANDOM_FLIP", "vertical"], {}),
+        (["INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], {}),
+    ],
+)
+def test_options_do_what_they_do_in_detectron2(tmp_path, opts, augmentations, mask_format):
+    """Two images of unequal sizes, and a map of labels, which Detectron2's mapper augments as well."""
+    things = [(8, "stuff", (0, 0, 12, 24)), (5, "thing", (5, 9, 17, 20)), (9, "thing", (1, 2, 10, 14))]
+    common = ["DATASETS.TRAIN", (), "INPUT.MIN_SIZE_TRAIN", (20, 40), "INPUT.MASK_FORMAT", mask_format]
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", *common, *opts)
+    ours = PanopticDatasetMapper(cfg, True, num_things=3, **augmentations)
+    theirs = DatasetMapper(cfg, True, **augmentations)
+    shapes = set()
+    for seed, size in enumerate([(24, 32), (31, 20)] * 3):
+        d = write_scene(tmp_path, size, things, "polygon")
+        for x in d["annotations"]:  # Detectron2 would cut off fractions
+            x["segmentation"] = [list(map(float, x["segmentation"][0]))]
+        painted = Image.open(d["file_name"]).split()[0]
+        painted.save(tmp_path / "labels.png")
+        np.random.seed(seed)
+        expected = theirs({**d, "sem_seg_file_name": str(tmp_path / "labels.png")})
+        np.random.seed(seed)
+        sample = ours(d)
+        assert torch.equal(sample["image"], expected["image"])
+        labels = expected["sem_seg"].masked_fill(expected["sem_seg"] == 255, 0)  # padding
+        assert torch.equal(sample["panoptic_seg"][0], labels)
+        instances, of_both = sample["instances"], []
+        assert instances.gt_classes.tolist() == expected["instances"].gt_classes.tolist()
+        for x in (instances, expected["instances"]):
+            masks = x.gt_masks if len(x) else BitMasks(torch.zeros(0, *x.image_size))
+            if isinstance(masks, PolygonMasks):
+                masks = BitMasks.from_polygon_masks(masks, *x.image_size)
+            of_both.append(masks.tensor.bool())
+        assert torch.equal(*of_both)
+        shapes.add(sample["image"].shape)
+    assert len(shapes) > 1 or augmentations
+
+
+def test_a_crop_that_no_segment_fills(tmp_path):
+    """Of the crops of a quarter, most would lie in one half of the image."""
+    halves = [(7, "thing", (0, 0, 60, 60)), (9, "stuff", (60, 0, 120, 60))]
+    d = write_scene(tmp_path, (60, 120), halves, None)
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", *crop_of("relative", 0.25, 0.25))
+    found = []
+    for most in (1.0, 0.8):
+        cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = most
+        mapper, largest = PanopticDatasetMapper(cfg, True, num_things=2), []
+        for seed in range(20):
+            np.random.seed(seed)
+            _, counts = mapper(d)["panoptic_seg"][0].unique(return_counts=True)
+            largest.append((counts.max() / counts.sum()).item())
+        found.append(sum(x < 0.83 for x in largest))  # the image is resized after the crop
+    assert found[0] < 8 < 12 < found[1]
 
 
 def test_an_image_that_vanishes_when_it_is_resized_is_named(tmp_path):

@@ -16,10 +16,10 @@ NAME = "test_training_stream"
 
 @pytest.fixture
 def cfg(tiny_cfg):
-    """A dataset of 23 images, of both orientations."""
+    """A dataset of 23 images, of both orientations. One class is in two of them."""
     sizes = np.random.default_rng(0).integers(10, 20, (23, 2))
     dicts = [
-        {"file_name": str(i), "width": w, "height": h, "annotations": []}
+        {"file_name": str(i), "width": w, "height": h, "annotations": [{"category_id": int(i < 2)}]}
         for i, (w, h) in enumerate(sizes)
     ]
     DatasetCatalog.register(NAME, lambda: dicts)
@@ -42,17 +42,33 @@ def with_draws(dataset_dict):
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
 def test_same_order_as_detectron2(cfg, grouping, sampler):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.SAMPLER_TRAIN = grouping, sampler
-    cfg.SEED = 5
+    cfg.SEED, cfg.DATALOADER.REPEAT_THRESHOLD = 5, 0.9
     np.random.seed(3)
     theirs = list(islice(build_detection_train_loader(cfg, mapper=dict), 30))
     np.random.seed(3)
     assert list(islice(build_train_loader(cfg, dict), 30)) == theirs
 
 
+def test_without_annotations_the_sampler_counts_the_things_of_the_png(cfg):
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.9
+    cfg.SEED = 5
+
+    def order():
+        batches = islice(build_train_loader(cfg, dict), 30)
+        return [x["file_name"] for batch in batches for x in batch]
+
+    expected = order()
+    for x in DatasetCatalog.get(NAME):
+        things = [{**a, "isthing": True} for a in x.pop("annotations")]
+        x["segments_info"] = [*things, {"category_id": 1, "isthing": False}]
+    assert order() == expected and expected.count("0") > 1.5 * expected.count("2")
+
+
 @pytest.mark.parametrize("step", [1, -1])
 def test_sets_with_and_without_instances(cfg, step):
     """An image is left out if annotations say that it has no instance, not if there are none."""
-    dicts = [{"file_name": f"{i}", "width": 9, "height": 9} for i in range(3)]
+    size = {"width": 9, "height": 9, "segments_info": []}
+    dicts = [{"file_name": f"{i}", **size} for i in range(3)]
     dicts[0]["annotations"] = []
     dicts[1]["annotations"] = [{"iscrowd": 0, "category_id": 0}]
     names = ["test_stream_with", "test_stream_without"]

@@ -8,8 +8,6 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from detectron2.data import DatasetCatalog
-from detectron2.engine import launch
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from oanet_d2.data.occlusion_scenes import write_split
@@ -23,7 +21,6 @@ from oanet_d2.evaluation import (
 from oanet_d2.evaluation.panoptic import margins_of_true_pairs
 from oanet_d2.painting.metrics import METRICS
 from oanet_d2.painting.ranking import order_from_margins
-from oanet_d2.report import ReportRecorder
 from tests.conftest import registered, scenes_paths
 from tests.evaluation.silhouettes import SilhouetteModel
 
@@ -215,37 +212,3 @@ def test_pictures_for_tensorboard(scenes):
         names, drawn = zip(*((name, image) for name, image, _ in storage._vis_data))
     assert names == tuple(f"{scenes}/{i}" for i in range(4))
     assert all(x.shape[0] == 3 and x.shape[2] > 3 * x.shape[1] * 0.8 for x in drawn)
-
-
-def evaluate_half(root, folder):
-    torch.set_num_threads(1)
-    rank, model = comm.get_rank(), SilhouetteModel(wrong_images=(1000001,))
-    with registered("test_panoptic_scenes", *scenes_paths(root, "val")) as name:
-        report = ReportRecorder(name, str(folder), 2, ("score", "srm_pairs"))
-        results = evaluate(
-            PanopticEvaluator(model, ORDERS, report=report), name, model, slice(rank, None, 2)
-        )
-        kept = PanopticPictures(name)
-        kept.process(DatasetCatalog.get(name)[:1], [model(DatasetCatalog.get(name)[0])])
-    (folder / f"{rank}.json").write_text(json.dumps([results, len(kept._kept)]))
-    comm.synchronize()  # neither process ends before the other
-
-
-def test_two_processes_are_as_one(root, scenes, tmp_path):
-    launch(evaluate_half, 2, dist_url="auto", args=(root, tmp_path))
-    (ours, pictures), other = (
-        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)
-    )
-    # The main process alone reports, and keeps pictures.
-    assert pictures == 1 and other == [None, 0]
-    model = SilhouetteModel(wrong_images=(1000001,))
-    report = ReportRecorder(scenes, str(tmp_path / "one"), 2, ("score", "srm_pairs"))
-    alone = evaluate(PanopticEvaluator(model, ORDERS, report=report), scenes, model)
-    for key in ("panoptic_seg", *(f"panoptic_seg/{order}" for order in ORDERS)):
-        assert ours[key] == pytest.approx(alone[key])
-    assert ours["evaluation"]["images"] == NUM_IMAGES
-    two, one = (
-        json.loads((tmp_path / x / "report" / "evaluation.json").read_text()) for x in ("", "one")
-    )
-    assert two["cases"] == one["cases"] and two["overlaps"] == one["overlaps"]
-    assert two["outcomes"] == one["outcomes"] and two["outcomes"]["better"] > 0

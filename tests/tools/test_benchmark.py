@@ -1,6 +1,7 @@
 import multiprocessing
 
 import benchmark
+import pytest
 import torch
 
 
@@ -31,3 +32,33 @@ def test_both_sides_do_the_same_work(monkeypatch):
     for side in benchmark.inference(stuff, benchmark.PANOPTIC_FPN, 20, "cpu"):
         (result,) = side()
         assert 2 <= sum(x["isthing"] for x in result["panoptic_seg"][1]) <= 20
+    # Batches in mixed precision, as on a GPU.
+    sides = benchmark.inference(
+        stuff, benchmark.PANOPTIC_FPN, 20, "cpu", size=(96, 160), batch=2, dtype=torch.bfloat16
+    )
+    for side in sides:
+        results = side()
+        assert [x["panoptic_seg"][0].shape for x in results] == [(96, 160)] * 2
+
+
+@pytest.mark.parametrize("phase, amp", [("network", True), ("ranking", False)])
+def test_steps_of_the_network_on_coco(monkeypatch, tmp_path, phase, amp):
+    """With a small network in place of the R-50, and as many classes as COCO has."""
+    config = tmp_path / "small.yaml"
+    config.write_text(f'_BASE_: "{benchmark.ROOT / benchmark.DEMO}"\nSOLVER: {{MAX_ITER: 1}}\n')
+    monkeypatch.setattr(benchmark, "NUM_STUFF", 20)
+    ours, theirs = benchmark.training_step(phase, "cpu", str(config), 64, amp)
+    (trainer,) = ours.args
+    heads, losses = trainer.model.roi_heads, []
+    assert heads.num_classes == 80 and len(heads.blobs) == 100
+    trainer.model.register_forward_hook(lambda model, inputs, found: losses.append(found))
+    ours(), theirs()
+    assert ("loss_srm_pairs" in losses[0]) == (phase == "ranking")
+    assert ("loss_mask" in losses[0]) == (phase == "network")
+
+
+def test_how_many_workers_feed_a_gpu():
+    cells = {"mapper": ["", "200.0"], "step_network_AMP": ["AMP", "25.0"], "inference": ["", "9.0"]}
+    assert benchmark.workers_needed(cells) == (
+        "One worker of the data loader reads 40.0 images a second; AMP: 80.0 images a second, 2 workers."
+    )
