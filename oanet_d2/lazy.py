@@ -29,6 +29,7 @@ from .data.check import check_datasets
 from .data.register import Path
 from .data.training_stream import TrainingStream
 from .engine import build_step_trainer
+from .modeling.oanet import check_orders
 from .output_folder import prepare_output_folder
 
 __all__ = ["do_test", "do_train", "load_lazy_config", "run", "yaml_keys"]
@@ -96,8 +97,22 @@ def yaml_keys(cfg: DictConfig) -> CfgNode:
 
 def _build_model(cfg: DictConfig) -> Tuple[Any, OANetCheckpointer]:
     model, allow_pickle = instantiate(cfg.model), cfg.train.get("allow_pickle", False)
+    _check_evaluator(cfg, model)
     model.to(cfg.train.device)
     return model, OANetCheckpointer(model, cfg.train.output_dir, allow_pickle=allow_pickle)
+
+
+def _check_evaluator(cfg: DictConfig, model: Any) -> None:
+    """Refuses orders that an evaluation, perhaps after a long training, could not paint."""
+    orders = cfg.dataloader.get("evaluator", {}).get("orders") or ()
+    if not orders:
+        return
+    if not model.return_fusion_inputs:
+        raise ValueError(
+            f"dataloader.evaluator.orders is {orders}, but model.return_fusion_inputs is False; set that "
+            "to True, or orders to []."
+        )
+    check_orders("dataloader.evaluator.orders", orders, model.srm_head)
 
 
 def run(args):

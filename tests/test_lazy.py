@@ -245,6 +245,24 @@ def test_what_else_is_refused(tiny):
         run(tiny, "dataloader.test.mapper.augmentations=[]")
 
 
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.order=srm_maen", "ORDER has the order 'srm_maen'; it must be one of"),
+        ("model.order=srm_mean", "ORDER has the order 'srm_mean'.* score map"),
+        ("dataloader.evaluator.orders=[srm_mean]", "orders has the order 'srm_mean'.* score map"),
+        ("model.return_fusion_inputs=false", "return_fusion_inputs is False"),
+        ("model.outputs=[pred_mask]", "'pred_mask'; it may hold .*'pred_masks'"),
+        ("+model.train_masks=gts", "'gts'; it may hold .*'gt'"),
+        ("+model.srm_stride=3", "STRIDE is 3.*multiple or a divisor of 4"),
+    ],
+)
+def test_a_wrong_model_is_refused_before_the_training(tiny, tmp_path, override, words):
+    with pytest.raises(ValueError, match=words):
+        run(tiny, override)
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
 def test_trains_in_two_processes(subprocess_env, tmp_path):
     """With a dataset that the config itself registers."""
     for split in ("train", "val"):
