@@ -170,7 +170,7 @@ class OANet(PanopticFPN):
             semantic: Any = head.layers(features) if needed else None
             proposals, losses = self.proposal_generator(images, features, gt_instances)
             if network_learns:
-                losses.update(self.roi_heads(images, features, proposals, gt_instances)[1])
+                losses.update(self._roi_losses(images, features, proposals, gt_instances))
                 losses.update(head.losses(semantic, self._labels(batched_inputs)))
         if self.phase == "network":
             return losses
@@ -181,6 +181,17 @@ class OANet(PanopticFPN):
             losses.update(self.srm_head.losses(instances, truth, maps))
         return losses
 
+    def _roi_losses(self, images, features, proposals, gt: List[Instances]) -> Dict[str, torch.Tensor]:
+        head: Any = getattr(self.roi_heads, "mask_head", None)
+        if any(map(len, gt)) or not getattr(head, "mask_point_on", False):
+            return self.roi_heads(images, features, proposals, gt)[1]
+        # PointRend's loss of points fails in a batch without a thing.
+        head.mask_point_on = False
+        losses = self.roi_heads(images, features, proposals, gt)[1]
+        head.mask_point_on = True
+        # All parameters have a gradient, as DistributedDataParallel wants.
+        return {**losses, "loss_mask_point": 0 * sum(x.sum() for x in head.point_head.parameters())}
+
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """As PanopticFPN's. A ValueError says that an image does not fit the backbone's square."""
         side = self.backbone.padding_constraints.get("square_size", 0)
@@ -188,7 +199,7 @@ class OANet(PanopticFPN):
         if 0 < side < largest:  # Detectron2 would cut it off
             raise ValueError(
                 f"An image has a side of {largest} pixels, but the backbone wants squares of {side}. Set "
-                f"INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most {side}."
+                f"INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST and TEST.AUG.MAX_SIZE to at most {side}."
             )
         return super().preprocess_image(batched_inputs)
 
