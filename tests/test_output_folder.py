@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    OANetTrainer(config(folder)).train()
+    OANetTrainer(config(folder, "TEST.AUG.ENABLED", True)).train()  # there is nothing to augment
     return folder
 
 
