@@ -121,7 +121,7 @@ class OANetTrainer(DefaultTrainer):
         if first_phase < self.max_iter:
             ours.append(hooks.TwoPhases(self.checkpointer.model, first_phase))
         theirs = super().build_hooks()
-        if self.cfg.TEST.AUG.ENABLED:
+        if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
             last_evaluation = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
             evaluates = [isinstance(x, EvalHook) for x in theirs].index(True)
             theirs.insert(evaluates + 1, last_evaluation)  # before the writers of metrics end

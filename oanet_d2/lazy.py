@@ -29,6 +29,7 @@ from .data.check import check_datasets
 from .data.register import Path
 from .data.training_stream import TrainingStream
 from .engine import build_step_trainer
+from .modeling.oanet import check_orders
 from .output_folder import prepare_output_folder
 
 __all__ = ["do_test", "do_train", "load_lazy_config", "run", "yaml_keys"]
@@ -66,7 +67,8 @@ def yaml_keys(cfg: DictConfig) -> CfgNode:
     device, and the size of a picture. Everything else has its default.
 
     Raises:
-        ValueError: pictures are not resized to one size.
+        ValueError: pictures are not resized to one size, there are several test sets, or the labels are
+            not those of the semantic head.
     """
     model, train, test, keys = cfg.model, cfg.dataloader.train, cfg.dataloader.test, get_cfg()
     add_oanet_config(keys)
@@ -75,11 +77,28 @@ def yaml_keys(cfg: DictConfig) -> CfgNode:
     keys.MODEL.ALLOW_PICKLE = cfg.train.get("allow_pickle", False)
     keys.MODEL.ROI_HEADS.NUM_CLASSES = model.roi_heads.num_classes
     keys.MODEL.SEM_SEG_HEAD.NUM_CLASSES = model.sem_seg_head.num_classes
-    if not model.sem_seg_head.get("num_things"):
+    stuff_only = not model.sem_seg_head.get("num_things")
+    labelled = train.mapper.get("stuff_only", stuff_only)
+    if labelled != stuff_only:
+        raise ValueError(
+            f"dataloader.train.mapper.stuff_only is {labelled}, but model.sem_seg_head.num_things is "
+            f"{model.sem_seg_head.get('num_things')}: with such a head it must be {stuff_only}."
+        )
+    if stuff_only:
         keys.MODEL.SEM_SEG_HEAD.SUPERVISION = "stuff"
+    keypoint_head = model.roi_heads.get("keypoint_head")
+    if keypoint_head:
+        keys.MODEL.KEYPOINT_ON = True
+        keys.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = keypoint_head.num_keypoints
+        keys.TEST.KEYPOINT_OKS_SIGMAS = list(cfg.dataloader.get("evaluator", {}).get("oks_sigmas", ()))
     for name, loader in (("TRAIN", train), ("TEST", test)):
         names = loader.dataset.names
         keys.DATASETS[name] = (names,) if isinstance(names, str) else tuple(names)
+    if len(keys.DATASETS.TEST) > 1:
+        raise ValueError(
+            f"dataloader.test.dataset.names is {keys.DATASETS.TEST}; a config in Python evaluates one "
+            "dataset. Name one; evaluate the others one by one."
+        )
     keys.DATALOADER.FILTER_EMPTY_ANNOTATIONS = train.dataset.get("filter_empty", True)
     keys.INPUT.COPY_PASTE = train.mapper.get("copy_paste", 0.0)
     keys.INPUT.FORMAT = test.mapper.image_format
@@ -96,8 +115,22 @@ def yaml_keys(cfg: DictConfig) -> CfgNode:
 
 def _build_model(cfg: DictConfig) -> Tuple[Any, OANetCheckpointer]:
     model, allow_pickle = instantiate(cfg.model), cfg.train.get("allow_pickle", False)
+    _check_evaluator(cfg, model)
     model.to(cfg.train.device)
     return model, OANetCheckpointer(model, cfg.train.output_dir, allow_pickle=allow_pickle)
+
+
+def _check_evaluator(cfg: DictConfig, model: Any) -> None:
+    """Refuses orders that an evaluation, perhaps after a long training, could not paint."""
+    orders = cfg.dataloader.get("evaluator", {}).get("orders") or ()
+    if not orders:
+        return
+    if not model.return_fusion_inputs:
+        raise ValueError(
+            f"dataloader.evaluator.orders is {orders}, but model.return_fusion_inputs is False; set that "
+            "to True, or orders to []."
+        )
+    check_orders("dataloader.evaluator.orders", orders, model.srm_head)
 
 
 def run(args):
@@ -145,6 +178,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> None:
     optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.lr_multiplier)
     loader, is_main = instantiate(cfg.dataloader.train), comm.is_main_process()
     first_phase = hooks.network_iterations(train.get("srm_only_share", 0.0), max_iter, model)
+    if getattr(model, "phase", "") == "ranking":  # model.train_srm_only
+        first_phase = max_iter
     two_phases, ddp = first_phase < max_iter, dict(train.ddp)
     if two_phases:
         schedule = hooks.two_phase_schedule(schedule, first_phase / max_iter)

@@ -9,20 +9,23 @@ from typing import Any, Dict
 import torch
 import yaml
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
+
+from .config import add_oanet_config
 
 __all__ = ["OutputFolderError", "RunConfig", "prepare_output_folder"]
 
 logger = logging.getLogger(__name__)
 
-# Beginnings of the keys that change nothing about what is trained.
+# Beginnings of the keys that change nothing about what is trained, or follow from others.
 NOT_TRAINED = tuple(
     "OUTPUT_DIR MODEL.DEVICE MODEL.ALLOW_PICKLE VIS_PERIOD CUDNN_BENCHMARK SOLVER.CHECKPOINT_PERIOD "
     "DATALOADER.NUM_WORKERS DATASETS.TEST TEST. INPUT.MIN_SIZE_TEST INPUT.MAX_SIZE_TEST "
     "DATASETS.OCCLUSION_SCENES.VAL_IMAGES MODEL.OANET.ORDER MODEL.OANET.KEEP_THINGS_FREE "
-    "MODEL.OANET.OUTPUTS MODEL.PANOPTIC_FPN.COMBINE.OVERLAP MODEL.PANOPTIC_FPN.COMBINE.STUFF".split()
+    "MODEL.OANET.OUTPUTS MODEL.PANOPTIC_FPN.COMBINE.OVERLAP MODEL.PANOPTIC_FPN.COMBINE.STUFF "
+    "MODEL.POINT_HEAD.NUM_CLASSES".split()
 )
 
 
@@ -101,7 +104,10 @@ class RunConfig(HookBase):
 
 def _differences(there: str, here: str) -> Dict[str, str]:
     """Where two configs, as :meth:`CfgNode.dump` gives them, train differently: key -> in words."""
-    old, new = (_flat(yaml.safe_load(dump)) for dump in (there, here))
+    defaults = get_cfg()
+    add_oanet_config(defaults)  # an older version, without a key, did as its default says
+    known = _flat(yaml.safe_load(defaults.dump()))
+    old, new = ({**known, **_flat(yaml.safe_load(dump))} for dump in (there, here))
     keys = [x for x in sorted({*old, *new}) if not x.startswith(NOT_TRAINED)]
     changed = [x for x in keys if old.get(x) != new.get(x)]
     return {x: f"{x} is {new.get(x)!r}, there {old.get(x)!r}" for x in changed}

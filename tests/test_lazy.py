@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -24,7 +24,7 @@ from oanet_d2.engine import OANetTrainer
 from oanet_d2.lazy import load_lazy_config
 from oanet_d2.output_folder import OutputFolderError
 from tests import conftest
-from tests.conftest import REPOSITORY, make_input, scenes_paths
+from tests.conftest import REPOSITORY, make_input, registered, scenes_paths
 
 NAME = "COCO-PanopticSegmentation/oanet_R_50_1x"
 
@@ -243,6 +243,40 @@ def test_what_else_is_refused(tiny):
         run(tiny, "model.roi_heads.num_classes=9")
     with pytest.raises(ValueError, match="test.mapper.augmentations is .* one short_edge_length"):
         run(tiny, "dataloader.test.mapper.augmentations=[]")
+
+
+def test_trains_the_ranking_alone(tiny, few_scenes, tmp_path):
+    """Whatever the share is, and from a dataset with instances beside one without."""
+    metadata = MetadataCatalog.get(few_scenes[0])
+    files = metadata.image_root, metadata.panoptic_json, metadata.panoptic_root
+    with registered("visible_parts", *files):
+        names = f"dataloader.train.dataset.names=[{few_scenes[0]},visible_parts]"
+        run(tiny, "+model.train_srm_only=true", names)
+    weights = [torch.load(tmp_path / f"out/model_000000{i}.pth")["model"] for i in (0, 3)]
+    changed = {x.split(".")[0] for x in weights[0] if not torch.equal(weights[0][x], weights[1][x])}
+    assert changed == {"srm_head"}
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.order=srm_maen", "ORDER has the order 'srm_maen'; it must be one of"),
+        ("model.order=srm_mean", "ORDER has the order 'srm_mean'.* score map"),
+        ("dataloader.evaluator.orders=[srm_mean]", "orders has the order 'srm_mean'.* score map"),
+        ("model.return_fusion_inputs=false", "return_fusion_inputs is False"),
+        ("model.outputs=[pred_mask]", "'pred_mask'; it may hold .*'pred_masks'"),
+        ("+model.train_masks=gts", "'gts'; it may hold .*'gt'"),
+        ("+model.srm_stride=3", "STRIDE is 3.*multiple or a divisor of 4"),
+        ("dataloader.train.mapper.stuff_only=true", "stuff_only is True, .*num_things is 8.* False"),
+        ("model.sem_seg_head.num_things=0", "stuff_only is False, .*num_things is 0.* True"),
+        ("dataloader.test.dataset.names=[a, b]", r"names is \('a', 'b'\).* one dataset"),
+        ("+model.roi_heads.keypoint_head={num_keypoints: 3}", r"KEYPOINTS is 3; .*few_scenes_train.*\[0\]"),
+    ],
+)
+def test_a_wrong_model_is_refused_before_the_training(tiny, tmp_path, override, words):
+    with pytest.raises(ValueError, match=words):
+        run(tiny, override)
+    assert not list((tmp_path / "out").glob("*.pth"))
 
 
 def test_trains_in_two_processes(subprocess_env, tmp_path):

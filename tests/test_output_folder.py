@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from detectron2.engine import default_argument_parser
 
@@ -29,13 +30,27 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    OANetTrainer(config(folder)).train()
+    OANetTrainer(config(folder, "TEST.AUG.ENABLED", True)).train()  # there is nothing to augment
     return folder
 
 
 def test_the_same_training_starts_from_the_beginning_and_says_so(trained, config, caplog):
     prepare_output_folder(config(trained, "TEST.EVAL_PERIOD", 5, "MODEL.OANET.ORDER", "score"))
     assert f"replaces {trained / 'model_final.pth'} of the same config" in caplog.text
+
+
+def test_a_training_of_an_older_version_is_the_same_training(trained, config, tmp_path, caplog):
+    """Its config lacks keys. They count where they are set to something else."""
+    checkpoint = torch.load(trained / "model_final.pth", weights_only=True)
+    hook = checkpoint["trainer"]["hooks"]["RunConfig"]
+    content = yaml.safe_load(hook["yaml"])
+    del content["MODEL"]["POINT_HEAD"], content["INPUT"]["COPY_PASTE"]
+    hook["yaml"] = yaml.safe_dump(content)
+    torch.save(checkpoint, tmp_path / "model_0000001.pth")
+    prepare_output_folder(config(tmp_path))
+    assert "model_0000001.pth of the same config" in caplog.text
+    with pytest.raises(OutputFolderError, match="training: INPUT.COPY_PASTE is 0.5, there 0.0[.]"):
+        prepare_output_folder(config(tmp_path, "INPUT.COPY_PASTE", 0.5))
 
 
 def test_another_config_is_refused_before_anything_is_written(trained):

@@ -191,8 +191,6 @@ POINT_MASKS = model(
     ROI_MASK_HEAD__POINT_HEAD_ON=True,
     POINT_HEAD__SUBDIVISION_STEPS=3,
 )
-FILTER = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
-POINT_MASKS += [FILTER, True]
 RES5 = resnet(50, 16, BACKBONE__NAME="PaddedC4", RESNETS__OUT_FEATURES=["res4"])
 RES5 += model(ROI_HEADS__NAME="Res5ROIHeads", SRM_HEAD__IN_FEATURE="res4")
 for key in ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"):
@@ -379,6 +377,25 @@ def test_a_head_of_ones_own_that_knows_the_things(cfg):
             assert len(a["panoptic_seg"][1]) > 1
 
 
+def test_points_of_masks_in_a_batch_without_a_thing(cfg):
+    """Every parameter has a gradient, and the losses have the same names, as several processes need."""
+    cfg.merge_from_list([*SMALL, *POINT_HEAD, *POINT_MASKS])
+    cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = "things_and_stuff"  # as make_input labels
+    complete_config(cfg)
+    tested, names = build_model(cfg), []
+    for boxes, classes in (([], []), ([[8, 8, 40, 60]], [0])):
+        with EventStorage():
+            losses = tested([make_input((64, 90), boxes, classes, 2), make_input((50, 70), [], [], 1)])
+        names.append({*losses})
+        sum(losses.values()).backward()
+        mask_head = tested.roi_heads.mask_head
+        gradients = [x.grad for x in mask_head.parameters()]
+        assert all(x is not None and x.isfinite().all() for x in gradients)
+        assert any(x.any() for x in gradients) == (len(boxes) > 0)
+        assert (losses["loss_mask_point"] > 0) == (len(boxes) > 0)
+    assert names[0] == names[1]
+
+
 def test_the_ranking_alone_does_without_a_plain_head(cfg):
     cfg.merge_from_list([*SMALL, *model(SEM_SEG_HEAD__NAME="OwnSemSegHead")])
     complete_config(cfg)
@@ -399,7 +416,8 @@ C4 = [*RES5, *model(BACKBONE__NAME="build_resnet_backbone")]
         (C4, ["'build_resnet_backbone'", "stride of 16", "size_divisibility"]),
         (model(BACKBONE__NAME="build_vitdet_of_any_size"), ["stride of 32", "size_divisibility"]),
         ([*POINT_SEMANTIC, *model(POINT_HEAD__NUM_CLASSES=8)], ["POINT_HEAD", "is 8", "must be 7"]),
-        ([*POINT_MASKS, FILTER, False], ["'PointRendMaskHead'", "a batch without a thing", FILTER]),
+        ([*POINT_MASKS, *POINT_SEMANTIC], ["POINT_HEAD", "8 for", "mask head and 7 for"]),
+        (["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", ()], ["TEST.AUG.MIN_SIZES is ()"]),
         ([*KEYPOINTS, "INPUT.COPY_PASTE", 0.5], ["COPY_PASTE is 0.5", "KEYPOINT_ON"]),
         ([*KEYPOINTS, *model(ROI_KEYPOINT_HEAD__NUM_KEYPOINTS=17)], ["is 17", "points_train", "[3]"]),
         (

@@ -3,7 +3,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from oanet_d2.data import PanopticDatasetMapper
-from oanet_d2.data.training_stream import build_train_loader
+from oanet_d2.data.training_stream import build_train_loader, training_dicts
 from oanet_d2.engine import build_evaluator
 from oanet_d2.modeling import OANet, OANetSemSegFPNHead, PairwiseRankingHead
 
@@ -23,6 +23,7 @@ model.return_fusion_inputs = True  # the evaluator paints in several orders
 
 dataloader = model_zoo.get_config("common/data/coco_panoptic_separated.py").dataloader
 dataloader.train._target_ = build_train_loader
+dataloader.train.dataset._target_ = training_dicts
 dataloader.train.dataset.names = "coco_2017_train_oanet"
 dataloader.test.dataset.names = "coco_2017_val_oanet"
 for _mapper in (dataloader.train.mapper, dataloader.test.mapper):

@@ -66,6 +66,12 @@ def complete_config(cfg) -> None:
     counts = {"ROI_HEADS": num_things, "SEM_SEG_HEAD": labels, "POINT_HEAD": num_things}
     if cfg.MODEL.SEM_SEG_HEAD.NAME == "PointRendSemSegHead":
         counts["POINT_HEAD"] = labels
+        if cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON and labels != num_things:
+            raise ValueError(
+                f"MODEL.POINT_HEAD.NUM_CLASSES must be {num_things} for PointRend's mask head and {labels} "
+                "for its semantic head; set MODEL.ROI_MASK_HEAD.POINT_HEAD_ON to False or "
+                "MODEL.SEM_SEG_HEAD.NAME to another head."
+            )
     for section, right in counts.items():
         found = cfg.MODEL[section].NUM_CLASSES
         if found not in (0, right):
@@ -120,12 +126,6 @@ def _check_values(cfg) -> None:
             f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; with "
             "MODEL.KEYPOINT_ON set it to 0."
         )
-    mask_head = cfg.MODEL.ROI_MASK_HEAD.NAME
-    if mask_head == "PointRendMaskHead" and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        raise ValueError(
-            f"MODEL.ROI_MASK_HEAD.NAME is {mask_head!r}, whose loss fails in a batch without a thing; set "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to True."
-        )
     for key in ("TRAIN", "TEST"):
         found = cfg.DATASETS[key]
         if not isinstance(found, (list, tuple)):
@@ -141,6 +141,9 @@ def _check_values(cfg) -> None:
             f"INPUT.CROP.SIZE is {crop.SIZE} and INPUT.CROP.TYPE {crop.TYPE!r}; a relative size has "
             "shares in (0, 1], an absolute one whole pixels."
         )
+    sizes = cfg.TEST.AUG.MIN_SIZES
+    if cfg.TEST.AUG.ENABLED and not (len(sizes) > 0 and all(map(_is_length, sizes))):
+        raise ValueError(f"TEST.AUG.MIN_SIZES is {sizes}; it must hold numbers of whole pixels.")
     channels = len(cfg.MODEL.PIXEL_MEAN)
     try:
         shape = convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT).shape

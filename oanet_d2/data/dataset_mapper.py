@@ -10,6 +10,7 @@ import detectron2.data.transforms as T
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
+from detectron2.projects.point_rend import ColorAugSSDTransform
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from .copy_paste import cut_out, paste
@@ -132,6 +133,8 @@ class PanopticDatasetMapper(DatasetMapper):
         if is_train and crop.ENABLED and most < 1:
             limited = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, most, ignored_category=0)
             ret["augmentations"][0] = limited
+        if is_train and cfg.INPUT.COLOR_AUG_SSD and cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations":
+            ret["augmentations"].append(ColorAugSSDTransform(cfg.INPUT.FORMAT))  # PointRend's, too
         ret["num_things"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret["stuff_only"] = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
         ret["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE

@@ -5,7 +5,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Union
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
-__all__ = ["TrainingStream", "build_train_loader", "derived_seed"]
+__all__ = ["TrainingStream", "build_train_loader", "derived_seed", "training_dicts"]
 
 _OF_SAMPLES = 1  # tells the random numbers of a sample from those of a step
 
@@ -97,14 +97,19 @@ class TrainingStream(IterableDataset):
                 yield sample
 
 
+def training_dicts(names: Union[str, Sequence[str]], filter_empty: bool = True) -> List[Dict]:
+    """
+    Detectron2's `get_detection_dataset_dicts`, with its arguments, of each dataset by itself: in one
+    call it takes it that either all or none have instances.
+    """
+    read = partial(get_detection_dataset_dicts, filter_empty=filter_empty)
+    return [*chain.from_iterable(map(read, [names] if isinstance(names, str) else names))]
+
+
 def _from_config(cfg, mapper) -> Dict[str, Any]:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is (); a training needs at least one dataset.")
-    # One by one: in one call Detectron2 takes it that either all or none have instances.
-    read = partial(
-        get_detection_dataset_dicts, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    dicts: Any = [*chain.from_iterable(map(read, cfg.DATASETS.TRAIN))]
+    dicts = training_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     # A sampler that counts classes finds the things of the PNG where there are no annotations.
     counted = [x if "annotations" in x else {**x, "annotations": _things(x)} for x in dicts]
     # Detectron2 makes the sampler of the config. The dataset is not serialized for that.

@@ -26,7 +26,7 @@ from .grid import (
 from .semantic_head import SemanticBranch, semantic_branch
 from .srm_head import build_srm_head
 
-__all__ = ["FusionInputs", "OANet"]
+__all__ = ["FusionInputs", "OANet", "check_orders"]
 
 OUTPUTS = ("pred_masks", "sem_seg")
 TRAIN_MASKS = ("detections", "gt")
@@ -97,6 +97,7 @@ class OANet(PanopticFPN):
         self.return_fusion_inputs = return_fusion_inputs
         self.outputs = tuple(outputs)
         self.phase = "all"
+        _check_parts(self)
         if train_srm_only:
             self.set_phase("ranking")
 
@@ -169,7 +170,7 @@ class OANet(PanopticFPN):
             semantic: Any = head.layers(features) if needed else None
             proposals, losses = self.proposal_generator(images, features, gt_instances)
             if network_learns:
-                losses.update(self.roi_heads(images, features, proposals, gt_instances)[1])
+                losses.update(self._roi_losses(images, features, proposals, gt_instances))
                 losses.update(head.losses(semantic, self._labels(batched_inputs)))
         if self.phase == "network":
             return losses
@@ -180,6 +181,19 @@ class OANet(PanopticFPN):
             losses.update(self.srm_head.losses(instances, truth, maps))
         return losses
 
+    def _roi_losses(self, images, features, proposals, gt: List[Instances]) -> Dict[str, torch.Tensor]:
+        heads = self.roi_heads
+        if any(map(len, gt)) or not getattr(getattr(heads, "mask_head", None), "mask_point_on", False):
+            return heads(images, features, proposals, gt)[1]
+        # PointRend's mask loss fails in a batch without a thing. Losses of 0 give all of its parameters
+        # a gradient, as DistributedDataParallel wants.
+        sampled = heads.label_and_sample_proposals(proposals, gt)
+        targets = [gt] if isinstance(heads, CascadeROIHeads) else []
+        losses = heads._forward_box(features, sampled, *targets)
+        losses.update(heads._forward_keypoint(features, sampled))
+        nothing = 0 * sum(x.sum() for x in heads.mask_head.parameters())
+        return {**losses, "loss_mask": nothing, "loss_mask_point": nothing}
+
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """As PanopticFPN's. A ValueError says that an image does not fit the backbone's square."""
         side = self.backbone.padding_constraints.get("square_size", 0)
@@ -187,7 +201,7 @@ class OANet(PanopticFPN):
         if 0 < side < largest:  # Detectron2 would cut it off
             raise ValueError(
                 f"An image has a side of {largest} pixels, but the backbone wants squares of {side}. Set "
-                f"INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST to at most {side}."
+                f"INPUT.MAX_SIZE_TRAIN, INPUT.MAX_SIZE_TEST and TEST.AUG.MAX_SIZE to at most {side}."
             )
         return super().preprocess_image(batched_inputs)
 
@@ -405,12 +419,7 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
             "not know the thing classes; set it to 'stuff', or NAME to 'OANetSemSegFPNHead'. "
             "oanet_d2.modeling.SemanticBranch says what a head of your own needs."
         )
-    choices = ("SRM_HEAD.TRAIN_MASKS", [cfg.MODEL.SRM_HEAD.TRAIN_MASKS], TRAIN_MASKS)
-    for key, values, known in (choices, ("OANET.OUTPUTS", cfg.MODEL.OANET.OUTPUTS, OUTPUTS)):
-        for value in values:
-            if value not in known:
-                raise ValueError(f"MODEL.{key} holds {value!r}; it may hold {known}.")
-    shapes, stride = backbone.output_shape(), cfg.MODEL.SRM_HEAD.STRIDE
+    shapes = backbone.output_shape()
     padded_to = backbone.padding_constraints.get("square_size") or backbone.size_divisibility
     largest = max((shapes[x].stride for x in head.IN_FEATURES if x in shapes), default=1)
     if (padded_to or 1) % largest:
@@ -419,16 +428,37 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
             f"pixels, but MODEL.SEM_SEG_HEAD.IN_FEATURES holds one with a stride of {largest}. Its "
             f"size_divisibility must be a multiple of {largest}, so that the labels fit the images."
         )
-    in_feature = shapes.get(cfg.MODEL.SRM_HEAD.IN_FEATURE)
-    for map_stride in (semantic_branch(sem_seg_head).common_stride, in_feature.stride if in_feature else 4):
+    check_orders("TEST.ORDERS", cfg.TEST.ORDERS, srm_head)
+
+
+def _check_parts(model: OANet) -> None:
+    """Refuses what contradicts itself however the model was built. Messages name the yaml's keys."""
+    choices = ("SRM_HEAD.TRAIN_MASKS", [model.train_masks], TRAIN_MASKS)
+    for key, values, known in (choices, ("OANET.OUTPUTS", model.outputs, OUTPUTS)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"MODEL.{key} holds {value!r}; it may hold {known}.")
+    in_feature, stride = model.backbone.output_shape().get(model.srm_in_feature), model.srm_stride
+    for map_stride in (model.semantic_branch.common_stride, in_feature.stride if in_feature else 4):
         if stride < 1 or (stride % map_stride and map_stride % stride):
             raise ValueError(
                 f"MODEL.SRM_HEAD.STRIDE is {stride}; the feature maps have the stride {map_stride}, "
                 f"so it must be a multiple or a divisor of {map_stride}."
             )
-    _check_order("MODEL.OANET.ORDER", cfg.MODEL.OANET.ORDER, srm_head)
-    for order in set(cfg.TEST.ORDERS) - {"oracle", "oracle_true", "class_order"}:
-        _check_order("TEST.ORDERS", order, srm_head)
+    _check_order("MODEL.OANET.ORDER", model.order, model.srm_head)
+
+
+def check_orders(key: str, orders: Sequence[str], srm_head: nn.Module) -> None:
+    """
+    Args:
+        key: names the orders in an error.
+        orders: what an evaluation compares, see `TEST.ORDERS`.
+
+    Raises:
+        ValueError: there is no such order, or the head does not give what it looks at.
+    """
+    for order in sorted({*orders} - {"oracle", "oracle_true", "class_order"}):
+        _check_order(key, order, srm_head)
 
 
 def _check_order(key: str, order: str, srm_head: nn.Module) -> None:

@@ -1,3 +1,4 @@
+import random
 import re
 import shutil
 from pathlib import Path
@@ -325,6 +326,19 @@ def test_a_crop_that_no_segment_fills(tmp_path):
             largest.append((counts.max() / counts.sum()).item())
         found.append(sum(x < 0.83 for x in largest))  # the image is resized after the crop
     assert found[0] < 8 < 12 < found[1]
+
+
+def test_colors_change_and_labels_do_not(tmp_path):
+    d = write_scene(tmp_path, (40, 60), [(7, "thing", (0, 0, 30, 40)), (9, "stuff", (30, 0, 60, 40))], None)
+    cfg = load_config("OcclusionScenes/oanet_R_18.yaml", "INPUT.RANDOM_FLIP", "none")
+    cfg.INPUT.MIN_SIZE_TRAIN, samples = (40,), []
+    for cfg.INPUT.COLOR_AUG_SSD in (False, True):
+        random.seed(0)
+        samples.append(PanopticDatasetMapper(cfg, True, num_things=2)(d))
+    plain, colored = samples
+    assert plain["image"].shape == colored["image"].shape
+    assert (plain["image"] != colored["image"]).float().mean() > 0.5
+    assert torch.equal(plain["sem_seg"], colored["sem_seg"])
 
 
 def test_an_image_that_vanishes_when_it_is_resized_is_named(tmp_path):
