@@ -121,8 +121,8 @@ class OANetCheckpointer(DetectionCheckpointer):
             return super().resume_or_load(path, resume=resume)
         except KeyError as error:
             raise CheckpointError(
-                f"{last} holds no training that goes on here, but for example that of a yaml, which no "
-                f".py resumes: it has no {error}. Give it as weights, in another output folder."
+                f"{last} cannot be resumed here: it has no {error}. A config in Python cannot resume a "
+                "training of a yaml, nor the other way round. Load it as weights, in another output folder."
             ) from error
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:

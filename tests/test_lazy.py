@@ -180,7 +180,7 @@ def test_trains_and_resumes_and_evaluates(tiny, tmp_path):
     state = torch.load(out / "model_final.pth", weights_only=True)
     state["trainer"] = {"_trainer": state["trainer"], "iteration": 3}  # as DefaultTrainer has it
     torch.save(state, out / "model_final.pth")
-    with pytest.raises(CheckpointError, match="model_final.pth holds no training that goes on here"):
+    with pytest.raises(CheckpointError, match="model_final.pth cannot be resumed here"):
         run(tiny, "--resume")
 
     (out / "orderings.json").unlink()

@@ -129,12 +129,12 @@ class PanopticDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         ret, crop = super().from_config(cfg, is_train), cfg.INPUT.CROP
-        most = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)  # PointRend's key; here, of one segment
+        most = crop.SINGLE_CATEGORY_MAX_AREA  # PointRend's key, as COLOR_AUG_SSD; here, of one segment
         if is_train and crop.ENABLED and most < 1:
             limited = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, most, ignored_category=0)
             ret["augmentations"][0] = limited
         if is_train and cfg.INPUT.COLOR_AUG_SSD and cfg.MODEL.META_ARCHITECTURE != "SRMFromAnnotations":
-            ret["augmentations"].append(ColorAugSSDTransform(cfg.INPUT.FORMAT))  # PointRend's, too
+            ret["augmentations"].append(ColorAugSSDTransform(cfg.INPUT.FORMAT))
         ret["num_things"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret["stuff_only"] = cfg.MODEL.SEM_SEG_HEAD.SUPERVISION == "stuff"
         ret["ignore_value"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE

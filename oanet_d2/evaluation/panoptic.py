@@ -12,14 +12,13 @@ from detectron2.utils import comm
 from ..data.images import naming
 from ..data.load import read_truth
 from ..files import write_atomically
-from ..painting.matching import match_to_segments, visible_margins
+from ..painting.matching import margins_of_true_pairs, match_to_segments, visible_margins
 from ..painting.metrics import correct_pixels, occluded_pairs, pq_averages, shared_pixels
 from ..painting.order_counts import OrderCounts, Orderings, orderings_table
 from ..painting.ranking import order_from_margins
 from .class_order import class_order
 
-__all__ = ["PanopticEvaluator", "margins_of_true_pairs", "orderings_of", "orderings_table"]
-__all__ += ["write_orderings"]
+__all__ = ["PanopticEvaluator", "orderings_of", "orderings_table", "write_orderings"]
 
 class PanopticEvaluator(DatasetEvaluator):
     """
@@ -128,25 +127,6 @@ class PanopticEvaluator(DatasetEvaluator):
         if self.report is not None:
             self.report.save(results, counts.quality, counts.overlaps, counts.right)
         return results if comm.is_main_process() else None
-
-
-def margins_of_true_pairs(
-    margins: torch.Tensor, matched: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """
-    What the oracle would know if it could not tell which instances are false.
-
-    Args:
-        margins: (N, N) from :func:`visible_margins`.
-        matched: (N,) int64 from :func:`match_to_segments`.
-        order: (N,) int64, a permutation; it decides the pairs with an instance that matches nothing.
-
-    Returns:
-        (N, N) antisymmetric float for :func:`order_from_margins`.
-    """
-    place, true = order.argsort(), matched >= 0
-    in_order = torch.sign(place - place[:, None]) * margins.abs()
-    return torch.where(true & true[:, None], margins, in_order)
 
 
 def orderings_of(results: Dict) -> Orderings:

@@ -278,12 +278,8 @@ class OANet(PanopticFPN):
             RuntimeError: torch.export runs it, or torch.jit.trace with post-processing.
         """
         _refuse_export(do_postprocess)
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        semantic = self.semantic_branch.layers(features)
-        proposals, _ = self.proposal_generator(images, features, None)
         all_masks = "pred_masks" in self.outputs or not do_postprocess
-        detected = self._detect(images, features, proposals, all_masks)
+        images, features, semantic, detected = self._predict(batched_inputs, all_masks)
         if not do_postprocess:
             return detected, self.semantic_branch.predict(semantic)
 
@@ -301,6 +297,14 @@ class OANet(PanopticFPN):
                 of_image = image_size, size, detections, ranked, labels, return_fusion_inputs
                 results.append({**sem_seg, **self._result(*of_image)})
         return results
+
+    def _predict(self, batched_inputs: List[Dict], all_masks: bool):
+        # What the network makes of a batch: images, features, output of the semantic layers, instances.
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        semantic = self.semantic_branch.layers(features)
+        proposals, _ = self.proposal_generator(images, features, None)
+        return images, features, semantic, self._detect(images, features, proposals, all_masks)
 
     def _detect(
         self, images, features: Dict, proposals: List[Instances], all_masks: bool
@@ -420,11 +424,11 @@ def _check(cfg, backbone: Any, sem_seg_head: nn.Module, srm_head: nn.Module) -> 
             "oanet_d2.modeling.SemanticBranch says what a head of your own needs."
         )
     shapes = backbone.output_shape()
-    padded_to = backbone.padding_constraints.get("square_size") or backbone.size_divisibility
+    padded_to = backbone.padding_constraints.get("square_size") or backbone.size_divisibility or 1
     largest = max((shapes[x].stride for x in head.IN_FEATURES if x in shapes), default=1)
-    if (padded_to or 1) % largest:
+    if padded_to % largest:
         raise ValueError(
-            f"The backbone {cfg.MODEL.BACKBONE.NAME!r} wants images of multiples of {padded_to or 1} "
+            f"The backbone {cfg.MODEL.BACKBONE.NAME!r} wants images of multiples of {padded_to} "
             f"pixels, but MODEL.SEM_SEG_HEAD.IN_FEATURES holds one with a stride of {largest}. Its "
             f"size_divisibility must be a multiple of {largest}, so that the labels fit the images."
         )

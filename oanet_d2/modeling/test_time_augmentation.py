@@ -20,7 +20,7 @@ class _View(NamedTuple):
     images: ImageList
     features: Dict[str, torch.Tensor]
     semantic: torch.Tensor
-    detected: Instances
+    detected: List[Instances]  # of this one image
 
 
 class OANetWithTTA(GeneralizedRCNNWithTTA):
@@ -69,7 +69,7 @@ class OANetWithTTA(GeneralizedRCNNWithTTA):
         model, size = self.model, (input["height"], input["width"])
         augmented, transforms = self._get_augmented_inputs(input)
         flipped = [any(isinstance(t, HFlipTransform) for t in x.transforms) for x in transforms]
-        views = [self._view(x) for x in augmented]
+        views = [_View(*model._predict([x], all_masks=False)) for x in augmented]
         merged = self._merged(views, transforms, size)
         moved = self._rescale_detected_boxes(augmented, merged, transforms)
         moved = [x.to(model.device) for x in moved]
@@ -95,17 +95,8 @@ class OANetWithTTA(GeneralizedRCNNWithTTA):
             result = model._result(size, size, merged, order_inputs, labels, for_all_orders)
         return {**result, "sem_seg": sem_seg} if "sem_seg" in model.outputs else result
 
-    def _view(self, augmented: Dict) -> _View:
-        model = self.model
-        images = model.preprocess_image([augmented])
-        features = model.backbone(images.tensor)
-        semantic = model.semantic_branch.layers(features)
-        proposals, _ = model.proposal_generator(images, features, None)
-        (detected,) = model._detect(images, features, proposals, all_masks=False)
-        return _View(images, features, semantic, detected)
-
     def _merged(self, views: List[_View], transforms: List, size) -> Instances:
-        found = [x.detected for x in views]
+        found = [x.detected[0] for x in views]
         boxes = [
             torch.from_numpy(transform.inverse().apply_box(x.pred_boxes.tensor.cpu().numpy()))
             for transform, x in zip(transforms, found)

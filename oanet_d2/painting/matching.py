@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .masks import BoxedMasks, Region
 
-__all__ = ["match_to_segments", "overlapping_regions", "visible_margins"]
+__all__ = ["margins_of_true_pairs", "match_to_segments", "overlapping_regions", "visible_margins"]
 
 # (N, h, w) bool suits the small grids of training, on any device. Boxed masks suit full images.
 Masks = Union[BoxedMasks, torch.Tensor]
@@ -89,6 +89,25 @@ def visible_margins(masks: Masks, matched: torch.Tensor, ids: torch.Tensor) -> t
     with torch.autocast(m.device.type, enabled=False):
         shown = own.float() @ m.float().t()
     return shown - shown.t()
+
+
+def margins_of_true_pairs(
+    margins: torch.Tensor, matched: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """
+    What the oracle would know if it could not tell which instances are false.
+
+    Args:
+        margins: (N, N) from :func:`visible_margins`.
+        matched: (N,) int64 from :func:`match_to_segments`.
+        order: (N,) int64, a permutation; it decides the pairs with an instance that matches nothing.
+
+    Returns:
+        (N, N) antisymmetric float for :func:`order_from_margins`.
+    """
+    place, true = order.argsort(), matched >= 0
+    in_order = torch.sign(place - place[:, None]) * margins.abs()
+    return torch.where(true & true[:, None], margins, in_order)
 
 
 def _count(masks: Masks, ids: torch.Tensor, segment_ids: torch.Tensor):

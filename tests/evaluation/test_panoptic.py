@@ -18,9 +18,7 @@ from oanet_d2.evaluation import (
     orderings_table,
     write_orderings,
 )
-from oanet_d2.evaluation.panoptic import margins_of_true_pairs
 from oanet_d2.painting.metrics import METRICS
-from oanet_d2.painting.ranking import order_from_margins
 from tests.conftest import registered, scenes_paths
 from tests.evaluation.silhouettes import SilhouetteModel
 
@@ -87,14 +85,6 @@ def test_an_order_is_restricted_to_what_is_painted(scenes):
     results = evaluator.evaluate()
     assert results["panoptic_seg/score"].items() >= results["panoptic_seg"].items()
     assert results["panoptic_seg"]["RQ_th"] < 100
-
-
-def test_the_oracle_of_true_pairs_leaves_false_ones_to_the_order():
-    margins = torch.tensor([[0.0, -5, 4], [5, 0, 3], [-4, -3, 0]])  # the third matches nothing
-    matched, order = torch.tensor([7, 8, -1]), torch.tensor([2, 0, 1])
-    known = margins_of_true_pairs(margins, matched, order)
-    assert known.tolist() == [[0, -5, -4], [5, 0, -3], [4, 3, 0]]
-    assert order_from_margins(known, torch.ones(3)).tolist() == [2, 1, 0]
 
 
 def test_with_true_pairs_alone_it_is_the_oracle(scenes):

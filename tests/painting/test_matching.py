@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oanet_d2.painting import BoxedMasks
-from oanet_d2.painting.matching import match_to_segments, overlapping_regions, visible_margins
+from oanet_d2.painting.matching import (
+    margins_of_true_pairs,
+    match_to_segments,
+    overlapping_regions,
+    visible_margins,
+)
+from oanet_d2.painting.ranking import order_from_margins
 from tests.conftest import box_mask, random_scene, thing
 
 PERSON, CAR = 0, 2
@@ -119,3 +125,11 @@ def test_the_oracle_of_boxed_masks_does_not_hold_all_images_at_once():
     with Largest() as largest:
         visible_margins(masks, match_to_segments(masks, *truth), truth[1])
     assert largest.numel <= 2 * 100 * 150  # the two coordinates that a mask is sampled at
+
+
+def test_the_oracle_of_true_pairs_leaves_false_ones_to_the_order():
+    margins = torch.tensor([[0.0, -5, 4], [5, 0, 3], [-4, -3, 0]])  # the third matches nothing
+    matched, order = torch.tensor([7, 8, -1]), torch.tensor([2, 0, 1])
+    known = margins_of_true_pairs(margins, matched, order)
+    assert known.tolist() == [[0, -5, -4], [5, 0, -3], [4, 3, 0]]
+    assert order_from_margins(known, torch.ones(3)).tolist() == [2, 1, 0]
