@@ -8,6 +8,7 @@ from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.projects.point_rend import ImplicitPointRendMaskHead
 from detectron2.structures import ImageList, Instances
 
 from ..painting.fusion import combine
@@ -185,14 +186,15 @@ class OANet(PanopticFPN):
         heads = self.roi_heads
         if any(map(len, gt)) or not getattr(getattr(heads, "mask_head", None), "mask_point_on", False):
             return heads(images, features, proposals, gt)[1]
-        # PointRend's mask loss fails in a batch without a thing. Losses of 0 give all of its parameters
+        # PointRend's mask losses fail in a batch without a thing. Losses of 0 give all of its parameters
         # a gradient, as DistributedDataParallel wants.
         sampled = heads.label_and_sample_proposals(proposals, gt)
         targets = [gt] if isinstance(heads, CascadeROIHeads) else []
         losses = heads._forward_box(features, sampled, *targets)
         losses.update(heads._forward_keypoint(features, sampled))
         nothing = 0 * sum(x.sum() for x in heads.mask_head.parameters())
-        return {**losses, "loss_mask": nothing, "loss_mask_point": nothing}
+        first = "loss_l2" if isinstance(heads.mask_head, ImplicitPointRendMaskHead) else "loss_mask"
+        return {**losses, first: nothing, "loss_mask_point": nothing}
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """As PanopticFPN's. A ValueError says that an image does not fit the backbone's square."""
