@@ -145,10 +145,11 @@ def assert_same(found, expected, tolerance=1e-4):
     """Numbers added in another order differ by rounding; in a whole network, a few labels do too."""
     for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if not isinstance(y, torch.Tensor):
-            near = pytest.approx(y, rel=10 * tolerance, nan_ok=True) if isinstance(y, float) else y
-            assert x == near
+            is_number = type(y) in (int, float)  # an area, too
+            assert x == (pytest.approx(y, rel=10 * tolerance, nan_ok=True) if is_number else y)
         elif y.is_floating_point():
-            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+            largest = max([1.0, *y.abs().flatten().tolist()])
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * largest)
         else:
             assert x.dtype == y.dtype and (x != y).sum() <= 10 * tolerance * y.numel()
 
