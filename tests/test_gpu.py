@@ -209,7 +209,7 @@ def inferring(model, amp=None, wrap=lambda model: model):
             smallest = [x["panoptic_seg"] for x in wrapped.inference(BATCH)]
         inputs = [x["fusion_inputs"] for x in results]
         orders = [x.order_inputs.order(rule) for x in inputs for rule in ("srm_mean", "srm_overlap")]
-        detected = [(x["instances"].scores, x["instances"].pred_masks.float()) for x in results]
+        detected = [(x["instances"].scores, x["instances"].pred_masks) for x in results]
         return orders, [(x["panoptic_seg"], x["sem_seg"]) for x in results], detected, smallest
 
     return stage
