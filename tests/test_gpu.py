@@ -301,7 +301,7 @@ def test_waits_for_the_gpu_do_not_grow_with_instances():
 
         paint()
         found.append(benchmark.waits_of(paint))
-    assert 0 < found[0] == found[1] < 10
+    assert 0 < found[0] == found[1] < 20
 
 
 @pytest.mark.parametrize("name", ["add", "numpy", "double"])

@@ -232,7 +232,6 @@ VARIANTS = {
         None,
     ),
     "Res5ROIHeads": (RES5, "Res5ROIHeads"),
-    "R-101": (resnet(101, 16), None),
     "ResNeXt, GN, avg": (RESNEXT, None),
     "top block of RetinaNet, SyncBN": (RETINANET, None),
     "ViTDet": (model(BACKBONE__NAME="build_vitdet"), None),

@@ -97,7 +97,7 @@ def paint_on_device(
         keep = (visible_area > 0) & (area - visible_area <= most_taken)
         count = count + keep
         # Free pixels of an instance that is dropped keep their 0.
-        free.masked_fill_(visible, count * keep)
+        free.add_(visible * (count * keep))
         keeps.append(keep)
     return [index for index, keep in zip(indices, torch.stack(keeps).tolist()) if keep]
 

