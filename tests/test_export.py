@@ -94,9 +94,12 @@ def test_the_graph_of_an_image_without_instances():
     assert shapes == [(0, 4), (0,), (0,), (0, 28, 28), (7, 16, 24), (0, 0)]
 
 
-# What is exported in earnest. An export takes a second for every fifty operations, hence the backbone.
+# What is exported in earnest. An export takes a second for every thirty operations, hence the backbones.
 SMALLER = [*map(str, SMALL)]
-SMALL_TIMM = [*TIMM[:-1], "tf_mobilenetv3_small_minimal_100"]
+SMALL_TIMM = [*TIMM[:-1], "tf_mobilenetv3_small_minimal_100", "MODEL.FPN.IN_FEATURES", "['res4', 'res5']"]
+SMALL_TIMM += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [48]]"]
+for key in ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"):
+    SMALL_TIMM += [f"MODEL.{key}.IN_FEATURES", "['p4', 'p5']"]
 EXPORTED = {
     "pairs": [*SMALLER, *CASCADE, *MAP, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", str(tuple(EVIDENCE))],
     "timm": [*SMALL_TIMM, *PAPER, *STUFF, *THEIR_HEAD, *order("lower_first")],
