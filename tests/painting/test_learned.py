@@ -78,13 +78,6 @@ def test_any_image(size, number):
     assert sorted(found) == list(range(number))
 
 
-def test_many_instances():
-    size = 100, 120
-    masks = [box_mask(i % 100, i % 83, i % 100 + 9, i % 83 + 9, size) for i in range(1000)]
-    found = order_of(make_order(), masks, ["dog"] * 1000, np.ones(1000), None, size)
-    assert sorted(found) == list(range(1000))
-
-
 @given(seeds, st.integers(1, 2))
 def test_as_the_ranking_head_orders_the_same_detections(seed, scale):
     """
