@@ -224,14 +224,6 @@ def test_all_kinds_of_pairs_by_hand():
     ]
 
 
-def test_two_in_a_crowd_are_no_pair_and_a_chair_before_the_crowd_is_one():
-    one, other, chair = box_mask(0, 0, 8, 4), box_mask(0, 2, 8, 6), box_mask(2, 4, 5, 10)
-    ids = torch.where(chair, 2, torch.where(one | other, 1, 0))
-    segments = [thing(1, PERSON, iscrowd=1), thing(2, TIE)]
-    pairs = pairs_of([one, other, chair], [PERSON, PERSON, TIE], ids, segments)
-    assert pairs == [OccludedPair(2, 1, DIFFERENT, 6)]
-
-
 def test_without_instances():
     nothing, ids = torch.zeros(0, 10, 12, dtype=torch.bool), torch.zeros(10, 12, dtype=torch.int64)
     assert all_pairs(nothing, torch.zeros(0, dtype=torch.int64), ids, []) == ([], 0)
