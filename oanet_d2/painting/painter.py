@@ -1,5 +1,5 @@
 """
-A panoptic map of anyone's masks. It needs NumPy and, for RLEs and polygons, pycocotools.
+A panoptic map of anyone's masks. It needs NumPy and, for polygons, pycocotools.
 """
 
 import os
