@@ -62,10 +62,6 @@ class PanopticPredictor:
         if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU; using cpu.")
             cfg.MODEL.DEVICE = "cpu"
-        try:
-            torch.zeros(1, device=cfg.MODEL.DEVICE)
-        except Exception as error:  # every kind of device has its own
-            raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
         names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1] if metadata is None else ()
         if not names and metadata is None:
             raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
