@@ -233,8 +233,6 @@ def fill(
     """
     Paint stuff onto the free pixels of `panoptic` and return the labels and areas of its segments.
     """
-    if semantic.size == 0:
-        return []
     num_labels = int(semantic.max()) + 1
     # An eighth of the bytes.
     semantic = semantic.astype(np.uint8 if num_labels <= 256 else np.int64, copy=False)
