@@ -53,8 +53,3 @@ def test_orientations_are_those_that_detectron2_obeys(tmp_path, format):
     damaged = b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\1" * 20
     Image.new("RGB", (7, 5)).save(tmp_path / "b.jpg", exif=damaged)
     assert read_header(str(tmp_path / "b.jpg")) == ((5, 7), 1)
-
-
-def test_a_folder_is_no_image(tmp_path):
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        read_image(str(tmp_path), "BGR")

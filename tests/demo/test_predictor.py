@@ -1,7 +1,6 @@
 import json
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -68,24 +67,6 @@ def test_orders_of_the_same_predictions(predictor, bgr):
     results = predictor.in_orders(bgr, ["score", predictor.model.order])
     score, learned = (owners(*x.panoptic) for x in results.values())
     assert (learned == owners(*predictor(bgr).panoptic)).all() and (score != learned).any()
-
-
-def test_eight_threads_give_what_one_gives(predictor, pictures):
-    sizes = [(64, 64), (40, 90), (90, 40), (33, 64)]
-    images = [cv2.resize(cv2.imread(str(p)), size) for p in pictures for size in sizes]
-
-    def segment(i):
-        if i % 2:
-            return owners(*predictor(images[i]).panoptic)
-        results = predictor.in_orders(images[i], ["score", "srm_pairs"])
-        return np.stack([owners(*x.panoptic) for x in results.values()])
-
-    tasks = list(range(len(images)))
-    alone = [segment(i) for i in tasks]
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(segment, tasks))
-    assert all((a == b).all() for a, b in zip(alone, together))
-    assert sum((a[0] != a[1]).any() for a in alone[::2]) > 2  # the orders do differ
 
 
 def test_of_a_dataset_only_the_panoptic_json_is_read(config_file, scenes, tmp_path, bgr):

@@ -62,12 +62,6 @@ def test_by_hand():
     assert order_of(ties, *three) == [1, 2, 0]
 
 
-def test_classes_that_it_does_not_know_are_listed():
-    masks = [box_mask(0, 0, 8, 8)] * 4
-    with pytest.raises(ValueError, match=r"\['cat', 'ti'\].*\['person', 'tie', 'dog'\]"):
-        order_of(make_order(), masks, ["ti", "person", "cat", "cat"], [1.0] * 4)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (3, 900), (2000, 1), (37, 50)])
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_any_image(size, number):

@@ -21,12 +21,11 @@ from oanet_d2.painting.metrics import (
     closure,
     correct_pixels,
     occluded_pairs,
-    order_scores,
     pq_averages,
     pq_counts,
     shared_pixels,
 )
-from tests.conftest import box_mask, random_scene, thing
+from tests.conftest import random_scene, thing
 
 PERSON, TIE, CAR, DOG = 0, 1, 2, 3
 DIFFERENT, SAME, NOTHING = KINDS
@@ -198,42 +197,15 @@ def test_closure_by_hand():
     assert closure(orderings, "pairs") is None
 
 
-def pairs_of(masks, classes, ids, segments):
-    return sorted(all_pairs(torch.stack(masks), torch.tensor(classes), ids, segments)[0])
-
-
 def all_pairs(masks, classes, ids, segments):
     boxed = BoxedMasks.from_masks(masks)
     matched = match_to_segments(boxed, classes, ids, segments)
     return occluded_pairs(boxed, classes, matched, visible_margins(boxed, matched, ids))
 
 
-def test_all_kinds_of_pairs_by_hand():
-    """A tie on a person, a car before a car, and a dog on the person that is not there."""
-    person, tie, dog = box_mask(0, 0, 6, 6), box_mask(2, 2, 6, 4), box_mask(0, 5, 4, 9)
-    behind, front = box_mask(6, 0, 11, 10), box_mask(8, 4, 12, 10)
-    ids = torch.zeros(10, 12, dtype=torch.int64)
-    for mask, i in ((person, 7), (tie, 300), (behind, 2), (front, 9)):
-        ids[mask] = i
-    segments = [thing(7, PERSON), thing(300, TIE), thing(2, CAR), thing(9, CAR)]
-    masks, classes = [person, tie, behind, front, dog], [PERSON, TIE, CAR, CAR, DOG]
-    assert pairs_of(masks, classes, ids, segments) == [
-        OccludedPair(0, 4, NOTHING, 4),
-        OccludedPair(1, 0, DIFFERENT, 8),
-        OccludedPair(3, 2, SAME, 18),
-    ]
-
-
 def test_without_instances():
     nothing, ids = torch.zeros(0, 10, 12, dtype=torch.bool), torch.zeros(10, 12, dtype=torch.int64)
     assert all_pairs(nothing, torch.zeros(0, dtype=torch.int64), ids, []) == ([], 0)
-
-
-def test_order_scores_by_hand():
-    """Of four pairs that overlap the truth decides three, and the order has two of them right."""
-    precision, recall = 2 / 4, 2 / 3
-    f1 = 2 * precision * recall / (precision + recall)
-    assert order_scores(2, 3, 4) == pytest.approx((100 * precision, 100 * recall, 100 * f1))
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 6))
