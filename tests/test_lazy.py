@@ -148,9 +148,9 @@ def tiny(few_scenes, tmp_path, monkeypatch):
     return write_tiny(tmp_path, *few_scenes)
 
 
-def write_tiny(folder, train, val, before=""):
+def write_tiny(folder, train, val, before="", after=""):
     text = TINY.format(train=train, val=val, out=folder / "out")
-    (folder / "tiny.py").write_text(before + text)
+    (folder / "tiny.py").write_text(before + text + after)
     return folder / "tiny.py"
 
 
@@ -245,6 +245,27 @@ def test_what_else_is_refused(tiny):
         run(tiny, "dataloader.test.mapper.augmentations=[]")
 
 
+PANOPTIC_FPN = """
+from detectron2.modeling import PanopticFPN
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+
+model._target_, model.sem_seg_head._target_ = PanopticFPN, SemSegFPNHead
+del model.srm_head, model.gt_false_positives, model.return_fusion_inputs, model.sem_seg_head.num_things
+model.sem_seg_head.num_classes = 7
+dataloader.train.mapper.stuff_only = dataloader.test.mapper.stuff_only = True
+train.srm_only_share = 0
+"""
+
+
+def test_detectron2s_panoptic_fpn(tiny, few_scenes, tmp_path):
+    write_tiny(tmp_path, *few_scenes, after=PANOPTIC_FPN)
+    with pytest.raises(ValueError, match="evaluator.orders is .*return_fusion_inputs is not True"):
+        run(tiny, "train.max_iter=1")
+    run(tiny, "train.max_iter=1", "dataloader.evaluator.orders=[]", "dataloader.evaluator.instance_ap=false")
+    last = (tmp_path / "out/metrics.json").read_text().splitlines()[-1]
+    assert 0 <= json.loads(last)["panoptic_seg/PQ"] <= 100
+
+
 def test_trains_the_ranking_alone(tiny, few_scenes, tmp_path):
     """Whatever the share is, and from a dataset with instances beside one without."""
     metadata = MetadataCatalog.get(few_scenes[0])
@@ -263,7 +284,7 @@ def test_trains_the_ranking_alone(tiny, few_scenes, tmp_path):
         ("model.order=srm_maen", "ORDER has the order 'srm_maen'; it must be one of"),
         ("model.order=srm_mean", "ORDER has the order 'srm_mean'.* score map"),
         ("dataloader.evaluator.orders=[srm_mean]", "orders has the order 'srm_mean'.* score map"),
-        ("model.return_fusion_inputs=false", "return_fusion_inputs is False"),
+        ("model.return_fusion_inputs=false", "return_fusion_inputs is not True"),
         ("model.outputs=[pred_mask]", "'pred_mask'; it may hold .*'pred_masks'"),
         ("+model.train_masks=gts", "'gts'; it may hold .*'gt'"),
         ("+model.srm_stride=3", "STRIDE is 3.*multiple or a divisor of 4"),

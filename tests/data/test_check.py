@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from oanet_d2.data.check import Problem, check, format_report, main
 from oanet_d2.data.occlusion_scenes import write_split
@@ -85,6 +85,17 @@ def test_datasets_of_a_yaml(dataset, tmp_path, capsys):
     assert status(files) == 1
     assert "duplicate id: 1" in capsys.readouterr().out
     assert "test_check_yaml" not in DatasetCatalog
+
+
+def test_datasets_of_a_config_in_python(dataset, tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from oanet_d2 import register_panoptic\n"
+        f"register_panoptic('test_check_py', *{dataset.paths()})\n"
+    )
+    dataset.pngs[1].unlink()
+    assert main(["test_check_py", "--config-file", str(tmp_path / "config.py")]) == 1
+    DatasetCatalog.remove("test_check_py")
+    MetadataCatalog.remove("test_check_py")
 
 
 def test_as_a_command(dataset, subprocess_env):
