@@ -177,9 +177,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> None:
     cfg.optimizer.params.model = model
     optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.lr_multiplier)
     loader, is_main = instantiate(cfg.dataloader.train), comm.is_main_process()
-    first_phase = hooks.network_iterations(train.get("srm_only_share", 0.0), max_iter, model)
-    if getattr(model, "phase", "") == "ranking":  # model.train_srm_only
-        first_phase = max_iter
+    share = 0.0 if cfg.model.get("train_srm_only") else train.get("srm_only_share", 0.0)
+    first_phase = hooks.network_iterations(share, max_iter, model)
     two_phases, ddp = first_phase < max_iter, dict(train.ddp)
     if two_phases:
         schedule = hooks.two_phase_schedule(schedule, first_phase / max_iter)

@@ -248,7 +248,3 @@ def main(argv: Optional[List[str]] = None) -> int:
     problems, num_samples = _check(paths, options)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -199,18 +199,6 @@ def bgr(d):
     return "pngs/1.png"
 
 
-def bbox(name, value):
-    """An annotation whose mask has the box (x, y, w, h) = (4, 4, 4, 8)."""
-
-    def make(d):
-        mask = [[4, 4, 8, 4, 8, 12, 4, 12]]
-        d.instances["annotations"][1].update(segmentation=mask, bbox=value)
-        return "instances.json: annotations"
-
-    make.__name__ = f"bbox {name}"
-    return make
-
-
 MALFORMED, SEGMENT = "malformed entry", "panoptic annotations 1 segments_info 0"
 CATEGORY, IMAGE, INSTANCE = "panoptic categories 1", "panoptic images 1", "instances annotations 1"
 MASK = f"{INSTANCE} segmentation"
@@ -277,18 +265,11 @@ FAULTS = [
     (change(f"{INSTANCE} category_id", NO_CATEGORY), "instance of no thing", AT_START),
     (change(f"{INSTANCE} category_id", SKY), "instance of no thing", AT_START),
     (change(f"{INSTANCE} id"), None, TAKEN),
-    (change(f"{INSTANCE} id", 0), None, TAKEN),
-    (change(f"{INSTANCE} id", "a"), None, TAKEN),
     (change(f"{INSTANCE} area"), None, TAKEN),
     (change(f"{INSTANCE} iscrowd"), None, TAKEN),
     (change(f"{INSTANCE} iscrowd", 2), MALFORMED, AT_START),
     (change(f"{INSTANCE} bbox"), None, TAKEN),
-    (change(f"{INSTANCE} bbox", [1, 2, 3]), "box contradicts the mask", TAKEN),
-    (change(f"{INSTANCE} bbox", [1, 2, 3, float("nan")]), "box contradicts the mask", TAKEN),
-    (bbox("XYXY", [4, 4, 8, 12]), "box contradicts the mask", TAKEN),
-    (bbox("shares", [4 / 9, 4 / 14, 4 / 9, 8 / 14]), "box contradicts the mask", TAKEN),
-    (bbox("y before x", [4, 4, 8, 4]), "box contradicts the mask", TAKEN),
-    (bbox("shifted", [90, 4, 4, 8]), "box contradicts the mask", TAKEN),
+    (change(f"{INSTANCE} bbox", [1, 2, 3]), None, TAKEN),
     (change(f"{INSTANCE} keypoints", []), None, TAKEN),
     (change(f"{INSTANCE} keypoints", [1, 2, 2, 3, 2, 0]), None, TAKEN),
     (change(f"{INSTANCE} keypoints", [[1, 2, 2]]), "malformed keypoints", TAKEN),
@@ -367,10 +348,10 @@ def test_what_a_problem_says(dataset):
 def test_faults_together_are_all_found(dataset):
     """First those in the JSONs, then those in the files."""
     double("panoptic annotations 1")(dataset)
-    change(f"{INSTANCE} bbox", [0, 1, 5, 0])(dataset)
+    change(f"{INSTANCE} keypoints", [1, 2])(dataset)
     file("images", "missing")(dataset)
     file("pngs", "missing")(dataset)
-    expected = ["box contradicts the mask", "several annotations of one image"]
+    expected = ["malformed keypoints", "several annotations of one image"]
     expected += ["image unusable", "PNG unusable"]
     assert kinds_of(dataset.paths()) == expected
 
@@ -409,12 +390,6 @@ def test_image_ids_of_another_type_leave_no_instance(dataset):
     assert kinds_of(paths)[-1] == "instances of no image"
     with registered("test_faults", *paths) as name:
         assert "image_id" in sentence(look_at, name)
-
-
-def test_image_ids_of_two_types(dataset):
-    """NumPy makes strings of all of them, and COCOeval would find no truth for the numbers."""
-    dataset.panoptic["images"][1]["id"] = dataset.panoptic["annotations"][1]["image_id"] = "one"
-    assert "image ids of two types" in kinds_of(dataset.paths())
 
 
 def test_the_box_of_a_polygon_that_leaves_the_image_is_its_pixels(dataset):
