@@ -313,5 +313,6 @@ def test_trains_in_two_processes(tmp_path, monkeypatch):
         paths = [str(x) for x in scenes_paths(tmp_path, split)]
         before += f"register_panoptic('my_{split}', *{paths})\n"
     config = str(write_tiny(tmp_path, "my_train", "my_val", before))
-    train.main(["--config-file", config, "--num-gpus", "2", "--dist-url", "auto"])
+    processes = ["--num-gpus", "2", "--dist-url", "auto"]
+    train.main(["--config-file", config, *processes, "train.max_iter=2"])
     assert json.loads((tmp_path / "out/orderings.json").read_text())["images"] == 4

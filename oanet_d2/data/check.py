@@ -242,7 +242,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if len(args.dataset) == 1:
             paths, options = find_dataset(args.dataset[0], args.config_file)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # a .py that is not there
         print(f"error: {error}", file=sys.stderr)
         return 2
     problems, num_samples = _check(paths, options)

@@ -93,3 +93,4 @@ def test_datasets_of_a_config_in_python(dataset, tmp_path):
     assert main(["test_check_py", "--config-file", str(tmp_path / "config.py")]) == 1
     DatasetCatalog.remove("test_check_py")
     MetadataCatalog.remove("test_check_py")
+    assert main(["test_check_py", "--config-file", str(tmp_path / "none.py")]) == 2
