@@ -21,8 +21,9 @@ from pycocotools import mask as mask_util
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..painting.arrays import Runs, runs
 from ..painting.formats import rle_runs
-from .images import Runs, decode, read_header, runs
+from .images import decode, read_header
 
 __all__ = ["CATEGORY", "FILES", "Report", "as_rle", "entries", "load_panoptic", "read_annotations"]
 __all__ += ["read_file", "read_truth", "stop"]

@@ -107,7 +107,7 @@ def fill_on_device(
 ) -> List[Tuple[int, int]]:
     """As :func:`oanet_d2.painting.arrays.fill`."""
     device = panoptic_seg.device
-    num_labels = int(semantic.max()) + 1 if semantic.numel() else 1
+    num_labels = int(semantic.max()) + 1
     areas = torch.zeros(num_labels, dtype=torch.int64, device=device)
     # Neighbours mostly have one label, so there are far fewer runs to count than pixels.
     free = panoptic_seg == 0
