@@ -241,10 +241,9 @@ class OANetTrainer(DefaultTrainer):
 
 
 def _network_iterations(cfg) -> int:
-    share, total = cfg.SOLVER.SRM_ONLY_SHARE, cfg.SOLVER.MAX_ITER
+    share = 0.0 if cfg.MODEL.OANET.TRAIN_SRM_ONLY else cfg.SOLVER.SRM_ONLY_SHARE
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    first = hooks.network_iterations(share, total, model)
-    return total if cfg.MODEL.OANET.TRAIN_SRM_ONLY else first
+    return hooks.network_iterations(share, cfg.SOLVER.MAX_ITER, model)
 
 
 def prepare_datasets(cfg) -> None:

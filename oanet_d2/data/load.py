@@ -166,9 +166,6 @@ def load_panoptic(
         return []
     dicts, annotated, pngs = [], set(), set()
     images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
-    if len({isinstance(i, str) for i in images}) > 1:
-        detail = f"some ids are numbers, others strings: {reprlib.repr([*images])}"
-        report("image ids of two types", f"{panoptic_json}: images", detail)
     instances = None
     if instances_json is not None and thing_ids:
         instances = _instances(instances_json, panoptic, images, thing_ids, report)
@@ -261,11 +258,6 @@ def _instances(
             detail = "its mask has no pixel in the image; the instance is left out"
             report("instance without a pixel", at, detail, fatal=False)
             continue
-        # A detector predicts its boxes beside its masks.
-        if not is_results and x.get("bbox") is not None and not _is_near(x["bbox"], box):
-            found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
-            detail = f"{found} (x, y, width, height); the mask counts"
-            report("box contradicts the mask", at, detail, fatal=False)
         instance = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
         instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
         if is_results:
@@ -358,13 +350,6 @@ def as_rle(segmentation: Any, height: int, width: int) -> Dict:
     if isinstance(segmentation, dict):
         return segmentation
     return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
-
-
-def _is_near(bbox: Any, box: List[float]) -> bool:
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_coordinate, bbox)):
-        return False
-    edges = ((x, y, x + w, y + h) for x, y, w, h in (bbox, box))
-    return max(abs(a - b) for a, b in zip(*edges)) <= max(2, 0.05 * max(box[2:]))
 
 
 def read_file(d: Dict, what: str, format: Optional[str] = None, report: Report = stop) -> Any:
