@@ -125,10 +125,10 @@ def _check_evaluator(cfg: DictConfig, model: Any) -> None:
     orders = cfg.dataloader.get("evaluator", {}).get("orders") or ()
     if not orders:
         return
-    if not getattr(model, "return_fusion_inputs", False):  # Detectron2's PanopticFPN has no such
+    if not getattr(model, "return_fusion_inputs", False):  # PanopticFPN does not have it
         raise ValueError(
             f"dataloader.evaluator.orders is {orders}, but model.return_fusion_inputs is not True; set "
-            "it, which an OANet needs for that, or orders to []."
+            "it to True in an OANet, or set orders to []."
         )
     check_orders("dataloader.evaluator.orders", orders, model.srm_head)
 

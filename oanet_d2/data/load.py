@@ -166,6 +166,9 @@ def load_panoptic(
         return []
     dicts, annotated, pngs = [], set(), set()
     images = _by_id(panoptic, "images", IMAGE, panoptic_json, report)
+    if len({isinstance(i, str) for i in images}) > 1:
+        detail = f"some ids are numbers, others strings: {reprlib.repr([*images])}"
+        report("image ids of two types", f"{panoptic_json}: images", detail)
     instances = None
     if instances_json is not None and thing_ids:
         instances = _instances(instances_json, panoptic, images, thing_ids, report)

@@ -382,6 +382,12 @@ def test_image_ids_of_another_type_leave_no_instance(dataset):
         assert "image_id" in sentence(look_at, name)
 
 
+def test_image_ids_of_two_types(dataset):
+    """NumPy makes strings of all of them, and COCOeval would find no truth for the numbers."""
+    dataset.panoptic["images"][1]["id"] = dataset.panoptic["annotations"][1]["image_id"] = "one"
+    assert "image ids of two types" in kinds_of(dataset.paths())
+
+
 def test_the_box_of_a_polygon_that_leaves_the_image_is_its_pixels(dataset):
     change(MASK, [[-20, 0, 5, 7, -20, 14]])(dataset)
     dataset.instances["annotations"][1]["bbox"] = None
