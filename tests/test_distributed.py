@@ -161,7 +161,7 @@ def scenes_cfg(name, folder):
 
 
 def train_in_process(scenes, folder):
-    """All that the tests below look at, in one start of two processes: it takes seconds."""
+    """All that the tests below look at, in one start of two processes. The last training diverges."""
     torch.set_num_threads(1)
     rank, found = comm.get_rank(), {"evaluated": evaluated(scenes, folder / "evaluated")}
     with registered("two_processes", *scenes_paths(scenes, "train")) as name:
@@ -185,7 +185,16 @@ def train_in_process(scenes, folder):
             trainer.checkpointer.save_dir = str(folder / "elsewhere")
         with pytest.raises(CheckpointError, match=r"resume from \['model_final.pth', ''\]"):
             trainer.resume_or_load(resume=True)
-    torch.save(found, folder / f"{rank}.pth")
+        torch.save(found, folder / f"{rank}.pth")
+        cfg.OUTPUT_DIR = str(folder / "diverged")
+        trainer = trainer_of(cfg)
+
+        def spoil(model, inputs, losses):
+            bad = rank == 1 and trainer.iter == 4
+            return {k: v * (torch.nan if bad else 1) for k, v in losses.items()}
+
+        trainer.checkpointer.model.register_forward_hook(spoil)
+        trainer.train()
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +213,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(scenes, folder):
-    launch(train_in_process, 2, dist_url="auto", args=(scenes, folder))
+    with pytest.raises(Exception, match="Iteration 4: loss_[a-z_]+ is nan.*BASE_LR"):
+        launch(train_in_process, 2, dist_url="auto", args=(scenes, folder))
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
 
@@ -252,30 +262,21 @@ def test_resumes_to_the_same_weights_in_both_processes(found):
                 assert torch.equal(of_rank[start][name], tensor), name
 
 
-def end_in_process(scenes, folder, kind):
-    """Only the second process does, after a checkpoint."""
+def test_a_diverged_process_ends_all(found, folder):
+    """With its own image, and without a checkpoint after that."""
+    (kept,) = (folder / "diverged" / "non_finite_loss").iterdir()
+    assert kept.name == "iteration_0000004_rank_1" and len(list(kept.iterdir())) == 1
+    assert (folder / "diverged" / "last_checkpoint").read_text() == "model_0000003.pth"
+
+
+def kill_in_process(scenes, folder):
+    """The second process ends after a checkpoint."""
     torch.set_num_threads(1)
     with registered("two_processes", *scenes_paths(scenes, "train")) as name:
         trainer = trainer_of(scenes_cfg(name, folder))
-
-        def spoil(model, inputs, losses):
-            bad = comm.get_rank() == 1 and trainer.iter == 4
-            return {k: v * (torch.nan if bad else 1) for k, v in losses.items()}
-
-        if kind == "diverged":
-            trainer.checkpointer.model.register_forward_hook(spoil)
-        elif comm.get_rank() == 1:
+        if comm.get_rank() == 1:
             trainer.register_hooks([after_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))])
         trainer.train()
-
-
-def test_a_diverged_process_ends_all(scenes, tmp_path):
-    """With its own image, and without a checkpoint after that."""
-    with pytest.raises(Exception, match="Iteration 4: loss_[a-z_]+ is nan.*BASE_LR"):
-        launch(end_in_process, 2, dist_url="auto", args=(scenes, tmp_path, "diverged"))
-    (kept,) = (tmp_path / "out" / "non_finite_loss").iterdir()
-    assert kept.name == "iteration_0000004_rank_1" and len(list(kept.iterdir())) == 1
-    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000003.pth"
 
 
 def test_a_killed_machine_ends_the_other(scenes, tmp_path):
@@ -284,7 +285,7 @@ def test_a_killed_machine_ends_the_other(scenes, tmp_path):
 
     def machine(rank):
         with pytest.raises(Exception) as error:
-            launch(end_in_process, 1, 2, rank, url, args=(scenes, tmp_path, "killed"))
+            launch(kill_in_process, 1, 2, rank, url, args=(scenes, tmp_path))
         return str(error.value)
 
     with ThreadPoolExecutor(2) as pool:
