@@ -220,13 +220,13 @@ def found(scenes, folder):
 @pytest.mark.parametrize("architecture", ["OANet", "MeanOfImages"])
 def test_equals_one_process(found, scenes, tmp_path, architecture):
     """
-    Losses, learning rates and weights of two phases. Single precision leaves 1e-6 of the losses and 1e-4 of
-    what a tensor has moved; a tensor of one process alone is wrong by about 1.
+    Losses, learning rates and weights of two phases. Single precision leaves 3e-5 of a loss and 2e-4 of what
+    a tensor has moved. The gradients of one process alone would miss by about 1.
     """
     kind = architecture, False
     with registered("one_process", *scenes_paths(scenes, "train")) as name:
         scalars, states = trained(*kind, name, tmp_path)
-    assert found[0][kind][0] == pytest.approx(scalars, rel=1e-4)
+    assert found[0][kind][0] == pytest.approx(scalars, rel=1e-3, abs=1e-6)
     assert {step for name, step in scalars if name == "loss_srm_pairs"} == {4, 5, 6, 7}
     for of_rank in found:
         for state, expected in zip(of_rank[kind][1][1:], states[1:]):
