@@ -193,17 +193,16 @@ def load_config(
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
     content: Any = None
-    base: Any = None
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             content = yaml.safe_load(f)
-        base = content.pop("_BASE_", None) if isinstance(content, dict) else None
-    beside = isinstance(base, str) and os.path.join(os.path.dirname(path), base)
-    if beside and not os.path.exists(beside) and find_config(base) != base:
-        cfg.merge_from_file(find_config(base), allow_unsafe=False)
-        cfg.merge_from_other_cfg(CfgNode(content))
-    else:
+    base = content.pop("_BASE_", None) if isinstance(content, dict) else None
+    if not isinstance(base, str):
         cfg.merge_from_file(path, allow_unsafe=False)
+        return
+    beside = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    _merge_file(cfg, beside if os.path.exists(beside) else find_config(base))
+    cfg.merge_from_other_cfg(CfgNode(content))
 
 
 def _reason(error: Exception) -> str:

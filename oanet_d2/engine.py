@@ -317,7 +317,8 @@ def build_evaluator(
     if "class_order" in orders:
         names = [train_names] if isinstance(train_names, str) else train_names
         by_class = evaluation.count_class_margins(names, model.roi_heads.num_classes)
-    evaluators.append(evaluation.PanopticEvaluator(model, orders, report, by_class))
+    compared_model = model if orders else None  # PanopticFPN
+    evaluators.append(evaluation.PanopticEvaluator(compared_model, orders, report, by_class))
     metadata, folder = MetadataCatalog.get(dataset_name), os.path.join(output_dir, "inference")
     if instance_ap and metadata.json_file and metadata.thing_classes:
         options = folder, max_dets_per_image, oks_sigmas

@@ -29,13 +29,14 @@ def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
     name = "OcclusionScenes/oanet_lite0.yaml"
     expected = load_config(CONFIGS / name)
     assert load_config(name) == expected
-    # As the base of a yaml, too. A file that is there comes first.
-    mine = write(tmp_path, f"_BASE_: {name}\nSOLVER:\n  MAX_ITER: 7\n")
-    expected.SOLVER.MAX_ITER = 7
+    # As the base of a yaml and of its base, too. A file that is there comes first.
+    write(tmp_path, f"_BASE_: {name}\nSOLVER:\n  MAX_ITER: 7\n", "mine.yaml")
+    mine = write(tmp_path, "_BASE_: mine.yaml\nSEED: 6")
+    expected.SOLVER.MAX_ITER, expected.SEED = 7, 6
     assert load_config(mine) == load_config("config.yaml") == expected
     (tmp_path / "OcclusionScenes").mkdir()
     write(tmp_path, "SEED: 5", name)
-    assert load_config(name).SEED == load_config(mine).SEED == 5
+    assert load_config(name).SEED == load_config("mine.yaml").SEED == 5
     with pytest.raises(ValueError, match=r"oanet_lite1\.yaml"):
         load_config("OcclusionScenes/oanet_lite1.yaml")
     with pytest.raises(ValueError, match=r"oanet_lite1\.yaml"):

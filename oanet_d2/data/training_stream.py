@@ -20,7 +20,7 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
-__all__ = ["TrainingStream", "build_train_loader", "derived_seed", "training_dicts"]
+__all__ = ["TrainingStream", "build_train_loader", "derived_seed", "training_dicts", "with_things"]
 
 _OF_SAMPLES = 1  # tells the random numbers of a sample from those of a step
 
@@ -106,14 +106,24 @@ def training_dicts(names: Union[str, Sequence[str]], filter_empty: bool = True) 
     return [*chain.from_iterable(map(read, [names] if isinstance(names, str) else names))]
 
 
+def with_things(dataset_dicts: Sequence[Dict]) -> List[Dict]:
+    """
+    Dataset dicts for a sampler that counts classes: those without an instances JSON have the things of
+    their panoptic segments as "annotations".
+    """
+
+    def things(x: Dict) -> List[Dict]:
+        return [segment for segment in x["segments_info"] if segment["isthing"]]
+
+    return [x if "annotations" in x else {**x, "annotations": things(x)} for x in dataset_dicts]
+
+
 def _from_config(cfg, mapper) -> Dict[str, Any]:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is (); a training needs at least one dataset.")
     dicts = training_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    # A sampler that counts classes finds the things of the PNG where there are no annotations.
-    counted = [x if "annotations" in x else {**x, "annotations": _things(x)} for x in dicts]
     # Detectron2 makes the sampler of the config. The dataset is not serialized for that.
-    listed = DatasetFromList(counted, copy=False, serialize=False)
+    listed = DatasetFromList(with_things(dicts), copy=False, serialize=False)
     theirs = build_detection_train_loader(
         cfg, mapper=mapper, dataset=listed, aspect_ratio_grouping=False
     )
@@ -167,7 +177,3 @@ def build_train_loader(
         num_workers=num_workers,
         seed=stream.seed,  # or it would take a random number from the step that starts it
     )
-
-
-def _things(dataset_dict: Dict) -> List[Dict]:
-    return [s for s in dataset_dict["segments_info"] if s["isthing"]]
