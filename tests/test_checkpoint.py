@@ -40,12 +40,10 @@ def write(path, content):
 
 def refused(path, words):
     """Loading must fail, with a message that begins with the path."""
-    checkpointer = OANetCheckpointer(linear())
     with pytest.raises(CheckpointError, match=words) as error:
-        checkpointer.resume_or_load(str(path), resume=False)
+        OANetCheckpointer(linear()).resume_or_load(str(path), resume=False)
     assert str(error.value).startswith(f"{path} ")
     assert "weights_only" not in str(error.value)  # which is what torch would advise
-    return checkpointer
 
 
 @pytest.fixture
@@ -206,10 +204,8 @@ def test_damaged_files(tmp_path, name):
         ),
     ],
 )
-def test_no_tensors_and_then_another_file(tmp_path, content, words):
-    checkpointer = refused(write(tmp_path / "a.pth", content), words)
-    checkpointer.load(write(tmp_path / "b.pth", linear(1).state_dict()))
-    assert torch.equal(checkpointer.model["head"].weight, linear(1)["head"].weight)
+def test_no_tensors(tmp_path, content, words):
+    refused(write(tmp_path / "a.pth", content), words)
 
 
 def test_missing(tmp_path):

@@ -220,8 +220,8 @@ def found(scenes, folder):
 @pytest.mark.parametrize("architecture", ["OANet", "MeanOfImages"])
 def test_equals_one_process(found, scenes, tmp_path, architecture):
     """
-    Losses, learning rates and weights of two phases. Single precision leaves 3e-5 of a loss and 2e-4 of what
-    a tensor has moved. The gradients of one process alone would miss by about 1.
+    Losses, learning rates and weights of two phases. Single precision leaves 3e-5 of a loss and 2e-4 of
+    the way of a tensor. The gradients of one process alone would miss by about 1.
     """
     kind = architecture, False
     with registered("one_process", *scenes_paths(scenes, "train")) as name:
