@@ -15,7 +15,8 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import launch
 from detectron2.engine.launch import _find_free_port
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -43,6 +44,7 @@ WITHOUT_CHOICES = [
     *["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 9999, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 9999],
     *["MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.999], "MODEL.SRM_HEAD.TRAIN_MASKS", "gt"],
     *["MODEL.SRM_HEAD.GT_FALSE_POSITIVES", 0.0, "MODEL.FPN.NORM", "LN", "MODEL.RESNETS.NORM", "LN"],
+    *["MODEL.PROPOSAL_GENERATOR.NAME", "ProposalsOfDoubles"],
 ]
 
 BOXES, APART = [[4, 4, 40, 60], [10, 14, 30, 50]], [[4, 4, 24, 24], [30, 30, 60, 60]]
@@ -56,6 +58,15 @@ UNLIKE = [
 ]
 
 
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class ProposalsOfDoubles(RPN):
+    """Detectron2's NMS takes boxes and scores of one type."""
+
+    def predict_proposals(self, anchors, logits, deltas, image_sizes):
+        single = ([x.float() for x in levels] for levels in (logits, deltas))
+        return super().predict_proposals(anchors, *single, image_sizes)
+
+
 @META_ARCH_REGISTRY.register()
 class MeanOfImages(OANet):
     """Its loss of a batch is the mean of the losses that the images have alone."""
@@ -66,6 +77,14 @@ class MeanOfImages(OANet):
 
 
 class TrainerOfInputs(OANetTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        if not cfg.SOLVER.AMP.ENABLED:
+            model.double()  # or rounding would decide which of a ReLU's inputs are positive
+            model.srm_head.float()  # which takes no other
+        return model
+
     @classmethod
     def build_train_loader(cls, cfg):
         inputs = ALIKE if cfg.MODEL.META_ARCHITECTURE == "OANet" else UNLIKE
@@ -220,8 +239,8 @@ def found(scenes, folder):
 @pytest.mark.parametrize("architecture", ["OANet", "MeanOfImages"])
 def test_equals_one_process(found, scenes, tmp_path, architecture):
     """
-    Losses, learning rates and weights of two phases. Single precision leaves 3e-5 of a loss and 2e-4 of
-    the way of a tensor. The gradients of one process alone would miss by about 1.
+    Losses, learning rates and weights of two phases. The gradients of one process alone would miss by
+    about 1.
     """
     kind = architecture, False
     with registered("one_process", *scenes_paths(scenes, "train")) as name:
