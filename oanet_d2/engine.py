@@ -22,7 +22,7 @@ from .checkpoint import OANetCheckpointer
 from .data import PanopticDatasetMapper, complete_config
 from .data.builtin import dataset_root
 from .data.check import check_datasets
-from .data.occlusion_scenes import ensure_split
+from .data.occlusion_scenes import write_split
 from .data.training_stream import TrainingStream, build_train_loader
 from .modeling import OANetWithTTA
 from .output_folder import RunConfig
@@ -241,10 +241,9 @@ class OANetTrainer(DefaultTrainer):
 
 
 def _network_iterations(cfg) -> int:
-    share, total = cfg.SOLVER.SRM_ONLY_SHARE, cfg.SOLVER.MAX_ITER
+    share = 0.0 if cfg.MODEL.OANET.TRAIN_SRM_ONLY else cfg.SOLVER.SRM_ONLY_SHARE
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    first = hooks.network_iterations(share, total, model)
-    return total if cfg.MODEL.OANET.TRAIN_SRM_ONLY else first
+    return hooks.network_iterations(share, cfg.SOLVER.MAX_ITER, model)
 
 
 def prepare_datasets(cfg) -> None:
@@ -254,7 +253,7 @@ def prepare_datasets(cfg) -> None:
     for split, images in (("train", scenes.TRAIN_IMAGES), ("val", scenes.VAL_IMAGES)):
         if names & {f"occlusion_scenes_{split}", f"occlusion_scenes_{split}_visible"}:
             options = {"image_size": scenes.IMAGE_SIZE, "seed": scenes.SEED}
-            ensure_split(dataset_root("occlusion_scenes"), split, images, **options)
+            write_split(dataset_root("occlusion_scenes"), split, images, **options)
 
 
 class OrdersReported(DatasetEvaluators):

@@ -125,10 +125,10 @@ def _check_evaluator(cfg: DictConfig, model: Any) -> None:
     orders = cfg.dataloader.get("evaluator", {}).get("orders") or ()
     if not orders:
         return
-    if not model.return_fusion_inputs:
+    if not getattr(model, "return_fusion_inputs", False):  # PanopticFPN does not have it
         raise ValueError(
-            f"dataloader.evaluator.orders is {orders}, but model.return_fusion_inputs is False; set that "
-            "to True, or orders to []."
+            f"dataloader.evaluator.orders is {orders}, but model.return_fusion_inputs is not True; set "
+            "it to True in an OANet, or set orders to []."
         )
     check_orders("dataloader.evaluator.orders", orders, model.srm_head)
 
@@ -177,9 +177,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> None:
     cfg.optimizer.params.model = model
     optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.lr_multiplier)
     loader, is_main = instantiate(cfg.dataloader.train), comm.is_main_process()
-    first_phase = hooks.network_iterations(train.get("srm_only_share", 0.0), max_iter, model)
-    if getattr(model, "phase", "") == "ranking":  # model.train_srm_only
-        first_phase = max_iter
+    share = 0.0 if cfg.model.get("train_srm_only") else train.get("srm_only_share", 0.0)
+    first_phase = hooks.network_iterations(share, max_iter, model)
     two_phases, ddp = first_phase < max_iter, dict(train.ddp)
     if two_phases:
         schedule = hooks.two_phase_schedule(schedule, first_phase / max_iter)

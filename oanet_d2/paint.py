@@ -21,7 +21,6 @@ from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import islice
 from multiprocessing import get_context
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -30,9 +29,9 @@ from tqdm import tqdm
 
 from .files import atomic_path, write_atomically
 from .json_lists import JsonLists, Range
-from .painting.arrays import Region, extent
+from .painting.arrays import extent
 from .painting.formats import Detections, read_detections
-from .painting.painter import RULES, Painted, paint_detections
+from .painting.painter import RULES, Painted, load_order, paint_detections
 from .submission import png_of
 
 __all__ = ["Job", "Task", "main", "map_images"]
@@ -81,11 +80,11 @@ class Job:
 
     def _semantic(self, entries: List[Dict], task: Task) -> np.ndarray:
         at = f"{self.semantic}, image {task.image['id']!r}"
-        position = {c["id"]: i for i, c in enumerate(self.categories, start=1)}
-        unknown = [x.get("category_id") for x in entries if x.get("category_id") not in position]
+        labels = {c["id"]: 0 if c["isthing"] else i for i, c in enumerate(self.categories, start=1)}
+        unknown = [x.get("category_id") for x in entries if x.get("category_id") not in labels]
         if unknown:
             raise ValueError(f"{at}: the category_id {unknown[0]!r} is not listed in the categories.")
-        stuff = [x for x in entries if not self.categories[position[x["category_id"]] - 1]["isthing"]]
+        stuff = [x for x in entries if labels[x["category_id"]]]
         size = task.image["height"], task.image["width"]
         try:
             masks = read_detections([x.get("segmentation") for x in stuff], image_size=size)
@@ -94,18 +93,15 @@ class Job:
         semantic = np.zeros(size, np.int32)
         for i in reversed(range(len(stuff))):  # the first has the pixel, as in panopticapi
             mask, region = masks.mask_of(i)
-            semantic[region][mask] = position[stuff[i]["category_id"]]
+            semantic[region][mask] = labels[stuff[i]["category_id"]]
         return semantic
 
     def _detections(self, entries: List[Dict], size: Tuple[int, int]) -> Detections:
         things = {c["id"]: c["name"] for c in self.categories if c["isthing"]}
         for x in entries:
-            category = x.get("category_id")
-            if not isinstance(category, (int, float)) or category not in things:
+            category, score = x.get("category_id"), x.get("score", 1)
+            if category not in [*things]:
                 raise ValueError(f"The category_id {category!r} is no thing of the categories.")
-            if not x.get("segmentation"):
-                raise ValueError(f"An instance of category {category} has no segmentation.")
-            score = x.get("score", 1)
             if not isinstance(score, (int, float)) or not math.isfinite(score):
                 raise ValueError(f"The score {score!r} of an instance is no number.")
         chosen = [x for x in entries if x.get("score", 1) >= self.score_threshold]
@@ -146,32 +142,19 @@ class Job:
         segments = []
         for x in painted.segments_info:
             region = detections.regions[x["instance_id"]] if x["isthing"] else whole
+            mask = painted.panoptic_seg[region] == x["id"]
+            rows, columns = extent(mask, region)
+            bbox = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
             segment = {key: x.get(key, 0) for key in ("id", "category_id", "iscrowd")}
-            segments.append({**segment, **_area_and_box(painted.panoptic_seg, x["id"], region)})
+            segments.append({**segment, "area": int(np.count_nonzero(mask)), "bbox": bbox})
         return {"image_id": task.image["id"], "file_name": name, "segments_info": segments}
 
 
-@cache  # every process loads it once
-def _loaded(order: str) -> Any:
-    if order in RULES:
-        return order
-    if not order.endswith(".safetensors"):
-        raise ValueError(f"The order {order!r} is none of {[*RULES]}, and no file *.safetensors.")
-    from .painting.learned import LearnedOrder
-
-    return LearnedOrder.load(order)
+_loaded = cache(load_order)  # every process loads it once
 
 
 def _png_name(image: Dict) -> str:
     return os.path.splitext(image["file_name"])[0] + ".png"
-
-
-def _area_and_box(panoptic_seg: np.ndarray, id: int, region: Region) -> Dict:
-    """Of a segment that lies inside a region."""
-    mask = panoptic_seg[region] == id
-    y, x = extent(mask, region)
-    bbox = [x.start, y.start, x.stop - x.start, y.stop - y.start]
-    return {"area": int(np.count_nonzero(mask)), "bbox": bbox}
 
 
 def map_images(function: Callable, tasks: List[Task], processes: int, about: str) -> Iterator:
@@ -184,11 +167,9 @@ def map_images(function: Callable, tasks: List[Task], processes: int, about: str
             return
         # Not forked: a copy of a process whose threads have worked may wait for them for ever.
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            rest = iter(tasks)
-            while part := list(islice(rest, 64 * processes)):
-                for result in pool.map(function, part, chunksize=8):
-                    yield result
-                    bar.update()
+            for result in pool.map(function, tasks, chunksize=8):
+                yield result
+                bar.update()
 
 
 def write_all(job: Job, output: str, tasks: List[Task], processes: int) -> None:

@@ -18,10 +18,6 @@ from .result import PanopticResult, check_picture, with_names
 __all__ = ["FORMAT_VERSION", "OnnxPredictor"]
 
 FORMAT_VERSION = 1
-_KEYS = (
-    "input_format min_size max_size overlap_threshold stuff_area_thresh keep_things_free semantic_stride "
-    "thing_classes stuff_classes thing_colors stuff_colors thing_ids stuff_ids"
-).split()
 
 Path = Union[str, os.PathLike]
 Size = Tuple[int, int]  # height and width
@@ -165,9 +161,6 @@ def _options(text: Optional[str], path: Path) -> Dict[str, Any]:
             f"{path} has the format version {options.get('version')}; this oanet_d2 reads version "
             f"{FORMAT_VERSION}. Export it again."
         )
-    missing = [key for key in _KEYS if key not in options]
-    if missing:
-        raise ValueError(f"{path} lacks {missing} in its metadata 'oanet_d2'. Export it again.")
     return options
 
 

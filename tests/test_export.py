@@ -14,6 +14,7 @@ from oanet_d2.modeling.pair_head import EVIDENCE
 from oanet_d2.painting.ranking import RANKING_RULE_REGISTRY, overlap_margins
 from oanet_d2.runtime import OnnxPredictor
 from tests.conftest import SMALLEST, load_config, panoptic_fpn_cfg
+from tests.test_variants import SMALL
 
 SIZES = (64, 96), (50, 130), (97, 33)
 LOW = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.05", "TEST.DETECTIONS_PER_IMAGE", "30"]
@@ -93,10 +94,15 @@ def test_the_graph_of_an_image_without_instances():
     assert shapes == [(0, 4), (0,), (0,), (0, 28, 28), (7, 16, 24), (0, 0)]
 
 
-# What is exported in earnest: an export takes about half a minute.
+# What is exported in earnest. An export takes a second for every thirty operations, hence the backbones.
+SMALLER = [*map(str, SMALL)]
+SMALL_TIMM = [*TIMM[:-1], "tf_mobilenetv3_small_minimal_100", "MODEL.FPN.IN_FEATURES", "['res4', 'res5']"]
+SMALL_TIMM += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [48]]"]
+for key in ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"):
+    SMALL_TIMM += [f"MODEL.{key}.IN_FEATURES", "['p4', 'p5']"]
 EXPORTED = {
-    "pairs": [*MAP, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", str(tuple(EVIDENCE))],
-    "cascade": [*TIMM, *CASCADE, *PAPER, *STUFF, *THEIR_HEAD, *order("lower_first")],
+    "pairs": [*SMALLER, *CASCADE, *MAP, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", str(tuple(EVIDENCE))],
+    "timm": [*SMALL_TIMM, *PAPER, *STUFF, *THEIR_HEAD, *order("lower_first")],
 }
 
 
@@ -131,7 +137,7 @@ def test_the_file_gives_what_the_network_gives(predictors, engine):
     if engine == "openvino":
         exported = OnnxPredictor(file, openvino={})
     rng = np.random.default_rng(0)
-    sizes = [(32, 32), (1000, 1400), (33, 200), *rng.integers(40, 200, (47, 2)).tolist()]
+    sizes = [(32, 32), (300, 420), (33, 200), *rng.integers(40, 200, (21, 2)).tolist()]
     same = []
     for i, size in enumerate(sizes):
         picture = image(size, i).numpy()
@@ -142,7 +148,7 @@ def test_the_file_gives_what_the_network_gives(predictors, engine):
         same.append(segments[0] == segments[1] and equal > 0.999)
     # An exporter's error is in every image. Random weights are sure of nothing, so that rounding
     # decides a tie in a few.
-    assert sum(same) >= 0.94 * len(same), [s for s, x in zip(sizes, same) if not x]
+    assert sum(same) >= 0.9 * len(same), [s for s, x in zip(sizes, same) if not x]
 
 
 def test_the_file_says_what_it_was_exported_with(predictors):
@@ -190,7 +196,7 @@ def by_values(inputs):
 def test_what_only_the_config_shows_is_refused(tmp_path):
     if "by_values" not in RANKING_RULE_REGISTRY:
         RANKING_RULE_REGISTRY.register(by_values)
-    cfg = config(*order("by_values"))
+    cfg = config(*SMALLER, *order("by_values"))
     cfg.MODEL.WEIGHTS = str(tmp_path / "tiny.pth")
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     with pytest.raises(ExportError, match="PyTorch cannot export"):

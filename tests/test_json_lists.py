@@ -63,14 +63,6 @@ def test_it_reads_what_json_reads(path, entries, other, is_list, ascii, indent, 
             assert lists.read("nothing") == [[]]
 
 
-@pytest.mark.parametrize("chunk", range(1, 30))
-def test_numbers_where_two_chunks_meet(path, chunk, monkeypatch):
-    monkeypatch.setattr(json_lists, "_CHUNK", chunk)
-    text = '{"a": 1.5e10, "b" : [12, -3.25E-2, true,1e5 , 123456789]\n , "c":-0.5}'
-    path.write_text(text)
-    assert JsonLists(path).read("b") == [json.loads(text)["b"]]
-
-
 def test_neighbours_of_an_image_share_a_range(path):
     entries = [{"image_id": i} for i in (1, 1, 1, 2, 1)]
     path.write_text(json.dumps(entries))

@@ -191,6 +191,14 @@ POINT_MASKS = model(
     ROI_MASK_HEAD__POINT_HEAD_ON=True,
     POINT_HEAD__SUBDIVISION_STEPS=3,
 )
+IMPLICIT = model(
+    ROI_MASK_HEAD__NAME="ImplicitPointRendMaskHead",
+    ROI_MASK_HEAD__POOLER_TYPE="",
+    ROI_MASK_HEAD__FC_DIM=8,
+    POINT_HEAD__NAME="ImplicitPointHead",
+    POINT_HEAD__CLS_AGNOSTIC_MASK=True,
+    POINT_HEAD__SUBDIVISION_STEPS=2,
+)
 RES5 = resnet(50, 16, BACKBONE__NAME="PaddedC4", RESNETS__OUT_FEATURES=["res4"])
 RES5 += model(ROI_HEADS__NAME="Res5ROIHeads", SRM_HEAD__IN_FEATURE="res4")
 for key in ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"):
@@ -211,6 +219,7 @@ VARIANTS = {
     "own semantic head": ([*SMALL, *model(SEM_SEG_HEAD__NAME="OwnSemSegHead")], None),
     "CascadeROIHeads, keypoints": ([*SMALL, *CASCADE, *KEYPOINTS], None),
     "PointRendMaskHead": ([*SMALL, *POINT_HEAD, *POINT_MASKS], "PointRendMaskHead"),
+    "ImplicitPointRendMaskHead": ([*SMALL, *POINT_HEAD, *IMPLICIT], "ImplicitPointRendMaskHead"),
     "one box and mask for all classes": (
         [
             *SMALL,
@@ -223,7 +232,6 @@ VARIANTS = {
         None,
     ),
     "Res5ROIHeads": (RES5, "Res5ROIHeads"),
-    "R-101": (resnet(101, 16), None),
     "ResNeXt, GN, avg": (RESNEXT, None),
     "top block of RetinaNet, SyncBN": (RETINANET, None),
     "ViTDet": (model(BACKBONE__NAME="build_vitdet"), None),
@@ -377,9 +385,10 @@ def test_a_head_of_ones_own_that_knows_the_things(cfg):
             assert len(a["panoptic_seg"][1]) > 1
 
 
-def test_points_of_masks_in_a_batch_without_a_thing(cfg):
+@pytest.mark.parametrize("masks", [POINT_MASKS, IMPLICIT], ids=["PointRend", "implicit"])
+def test_points_of_masks_in_a_batch_without_a_thing(cfg, masks):
     """Every parameter has a gradient, and the losses have the same names, as several processes need."""
-    cfg.merge_from_list([*SMALL, *POINT_HEAD, *POINT_MASKS])
+    cfg.merge_from_list([*SMALL, *POINT_HEAD, *masks])
     cfg.MODEL.SEM_SEG_HEAD.SUPERVISION = "things_and_stuff"  # as make_input labels
     complete_config(cfg)
     tested, names = build_model(cfg), []
@@ -417,6 +426,7 @@ C4 = [*RES5, *model(BACKBONE__NAME="build_resnet_backbone")]
         (model(BACKBONE__NAME="build_vitdet_of_any_size"), ["stride of 32", "size_divisibility"]),
         ([*POINT_SEMANTIC, *model(POINT_HEAD__NUM_CLASSES=8)], ["POINT_HEAD", "is 8", "must be 7"]),
         ([*POINT_MASKS, *POINT_SEMANTIC], ["POINT_HEAD", "8 for", "mask head and 7 for"]),
+        ([*IMPLICIT, *POINT_SEMANTIC], ["POINT_HEAD", "8 for", "mask head and 7 for"]),
         (["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", ()], ["TEST.AUG.MIN_SIZES is ()"]),
         ([*KEYPOINTS, "INPUT.COPY_PASTE", 0.5], ["COPY_PASTE is 0.5", "KEYPOINT_ON"]),
         ([*KEYPOINTS, *model(ROI_KEYPOINT_HEAD__NUM_KEYPOINTS=17)], ["is 17", "points_train", "[3]"]),

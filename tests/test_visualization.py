@@ -25,11 +25,8 @@ def squares(on_top):
     for i in (3 - on_top, on_top):
         part = slice(6, 30) if i == 1 else slice(18, 42)
         ids[part, part] = first if i == 1 else second
-    return ids, [
-        thing(first, 0, instance_id=0),
-        thing(second, 1, instance_id=1),
-        thing(3, 1, isthing=False),
-    ]
+    squares = [thing(first, 0, instance_id=0), thing(second, 1, instance_id=1)]
+    return ids, [*squares, thing(3, 1, isthing=False)]
 
 
 def test_side_by_side():
@@ -61,9 +58,8 @@ def test_narrow_pictures(size):
     result = ids, [thing(1, 0, instance_id=0), thing(2, 1, isthing=False)]
     nothing = np.zeros(size, np.int32), []
     changed = changed_pixels(nothing, result)
-    picture = side_by_side(
-        draw_panels(image, {"score": nothing, "oracle": result}, METADATA, changed)
-    )
+    results = {"score": nothing, "oracle": result}
+    picture = side_by_side(draw_panels(image, results, METADATA, changed))
     height = max(1, round(size[0] * PANEL_SIDE / max(size)))
     assert picture.shape[0] == height + TITLE_HEIGHT
     assert (picture[TITLE_HEIGHT:] == MARK).all(axis=2).any()

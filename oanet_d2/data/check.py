@@ -21,10 +21,11 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
+from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from ..config import load_config
+from ..config import find_config, is_lazy, load_config
 from .load import FILES, load_panoptic, read_annotations, read_file, read_truth
 from .register import Path, category_metadata, dataset_paths
 
@@ -201,12 +202,14 @@ def find_dataset(name: str, config_file: Optional[str]) -> Tuple[Sequence, Dict]
     """
     Returns:
         the arguments of :func:`load_panoptic` for a dataset that a yaml describes or that is
-        registered.
+        registered, perhaps by a config in Python.
 
     Raises:
         ValueError: it is neither, or the yaml is wrong.
     """
-    if config_file is not None:
+    if is_lazy(config_file):
+        LazyConfig.load(find_config(str(config_file)))
+    elif config_file is not None:
         cfg = load_config(config_file)
         if name in cfg.DATASETS.PANOPTIC:
             return dataset_paths(cfg, name), {}
@@ -229,7 +232,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     add = parser.add_argument
     add("dataset", nargs="+", metavar="DATASET", help="a registered name, or three or four paths")
-    add("--config-file", metavar="YAML", help="a config that describes it (DATASETS.PANOPTIC)")
+    add("--config-file", metavar="FILE", help="a yaml that describes it, or a .py that registers it")
     add("--examples", type=int, default=3, metavar="N", help="shown of each kind of problem")
     args = parser.parse_args(argv)
     if len(args.dataset) not in (1, 3, 4):
@@ -239,13 +242,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         if len(args.dataset) == 1:
             paths, options = find_dataset(args.dataset[0], args.config_file)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # a .py that is not there
         print(f"error: {error}", file=sys.stderr)
         return 2
     problems, num_samples = _check(paths, options)
     print(format_report(problems, num_samples, args.examples))
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

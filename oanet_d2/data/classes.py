@@ -66,11 +66,13 @@ def complete_config(cfg) -> None:
     counts = {"ROI_HEADS": num_things, "SEM_SEG_HEAD": labels, "POINT_HEAD": num_things}
     if cfg.MODEL.SEM_SEG_HEAD.NAME == "PointRendSemSegHead":
         counts["POINT_HEAD"] = labels
-        if cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON and labels != num_things:
+        mask_head = cfg.MODEL.ROI_MASK_HEAD
+        reads_it = mask_head.POINT_HEAD_ON or mask_head.NAME == "ImplicitPointRendMaskHead"
+        if reads_it and labels != num_things:
             raise ValueError(
                 f"MODEL.POINT_HEAD.NUM_CLASSES must be {num_things} for PointRend's mask head and {labels} "
-                "for its semantic head; set MODEL.ROI_MASK_HEAD.POINT_HEAD_ON to False or "
-                "MODEL.SEM_SEG_HEAD.NAME to another head."
+                "for its semantic head; set MODEL.SEM_SEG_HEAD.NAME to another head, or use "
+                "PointRendMaskHead with MODEL.ROI_MASK_HEAD.POINT_HEAD_ON False."
             )
     for section, right in counts.items():
         found = cfg.MODEL[section].NUM_CLASSES

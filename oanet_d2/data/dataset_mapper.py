@@ -13,8 +13,9 @@ from detectron2.data import detection_utils as utils
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from ..painting.arrays import Runs
 from .copy_paste import cut_out, paste
-from .images import Runs, naming
+from .images import naming
 from .load import read_file, read_truth
 
 __all__ = ["PanopticDatasetMapper"]

@@ -12,9 +12,7 @@ from PIL import ExifTags, Image
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["decode", "naming", "read_header", "read_image", "read_segment_ids", "runs"]
-
-Runs = Tuple[np.ndarray, np.ndarray, np.ndarray]
+__all__ = ["decode", "naming", "read_header", "read_image", "read_segment_ids"]
 
 
 @contextmanager
@@ -113,20 +111,3 @@ def decode(file_name: str, format: str) -> np.ndarray:
             # Detectron2's BGR is a reversed view of RGB, on which augmentations are slower.
             return cv2.cvtColor(utils.read_image(file_name, "RGB"), cv2.COLOR_RGB2BGR)
         return utils.read_image(file_name, format)
-
-
-def runs(ids: np.ndarray) -> Runs:
-    """
-    Segment ids are constant over long runs, so there are far fewer runs to sort than pixels.
-
-    Args:
-        ids: (H, W) segment ids.
-
-    Returns:
-        the different ids, sorted; for each run of the flattened ids the index of its id among them,
-        and its length.
-    """
-    flat = ids.ravel()
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    found, inverse = np.unique(flat[starts], return_inverse=True)
-    return found, inverse, np.diff(starts, append=ids.size)

@@ -21,8 +21,9 @@ from pycocotools import mask as mask_util
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..painting.arrays import Runs, runs
 from ..painting.formats import rle_runs
-from .images import Runs, decode, read_header, runs
+from .images import decode, read_header
 
 __all__ = ["CATEGORY", "FILES", "Report", "as_rle", "entries", "load_panoptic", "read_annotations"]
 __all__ += ["read_file", "read_truth", "stop"]
@@ -260,11 +261,6 @@ def _instances(
             detail = "its mask has no pixel in the image; the instance is left out"
             report("instance without a pixel", at, detail, fatal=False)
             continue
-        # A detector predicts its boxes beside its masks.
-        if not is_results and x.get("bbox") is not None and not _is_near(x["bbox"], box):
-            found = f"'bbox' is {reprlib.repr(x['bbox'])}, its mask has {[round(v, 2) for v in box]}"
-            detail = f"{found} (x, y, width, height); the mask counts"
-            report("box contradicts the mask", at, detail, fatal=False)
         instance = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
         instance.update(category_id=thing_ids.get(category), iscrowd=int(x.get("iscrowd", 0)))
         if is_results:
@@ -357,13 +353,6 @@ def as_rle(segmentation: Any, height: int, width: int) -> Dict:
     if isinstance(segmentation, dict):
         return segmentation
     return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
-
-
-def _is_near(bbox: Any, box: List[float]) -> bool:
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_coordinate, bbox)):
-        return False
-    edges = ((x, y, x + w, y + h) for x, y, w, h in (bbox, box))
-    return max(abs(a - b) for a, b in zip(*edges)) <= max(2, 0.05 * max(box[2:]))
 
 
 def read_file(d: Dict, what: str, format: Optional[str] = None, report: Report = stop) -> Any:

@@ -14,10 +14,12 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from detectron2.config import configurable
 from detectron2.data import (
     DatasetFromList,
+    MapDataset,
     build_batch_data_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 __all__ = ["TrainingStream", "build_train_loader", "derived_seed", "training_dicts", "with_things"]
@@ -111,11 +113,10 @@ def with_things(dataset_dicts: Sequence[Dict]) -> List[Dict]:
     Dataset dicts for a sampler that counts classes: those without an instances JSON have the things of
     their panoptic segments as "annotations".
     """
-
-    def things(x: Dict) -> List[Dict]:
-        return [segment for segment in x["segments_info"] if segment["isthing"]]
-
-    return [x if "annotations" in x else {**x, "annotations": things(x)} for x in dataset_dicts]
+    return [
+        x if "annotations" in x else {**x, "annotations": [s for s in x["segments_info"] if s["isthing"]]}
+        for x in dataset_dicts
+    ]
 
 
 def _from_config(cfg, mapper) -> Dict[str, Any]:
@@ -139,7 +140,7 @@ def _from_config(cfg, mapper) -> Dict[str, Any]:
 
 @configurable(from_config=_from_config)
 def build_train_loader(
-    dataset: Any,
+    dataset: List[Dict],
     *,
     mapper: Any,
     sampler: Any = None,
@@ -155,19 +156,14 @@ def build_train_loader(
     Raises:
         ValueError: the config names no training set.
     """
-    if getattr(mapper, "copy_paste", 0) > 0:
-        dataset = DatasetFromList(dataset, copy=False)  # in memory that workers share
-        mapper = partial(mapper, others=dataset)
-    theirs = build_detection_train_loader(
-        dataset=dataset,
-        mapper=mapper,
-        sampler=sampler,
-        total_batch_size=total_batch_size,
-        aspect_ratio_grouping=False,
-    ).dataset
     groups = [int(aspect_ratio_grouping and x["width"] > x["height"]) for x in dataset]
+    listed = DatasetFromList(dataset, copy=False)  # in memory that workers share
+    if getattr(mapper, "copy_paste", 0) > 0:
+        mapper = partial(mapper, others=listed)
+    if sampler is None:
+        sampler = TrainingSampler(len(listed))
     batch_size = total_batch_size // comm.get_world_size()
-    stream = TrainingStream(theirs.dataset, theirs.sampler, batch_size, groups)
+    stream = TrainingStream(MapDataset(listed, mapper), sampler, batch_size, groups)
     if stream.seed < 0:  # newer versions of Detectron2 hand SEED -1 on: a random seed
         stream.seed = comm.shared_random_seed()
     return build_batch_data_loader(

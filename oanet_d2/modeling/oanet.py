@@ -8,6 +8,7 @@ from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.projects.point_rend import ImplicitPointRendMaskHead
 from detectron2.structures import ImageList, Instances
 
 from ..painting.fusion import combine
@@ -185,14 +186,15 @@ class OANet(PanopticFPN):
         heads = self.roi_heads
         if any(map(len, gt)) or not getattr(getattr(heads, "mask_head", None), "mask_point_on", False):
             return heads(images, features, proposals, gt)[1]
-        # PointRend's mask loss fails in a batch without a thing. Losses of 0 give all of its parameters
+        # PointRend's mask losses fail in a batch without a thing. Losses of 0 give all of its parameters
         # a gradient, as DistributedDataParallel wants.
         sampled = heads.label_and_sample_proposals(proposals, gt)
         targets = [gt] if isinstance(heads, CascadeROIHeads) else []
         losses = heads._forward_box(features, sampled, *targets)
         losses.update(heads._forward_keypoint(features, sampled))
         nothing = 0 * sum(x.sum() for x in heads.mask_head.parameters())
-        return {**losses, "loss_mask": nothing, "loss_mask_point": nothing}
+        first = "loss_l2" if isinstance(heads.mask_head, ImplicitPointRendMaskHead) else "loss_mask"
+        return {**losses, first: nothing, "loss_mask_point": nothing}
 
     def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
         """As PanopticFPN's. A ValueError says that an image does not fit the backbone's square."""
@@ -279,18 +281,18 @@ class OANet(PanopticFPN):
         """
         _refuse_export(do_postprocess)
         all_masks = "pred_masks" in self.outputs or not do_postprocess
-        images, features, semantic, detected = self._predict(batched_inputs, all_masks)
+        sizes, features, semantic, detected = self._predict(batched_inputs, all_masks)
         if not do_postprocess:
             return detected, self.semantic_branch.predict(semantic)
 
         if return_fusion_inputs is None:
             return_fusion_inputs = self.return_fusion_inputs
         with torch.autocast(self.device.type, enabled=False):
-            order_inputs = self._rank(images, semantic, features, detected, return_fusion_inputs)
+            order_inputs = self._rank(sizes, semantic, features, detected, return_fusion_inputs)
             del features  # the largest tensors
             results = []
             for x, image_size, detections, logits, ranked in zip(
-                batched_inputs, images.image_sizes, detected, semantic.float(), order_inputs
+                batched_inputs, sizes, detected, semantic.float(), order_inputs
             ):
                 size = x.get("height", image_size[0]), x.get("width", image_size[1])
                 labels, sem_seg = self._semantic(image_size, size, logits)
@@ -299,12 +301,14 @@ class OANet(PanopticFPN):
         return results
 
     def _predict(self, batched_inputs: List[Dict], all_masks: bool):
-        # What the network makes of a batch: images, features, output of the semantic layers, instances.
+        # What the network makes of a batch: sizes of the images without padding, features, output of the
+        # semantic layers, instances.
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         semantic = self.semantic_branch.layers(features)
         proposals, _ = self.proposal_generator(images, features, None)
-        return images, features, semantic, self._detect(images, features, proposals, all_masks)
+        detected = self._detect(images, features, proposals, all_masks)
+        return images.image_sizes, features, semantic, detected
 
     def _detect(
         self, images, features: Dict, proposals: List[Instances], all_masks: bool
@@ -327,26 +331,24 @@ class OANet(PanopticFPN):
         return detected if self.training else heads._forward_keypoint(features, detected)
 
     def _rank(
-        self, images, semantic, features, detected: List[Instances], for_all_orders: bool
+        self, image_sizes, semantic, features, detected: List[Instances], for_all_orders: bool
     ) -> List[OrderInputs]:
         if self.order == "score" and not for_all_orders:
             masks = [x.pred_masks.new_zeros(len(x), 0, 0).bool() for x in detected]
             return [OrderInputs(x.scores, x.pred_classes, m) for x, m in zip(detected, masks)]
         instances = [self._on_grid(x) for x in detected]
-        maps = self.ranking_maps(images.image_sizes, semantic, features)
+        maps = self.ranking_maps(image_sizes, semantic, features)
         return self.srm_head.order_inputs(instances, maps)
 
     def _semantic(self, image_size, size, logits: torch.Tensor) -> Tuple[torch.Tensor, Dict]:
         # One image's labels at `size` = (H, W), and its "sem_seg" if that is wanted.
         if "sem_seg" in self.outputs:
-            sem_seg = self._sem_seg(image_size, size, logits)
+            sem_seg = self.semantic_branch.predict(logits[None])[0]
+            sem_seg = sem_seg_postprocess(sem_seg, image_size, *size)
             return semantic_labels(sem_seg, self.keep_things_free), {"sem_seg": sem_seg}
         scores = self.semantic_branch.stuff_scores(logits[None])[0]
         sizes = self.semantic_branch.common_stride, image_size, size
         return resized_semantic_labels(scores, *sizes, self.keep_things_free), {}
-
-    def _sem_seg(self, image_size, size, logits: torch.Tensor) -> torch.Tensor:
-        return sem_seg_postprocess(self.semantic_branch.predict(logits[None])[0], image_size, *size)
 
     def _result(
         self, image_size, size, detected: Instances, order_inputs: OrderInputs, labels, for_all_orders

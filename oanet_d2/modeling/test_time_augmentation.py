@@ -1,11 +1,12 @@
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from fvcore.transforms import HFlipTransform
+from fvcore.transforms import HFlipTransform, TransformList
 from torch.nn import functional as F
 
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.structures import ImageList, Instances
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.structures import Instances
 
 from ..painting.ranking import OrderInputs
 from ..painting.semantic import semantic_labels
@@ -17,10 +18,11 @@ __all__ = ["OANetWithTTA", "mean_order_inputs"]
 class _View(NamedTuple):
     """What the network makes of one augmented image."""
 
-    images: ImageList
+    image_size: Tuple[int, int]  # of the network's input, without padding
+    flipped: bool
     features: Dict[str, torch.Tensor]
     semantic: torch.Tensor
-    detected: List[Instances]  # of this one image
+    detected: Instances
 
 
 class OANetWithTTA(GeneralizedRCNNWithTTA):
@@ -68,8 +70,7 @@ class OANetWithTTA(GeneralizedRCNNWithTTA):
     def _infer(self, input: Dict, for_all_orders: bool) -> Dict:
         model, size = self.model, (input["height"], input["width"])
         augmented, transforms = self._get_augmented_inputs(input)
-        flipped = [any(isinstance(t, HFlipTransform) for t in x.transforms) for x in transforms]
-        views = [_View(*model._predict([x], all_masks=False)) for x in augmented]
+        views = [self._view(*x) for x in zip(augmented, transforms)]
         merged = self._merged(views, transforms, size)
         moved = self._rescale_detected_boxes(augmented, merged, transforms)
         moved = [x.to(model.device) for x in moved]
@@ -86,17 +87,24 @@ class OANetWithTTA(GeneralizedRCNNWithTTA):
 
         with torch.autocast(model.device.type, enabled=False):
             ranked = []
-            for view, x, turned in zip(views, moved, flipped):
-                x.pred_masks = merged.pred_masks.flip(3) if turned else merged.pred_masks
-                ranked += model._rank(view.images, view.semantic, view.features, [x], for_all_orders)
-            order_inputs = mean_order_inputs(ranked, flipped)
-            sem_seg = self._mean_sem_seg(views, flipped, size)
+            for view, x in zip(views, moved):
+                x.pred_masks = merged.pred_masks.flip(3) if view.flipped else merged.pred_masks
+                seen = [view.image_size], view.semantic, view.features
+                ranked += model._rank(*seen, [x], for_all_orders)
+                view.features.clear()  # the largest tensors, before there are semantic scores of this size
+            order_inputs = mean_order_inputs(ranked, [x.flipped for x in views])
+            sem_seg = self._mean_sem_seg(views, size)
             labels = semantic_labels(sem_seg, model.keep_things_free)
             result = model._result(size, size, merged, order_inputs, labels, for_all_orders)
         return {**result, "sem_seg": sem_seg} if "sem_seg" in model.outputs else result
 
+    def _view(self, augmented: Dict, transforms: TransformList) -> _View:
+        sizes, features, semantic, detected = self.model._predict([augmented], all_masks=False)
+        flipped = any(isinstance(x, HFlipTransform) for x in transforms.transforms)
+        return _View(sizes[0], flipped, features, semantic, detected[0])
+
     def _merged(self, views: List[_View], transforms: List, size) -> Instances:
-        found = [x.detected[0] for x in views]
+        found = [x.detected for x in views]
         boxes = [
             torch.from_numpy(transform.inverse().apply_box(x.pred_boxes.tensor.cpu().numpy()))
             for transform, x in zip(transforms, found)
@@ -106,13 +114,16 @@ class OANetWithTTA(GeneralizedRCNNWithTTA):
         )
         return self._merge_detections(torch.cat(boxes).to(self.model.device), scores, classes, size)
 
-    def _mean_sem_seg(self, views: List[_View], flipped: List[bool], size) -> torch.Tensor:
-        total = torch.zeros((), device=self.model.device)
-        for view, turned in zip(views, flipped):
-            (image_size,) = view.images.image_sizes
-            sem_seg = self.model._sem_seg(image_size, size, view.semantic[0].float())
-            total = total + (sem_seg.flip(2) if turned else sem_seg)
-        return total / len(views)
+    def _mean_sem_seg(self, views: List[_View], size) -> torch.Tensor:
+        branch = self.model.semantic_branch
+        channels = branch.stuff_scores(views[0].semantic).shape[1]
+        total = torch.zeros(channels, *size, device=self.model.device)
+        for view in views:
+            # One class after another: all of them at the size of a photograph take gigabytes.
+            for of_class, scores in zip(total, branch.predict(view.semantic.float())[0]):
+                resized = sem_seg_postprocess(scores[None], view.image_size, *size)[0]
+                of_class += resized.flip(1) if view.flipped else resized
+        return total.div_(len(views))
 
 
 def mean_order_inputs(inputs: Sequence[OrderInputs], flipped: Sequence[bool]) -> OrderInputs:

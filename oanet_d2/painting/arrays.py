@@ -8,9 +8,10 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import numpy as np
 
 __all__ = ["extent", "fill", "fuse", "label_in_tiles", "order_of_sorted", "paint", "pasted_mask"]
-__all__ += ["semantic_labels", "stuff_to_paint"]
+__all__ += ["runs", "semantic_labels", "stuff_to_paint"]
 
 Array = Any  # a NumPy array or a tensor
+Runs = Tuple[np.ndarray, np.ndarray, np.ndarray]
 Region = Tuple[slice, slice]  # rows and columns
 MaskOf = Callable[[int], Tuple[Array, Region]]  # gives an instance's mask inside its region
 
@@ -42,6 +43,23 @@ def order_of_sorted(margins: np.ndarray) -> np.ndarray:
         against[best] = np.iinfo(np.int64).max
         lost[best] = 0  # so that later subtractions leave `against[best]` alone
     return order
+
+
+def runs(ids: np.ndarray) -> Runs:
+    """
+    Segment ids are constant over long runs, so there are far fewer runs to sort than pixels.
+
+    Args:
+        ids: (H, W) integers from 0 on.
+
+    Returns:
+        the different ids, sorted; for each run of the flattened ids the index of its id among them,
+        and its length.
+    """
+    flat = ids.ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
+    found, inverse = np.unique(flat[starts], return_inverse=True)
+    return found, inverse, np.diff(starts, append=ids.size)
 
 
 def extent(mask: np.ndarray, region: Region) -> Region:
@@ -215,8 +233,6 @@ def fill(
     """
     Paint stuff onto the free pixels of `panoptic` and return the labels and areas of its segments.
     """
-    if semantic.size == 0:
-        return []
     num_labels = int(semantic.max()) + 1
     # An eighth of the bytes.
     semantic = semantic.astype(np.uint8 if num_labels <= 256 else np.int64, copy=False)

@@ -264,7 +264,7 @@ def rle_runs(counts: Any) -> np.ndarray:
     # of the last one is the sign.
     parts = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     is_last = parts & 32 == 0
-    if not len(parts) or not is_last[-1] or (parts >> 6).any():
+    if not len(parts) or not is_last[-1]:
         return none
     starts = np.flatnonzero(np.concatenate([[True], is_last[:-1]]))
     place = np.arange(len(parts)) - np.repeat(starts, np.diff(starts, append=len(parts)))

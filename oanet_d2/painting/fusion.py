@@ -97,7 +97,7 @@ def paint_on_device(
         keep = (visible_area > 0) & (area - visible_area <= most_taken)
         count = count + keep
         # Free pixels of an instance that is dropped keep their 0.
-        free.masked_fill_(visible, count * keep)
+        free.add_(visible * (count * keep))
         keeps.append(keep)
     return [index for index, keep in zip(indices, torch.stack(keeps).tolist()) if keep]
 
@@ -107,7 +107,7 @@ def fill_on_device(
 ) -> List[Tuple[int, int]]:
     """As :func:`oanet_d2.painting.arrays.fill`."""
     device = panoptic_seg.device
-    num_labels = int(semantic.max()) + 1 if semantic.numel() else 1
+    num_labels = int(semantic.max()) + 1
     areas = torch.zeros(num_labels, dtype=torch.int64, device=device)
     # Neighbours mostly have one label, so there are far fewer runs to count than pixels.
     free = panoptic_seg == 0

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
+from .arrays import runs
 from .masks import BoxedMasks
 from .matching import overlapping_regions
 
@@ -44,11 +45,8 @@ def shared_pixels(truth: np.ndarray, prediction: np.ndarray) -> SharedPixels:
         raise ValueError(
             f"The prediction has {h} x {w} pixels; it must have the ground truth's {height} x {width}."
         )
-    pairs = (truth.astype(np.int64) << 32 | prediction).ravel()
-    # Neighbours mostly have the same ids, so there are far fewer runs to sort than pixels.
-    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-    found, run = np.unique(pairs[starts], return_inverse=True)
-    pixels = np.bincount(run, np.diff(starts, append=pairs.size), len(found)).astype(np.int64)
+    found, run, lengths = runs(truth.astype(np.int64) << 32 | prediction)
+    pixels = np.bincount(run, lengths, len(found)).astype(np.int64)
     return dict(zip(zip((found >> 32).tolist(), (found & 0xFFFFFFFF).tolist()), pixels.tolist()))
 
 

@@ -1,17 +1,25 @@
 """
-A panoptic map of anyone's masks. It needs NumPy and, for RLEs and polygons, pycocotools.
+A panoptic map of anyone's masks. It needs NumPy and, for polygons, pycocotools.
 """
 
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .arrays import extent, fuse
+from .arrays import Region, extent, fuse
 from .formats import Detections, _array, read_detections
 
-__all__ = ["Painted", "paint", "paint_detections"]
+__all__ = ["RULES", "Painted", "load_order", "paint", "paint_detections"]
+
+# Of a mask in its region. The instance with the smallest number is painted first; the higher score
+# decides between equals. They are the rules of these names in `ranking`, at the image's resolution.
+RULES: Dict[str, Callable[[np.ndarray, Region], int]] = {
+    "score": lambda mask, region: 0,
+    "smaller_first": lambda mask, region: np.count_nonzero(mask),
+    "lower_first": lambda mask, region: -extent(mask, region)[0].stop,
+}
 
 
 @dataclass
@@ -59,13 +67,9 @@ def paint(
     if class_names is not None:
         by_class = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
         detections.class_names = dict(by_class)
-    if isinstance(order, (str, os.PathLike)) and os.fspath(order).endswith(".safetensors"):
-        from .learned import LearnedOrder
-
-        order = LearnedOrder.load(order)
     return paint_detections(
         detections,
-        order,
+        load_order(order),
         semantic,
         score_threshold=score_threshold,
         overlap_threshold=overlap_threshold,
@@ -82,7 +86,7 @@ def paint_detections(
     overlap_threshold: float,
     stuff_area_threshold: int,
 ) -> Painted:
-    """:func:`paint` of detections that are read already; `order` is no file."""
+    """:func:`paint` of detections that are read already, in an order of :func:`load_order`."""
     size, number = detections.image_size, len(detections)
     semantic = np.zeros(size, np.uint8) if semantic is None else _array(semantic)
     if semantic.shape != size or semantic.dtype.kind not in "iu" or semantic.min(initial=0) < 0:
@@ -92,25 +96,25 @@ def paint_detections(
         )
     scores = np.full(number, np.inf) if detections.scores is None else detections.scores
     classes = np.zeros(number, np.int64) if detections.classes is None else detections.classes
-    chosen = np.flatnonzero(scores >= score_threshold)
+    painted = scores >= score_threshold
+    chosen = np.flatnonzero(painted)
     ordered = chosen[_order(order, detections, chosen)]
     if detections.crowds is not None:  # they lie behind, in any order
         ordered = ordered[np.argsort(detections.crowds[ordered], kind="stable")]
     panoptic_seg = np.zeros(size, np.int32)
     segments_info = fuse(
         panoptic_seg,
-        lambda i: detections.mask_of(ordered[i]),
-        scores[ordered].tolist(),
-        classes[ordered].tolist(),
-        list(range(len(ordered))),
+        detections.mask_of,
+        scores.tolist(),
+        classes.tolist(),
+        [*ordered.tolist(), *np.flatnonzero(~painted).tolist()],
         semantic,
         overlap_threshold=overlap_threshold,
         stuff_area_thresh=stuff_area_threshold,
-        instances_score_thresh=-np.inf,
+        instances_score_thresh=score_threshold,
     )
     for segment in segments_info:
         if segment["isthing"]:
-            segment["instance_id"] = int(ordered[segment["instance_id"]])
             if detections.scores is None:
                 del segment["score"]
             if detections.crowds is not None:
@@ -120,45 +124,43 @@ def paint_detections(
     return Painted(panoptic_seg, segments_info, ordered)
 
 
+def load_order(order: Any) -> Any:
+    """
+    The learned order of a file. Other orders stay as they are.
+
+    Raises:
+        ValueError: it is no learned order, and no name of a rule.
+    """
+    if not isinstance(order, (str, os.PathLike)) or order in RULES:
+        return order
+    if not os.fspath(order).endswith(".safetensors"):
+        raise ValueError(f"The order {order!r} is none of {[*RULES]}, and no file *.safetensors.")
+    from .learned import LearnedOrder
+
+    return LearnedOrder.load(order)
+
+
 def _order(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:
     """Positions in `chosen`, first painted first."""
-    if isinstance(order, str):
-        if order not in RULES:
-            raise ValueError(f"The order {order!r} is none of {[*RULES]}, and no file *.safetensors.")
-        return RULES[order](detections, chosen)
     if hasattr(order, "order"):  # a LearnedOrder
         return _learned(order, detections, chosen)
-    order = _array(order)
-    if order.ndim != 1 or sorted(order.tolist()) != list(range(len(detections))):
-        raise ValueError(
-            f"The order is {order.tolist()}; it must hold each of the {len(detections)} instances once."
-        )
-    return np.searchsorted(chosen, order[np.isin(order, chosen)])
-
-
-def _by_score(detections: Detections, chosen: np.ndarray) -> np.ndarray:
-    if not len(chosen):
-        return chosen
-    if detections.scores is None:
+    if not isinstance(order, str):
+        order = _array(order)
+        if order.ndim != 1 or sorted(order.tolist()) != list(range(len(detections))):
+            raise ValueError(
+                f"The order is {order.tolist()}; it must hold each of the {len(detections)} instances once."
+            )
+        return np.searchsorted(chosen, order[np.isin(order, chosen)])
+    if detections.scores is not None:
+        by_score = np.argsort(-detections.scores[chosen], kind="stable")
+    elif order != "score" or not len(chosen):
+        by_score = np.arange(len(chosen))
+    else:
         raise ValueError("The order 'score' needs scores.")
-    return np.argsort(-detections.scores[chosen], kind="stable")
-
-
-def _smaller_first(detections: Detections, chosen: np.ndarray) -> np.ndarray:
-    return _by(detections, chosen, [np.count_nonzero(detections.make(i)) for i in chosen])
-
-
-def _lower_first(detections: Detections, chosen: np.ndarray) -> np.ndarray:
-    return _by(detections, chosen, [-extent(*detections.mask_of(i))[0].stop for i in chosen])
-
-
-RULES = {"score": _by_score, "smaller_first": _smaller_first, "lower_first": _lower_first}
-
-
-def _by(detections: Detections, chosen: np.ndarray, values: Sequence) -> np.ndarray:
-    """By ascending values; the higher score first among equals."""
-    first = np.arange(len(chosen)) if detections.scores is None else _by_score(detections, chosen)
-    return first[np.argsort(np.asarray(values)[first], kind="stable")]
+    if order == "score":
+        return by_score
+    values = np.array([RULES[order](*detections.mask_of(i)) for i in chosen[by_score]])
+    return by_score[np.argsort(values, kind="stable")]
 
 
 def _learned(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray:

@@ -1,12 +1,9 @@
 """The report and the command line; what the checker finds is in test_faults.py."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from oanet_d2.data.check import Problem, check, format_report, main
 from oanet_d2.data.occlusion_scenes import write_split
@@ -53,12 +50,12 @@ def test_exit_status(dataset, capsys):
 
 def test_registered_datasets(dataset, capsys):
     """With their instances JSON, if they have one."""
-    dataset.instances["annotations"][1]["bbox"] = [0, 1, 5, 0]
+    dataset.instances["annotations"][1]["keypoints"] = [1, 2]
     paths = dataset.paths()
     for used, status in ((paths, 1), (paths[:3], 0)):
         with registered("test_check_train", *used) as name:
             assert main([name]) == status
-    assert "box contradicts the mask: 1" in capsys.readouterr().out
+    assert "malformed keypoints: 1" in capsys.readouterr().out
     assert main(["test_check_train"]) == 2
     error = capsys.readouterr().err
     for name in ("test_check_train", "coco_2017_val_oanet", "cityscapes_fine_panoptic_val_oanet"):
@@ -87,13 +84,13 @@ def test_datasets_of_a_yaml(dataset, tmp_path, capsys):
     assert "test_check_yaml" not in DatasetCatalog
 
 
-def test_as_a_command(dataset, subprocess_env):
-    dataset.images[1].unlink()
-    dataset.panoptic["annotations"].append(dataset.panoptic["annotations"][2])
-    paths = dataset.paths()
-    command = [sys.executable, "-m", "oanet_d2.data.check", *paths]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=120)
-    problems = check(*paths)
-    assert len(problems) == 2
-    assert done.stdout == format_report(problems, 3) + "\n", done.stderr
-    assert done.returncode == 1 and "RuntimeWarning" not in done.stderr
+def test_datasets_of_a_config_in_python(dataset, tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from oanet_d2 import register_panoptic\n"
+        f"register_panoptic('test_check_py', *{dataset.paths()})\n"
+    )
+    dataset.pngs[1].unlink()
+    assert main(["test_check_py", "--config-file", str(tmp_path / "config.py")]) == 1
+    DatasetCatalog.remove("test_check_py")
+    MetadataCatalog.remove("test_check_py")
+    assert main(["test_check_py", "--config-file", str(tmp_path / "none.py")]) == 2

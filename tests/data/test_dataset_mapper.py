@@ -1,7 +1,5 @@
 import random
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -13,7 +11,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 import detectron2.data.transforms as T
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetMapper
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 
 from oanet_d2.data import PanopticDatasetMapper
@@ -227,38 +225,6 @@ def test_padding_is_void_for_any_number_of_segments(tmp_path, n):
     assert np.array_equal((masks * torch.arange(1, n + 1)[:, None, None]).sum(0), truth)
 
 
-def slow_annotations(d):
-    """What the mapper makes of the PNG, in Detectron2's format, by pycocotools."""
-    rgb = np.array(Image.open(d["pan_seg_file_name"]), dtype=int)
-    ids = rgb[:, :, 0] + 256 * rgb[:, :, 1] + 65536 * rgb[:, :, 2]
-    annotations = []
-    for segment in d["segments_info"]:
-        if segment["isthing"]:
-            rle = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))
-            annotation = {"bbox": mask_util.toBbox(rle).tolist(), "segmentation": rle}
-            annotation.update({k: segment[k] for k in ("category_id", "iscrowd")})
-            annotations.append({**annotation, "bbox_mode": BoxMode.XYWH_ABS})
-    return annotations
-
-
-@given(scenes(), crops, st.integers(0, 2**32 - 1))
-def test_instances_from_the_png_are_those_of_annotations(folder, scene, crop, seed):
-    """Bit for bit as if the visible parts had been in an instances JSON."""
-    d = write_scene(folder, *scene, None)
-    resize = T.ResizeShortestEdge((17, 45), 80, "range")
-    jitter = [T.RandomCrop(*crop), resize, T.FixedSizeCrop((30, 40)), T.RandomFlip()]
-    mapper = make_mapper(augmentations=jitter)
-    np.random.seed(seed)
-    ours = mapper(d)["instances"]
-    np.random.seed(seed)
-    theirs = mapper({**d, "annotations": slow_annotations(d)})["instances"]
-    assert ours.image_size == theirs.image_size
-    assert list(ours.get_fields()) == list(theirs.get_fields())
-    assert torch.equal(ours.gt_classes, theirs.gt_classes)
-    for x, y in ((ours.gt_boxes, theirs.gt_boxes), (ours.gt_masks, theirs.gt_masks)):
-        assert torch.equal(x.tensor, y.tensor) and x.tensor.dtype == y.tensor.dtype
-
-
 def crop_of(type, *size):
     return ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", type, "INPUT.CROP.SIZE", size]
 
@@ -351,15 +317,6 @@ def test_an_image_that_vanishes_when_it_is_resized_is_named(tmp_path):
 # --------------------------------------------------------------------------- kinds of masks
 
 
-def test_masks_from_the_png_are_bitmasks_beside_polygons(folder):
-    scene = (12, 12), [(5, "thing", (2, 3, 9, 8)), (6, "crowd", (0, 0, 2, 2))]
-    mapper = make_mapper(instance_mask_format="polygon")
-    (mask,) = mapper(write_scene(folder, *scene, None))["instances"].gt_masks
-    assert mask.sum() == 7 * 5 and mask[3:8, 2:9].all()
-    masks = mapper(write_scene(folder, *scene, "polygon"))["instances"].gt_masks
-    assert isinstance(masks, PolygonMasks) and masks.area().tolist() == [7 * 5]
-
-
 def test_polygons_that_leave_the_padded_image_stay_polygons(folder):
     d = write_scene(folder, (10, 10), [(5, "thing", (2, 3, 9, 8))], "polygon")
     crop = [T.FixedSizeCrop((6, 14))]
@@ -395,28 +352,6 @@ def test_integer_annotations_are_not_cut_off(folder):
 # --------------------------------------------------------------------------- images
 
 
-def test_annotations_alone_need_no_image(portrait):
-    """SRMFromAnnotations opens no image, and nothing else changes."""
-    augmentations = [T.RandomFlip(prob=1.0), T.ResizeTransform(24, 32, 36, 48)]
-    expected = make_mapper(augmentations=augmentations)(portrait)
-    Path(portrait["file_name"]).unlink()
-    cfg = load_config(
-        *("OcclusionScenes/oanet_R_18.yaml", "MODEL.META_ARCHITECTURE", "SRMFromAnnotations"),
-        *("DATASETS.TEST", ()),
-    )
-    mapper = PanopticDatasetMapper(cfg, True, augmentations=augmentations, num_things=7)
-    sample = mapper(portrait)
-    assert set(expected) - set(sample) == {"image"} and set(sample) <= set(expected)
-    for name in ("panoptic_category", "sem_seg"):
-        assert torch.equal(sample[name], expected[name])
-    assert torch.equal(sample["panoptic_seg"][0], expected["panoptic_seg"][0])
-    ours, theirs = sample["instances"], expected["instances"]
-    assert ours.image_size == theirs.image_size == (36, 48)
-    assert torch.equal(ours.gt_masks.tensor, theirs.gt_masks.tensor)
-    assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
-    assert (sample["panoptic_category"][0, :6] == -1).all()  # it did flip
-
-
 def test_the_camera_was_held_sideways(portrait):
     """Size and ground truth are those of the upright picture."""
     upright = Image.open(portrait["file_name"]).convert("RGB")
@@ -443,17 +378,3 @@ def test_a_malformed_annotation_is_refused_with_its_image(portrait, changed):
         portrait["annotations"][1][key] = value
     with pytest.raises(ValueError, match=re.escape(portrait["file_name"])):
         make_mapper()(portrait)
-
-
-def test_a_data_loader_stops_at_a_broken_file(portrait, tmp_path):
-    """The error of the worker arrives with the file's name; nothing hangs, nothing is skipped."""
-    dicts = [{**portrait, "image_id": i} for i in range(3)]
-    dicts[1]["file_name"] = shutil.copy(portrait["file_name"], tmp_path / "broken.png")
-    content = Path(dicts[1]["file_name"]).read_bytes()
-    Path(dicts[1]["file_name"]).write_bytes(content[: len(content) * 2 // 3])
-    loader = build_detection_train_loader(
-        dicts, mapper=make_mapper(), total_batch_size=1, num_workers=1, timeout=60
-    )
-    with pytest.raises(ValueError, match=r"broken\.png: "):
-        for _, batch in zip(range(len(dicts)), loader):  # every image once
-            assert batch[0]["image_id"] != 1

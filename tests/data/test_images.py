@@ -5,7 +5,7 @@ from PIL import ExifTags, Image
 
 from detectron2.data import detection_utils as utils
 
-from oanet_d2.data.images import read_header, read_image, read_segment_ids, runs
+from oanet_d2.data.images import read_header, read_image, read_segment_ids
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"])
@@ -53,15 +53,3 @@ def test_orientations_are_those_that_detectron2_obeys(tmp_path, format):
     damaged = b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\1" * 20
     Image.new("RGB", (7, 5)).save(tmp_path / "b.jpg", exif=damaged)
     assert read_header(str(tmp_path / "b.jpg")) == ((5, 7), 1)
-
-
-def test_a_folder_is_no_image(tmp_path):
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        read_image(str(tmp_path), "BGR")
-
-
-def test_runs_of_every_id():
-    ids = np.random.default_rng(0).choice([0, 7, 2**24 - 1], (9, 11)).repeat(2, axis=1).astype(np.int32)
-    found, inverse, lengths = runs(ids)
-    assert found.tolist() == [0, 7, 2**24 - 1] and len(lengths) <= ids.size / 2
-    assert np.array_equal(found[inverse].repeat(lengths), ids.ravel())

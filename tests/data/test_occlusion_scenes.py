@@ -2,10 +2,6 @@
 
 import json
 import resource
-import runpy
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
@@ -16,12 +12,12 @@ from panopticapi.utils import rgb2id
 from pycocotools.coco import COCO
 
 from oanet_d2.data.occlusion_scenes import CATEGORIES, draw_scene, scene_to_panoptic, writer
-from oanet_d2.data.occlusion_scenes.writer import ensure_split, write_split
+from oanet_d2.data.occlusion_scenes.writer import write_split
 
 ID = {category["name"]: category["id"] for category in CATEGORIES}
 THING_IDS = {category["id"] for category in CATEGORIES if category["isthing"]}
 STUFF_IDS = set(ID.values()) - THING_IDS
-INSTANCES_JSON, PANOPTIC_JSON = (f"annotations/{k}_train.json" for k in ("instances", "panoptic"))
+PANOPTIC_JSON = "annotations/panoptic_train.json"
 
 
 @pytest.mark.parametrize("seed, size", [(k, 64 + 5 * k) for k in range(25)])
@@ -91,7 +87,9 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_bytes_depend_on_seed_and_split_not_on_the_number_of_images(root, tmp_path):
+def test_bytes_depend_on_seed_and_split_not_on_workers_nor_on_the_number_of_images(root, tmp_path):
+    write_split(tmp_path / "workers", "train", 12, 96, seed=3, num_workers=2)
+    assert contents(tmp_path / "workers").items() <= contents(root).items()
     write_split(tmp_path / "longer", "train", 13, 96, seed=3, num_workers=0)
     write_split(tmp_path / "other", "train", 12, 96, seed=4, num_workers=0)
     folders = [root / "train", root / "val", tmp_path / "longer/train", tmp_path / "other/train"]
@@ -127,24 +125,22 @@ def test_pngs_are_the_instances_painted_from_back_to_front(root, split, numbers)
         assert np.array_equal(np.where(np.isin(ids, list(segments)), 0, ids), painted)
 
 
-def test_a_complete_split_stays_and_one_that_lacks_a_file_is_written_again(tmp_path, monkeypatch):
-    ensure_split(tmp_path, "train", 3, 64, num_workers=0)
+def test_of_several_that_ask_for_a_split_one_writes_it_and_it_stays(tmp_path, monkeypatch):
+    written = []
+    write = writer._write
+    monkeypatch.setattr(writer, "_write", lambda *job: written.append(job) or write(*job))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: write_split(tmp_path, "train", 20, 64, num_workers=0), range(3)))
+    assert len(written) == 1
     whole = contents(tmp_path)
-    for missing in ("train/000000000002.jpg", "panoptic_train/000000000001.png", INSTANCES_JSON):
-        (tmp_path / missing).unlink()
-        ensure_split(tmp_path, "train", 3, 64, num_workers=0)
-        assert contents(tmp_path) == whole
-    monkeypatch.setattr(writer, "_write", None)  # a call would fail
-    ensure_split(tmp_path, "train", 3, 64, num_workers=0)
     for key, asked in {"num_images": 4, "image_size": 65, "seed": 1}.items():
         with pytest.raises(ValueError, match=f"'{key}': {asked}"):
-            ensure_split(tmp_path, "train", **{"num_images": 3, "image_size": 64, key: asked})
+            write_split(tmp_path, "train", **{"num_images": 20, "image_size": 64, key: asked})
     assert contents(tmp_path) == whole
 
 
 def test_a_full_disk_is_one_message_and_the_next_call_repairs_the_split(tmp_path):
     """With a limit to the size of a file, which the kernel enforces as it does a full disk."""
-    write_split(tmp_path, "train", 5, 64, num_workers=0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -153,52 +149,8 @@ def test_a_full_disk_is_one_message_and_the_next_call_repairs_the_split(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / PANOPTIC_JSON).exists()
-    ensure_split(tmp_path, "train", 4, 64, num_workers=0)
+    write_split(tmp_path, "train", 4, 64, num_workers=0)
     assert len(contents(tmp_path)) == 4 + 4 + 2
-
-
-def test_a_writer_that_is_killed_leaves_no_lock_no_workers_and_no_complete_split(tmp_path):
-    """Before that, its workers write what one process does."""
-    code = "import sys; from oanet_d2.data.occlusion_scenes import write_split; "
-    code += "write_split(sys.argv[1], 'train', 5000, 64, num_workers=2)"
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
-    while not all((tmp_path / f"train/{i:012d}.jpg").exists() for i in (3, 4)):
-        assert process.poll() is None
-        time.sleep(0.02)
-    of_workers = contents(tmp_path)
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(ensure_split, tmp_path, "train", 2, 64, num_workers=0)
-        time.sleep(0.5)
-        assert not waiting.done()
-        process.kill()
-        waiting.result()
-    process.communicate(timeout=300)  # returns when the workers, too, have closed stdout
-    whole = contents(tmp_path)
-    assert len(whole) == 2 + 2 + 2 and len(whole.items() & of_workers.items()) == 2 + 2
-
-
-def test_of_several_that_ask_for_a_split_one_writes_it(tmp_path, monkeypatch):
-    written = []
-    write = writer._write
-    monkeypatch.setattr(writer, "_write", lambda *job: written.append(job) or write(*job))
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: ensure_split(tmp_path, "train", 20, 64, num_workers=0), range(3)))
-    assert len(written) == 1
-
-
-@pytest.mark.parametrize("name", ["train/000000000001.jpg", PANOPTIC_JSON])
-def test_files_of_others_are_not_touched(tmp_path, name):
-    file = tmp_path / name
-    file.parent.mkdir()
-    file.write_text('{"info": {"description": "COCO 2017"}}')
-    for write in (write_split, ensure_split):
-        with pytest.raises(FileExistsError, match=name):
-            write(tmp_path, "train", 2, 64, num_workers=0)
-    assert list(contents(tmp_path)) == [name] and "COCO 2017" in file.read_text()
-    file.rename(file.parent / "notes.txt")
-    write_split(tmp_path, "train", 3, 64, num_workers=0)
-    write_split(tmp_path, "train", 2, 64, num_workers=0)
-    assert len(contents(tmp_path)) == 2 + 2 + 2 + 1 and (file.parent / "notes.txt").exists()
 
 
 def test_parameters_out_of_range_are_named(tmp_path):
@@ -206,16 +158,3 @@ def test_parameters_out_of_range_are_named(tmp_path):
     for name, value in {"split": "test", "num_images": 0, "image_size": 63, "seed": -1}.items():
         with pytest.raises(ValueError, match=f"{name} is .?{value}.?; it must be"):
             write_split(tmp_path, **{**right, name: value})
-
-
-def test_command_line(tmp_path, monkeypatch):
-    def run(*arguments):
-        command = ["", "--root", str(tmp_path), "--val", "0", "--image-size", "64", *arguments]
-        monkeypatch.setattr(sys, "argv", command)
-        runpy.run_module("oanet_d2.data.occlusion_scenes", run_name="__main__")
-
-    run("--train", "2")
-    with pytest.raises(ValueError, match="'num_images': 2"):
-        run("--train", "3")
-    run("--train", "3", "--overwrite")
-    assert len(contents(tmp_path)) == 3 + 3 + 2

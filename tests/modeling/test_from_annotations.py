@@ -99,10 +99,9 @@ def test_predicts_nothing(srm_cfg):
 
 
 def test_the_coco_configs_belong_together():
-    oanet, alone = (
-        build_model(load_config(f"COCO-PanopticSegmentation/{name}.yaml"))
-        for name in ("oanet_R_50_masks", "srm_from_annotations")
-    )
+    oanet = build_model(load_config("COCO-PanopticSegmentation/oanet_R_50_masks.yaml"))
+    opts = ["DATASETS.TRAIN", "('coco_2017_train_oanet',)"]
+    alone = build_model(load_config("order.yaml", *opts))
     assert isinstance(oanet, OANet)
     assert oanet.sem_seg_head.predictor.out_channels == 54  # the model zoo's
     shapes = {k: v.shape for k, v in oanet.srm_head.state_dict().items()}

@@ -282,7 +282,7 @@ def test_outputs_and_fusion_inputs(tiny_cfg, outputs):
     model = unsure_model(tiny_cfg)
     inputs = unequal_batch()
     inputs[1].update(height=50, width=130)
-    for order in ("score", "srm_overlap", "srm_pairs"):
+    for order in ("score", "srm_pairs"):
         model.order = everything.order = order
         results = infer(model, inputs, return_fusion_inputs=True)
         for x, whole in zip(results, infer(everything, inputs)):
@@ -305,12 +305,12 @@ def test_eight_threads_share_a_model(tiny_cfg):
     model, batch = unsure_model(tiny_cfg), unequal_batch()
 
     def call(i):
-        return infer(model, batch[i % 3 :] if i % 2 else [batch[i % 3]], return_fusion_inputs=i < 6)
+        return infer(model, batch[i % 3 :] if i % 2 else [batch[i % 3]], return_fusion_inputs=i < 3)
 
-    expected = [call(i) for i in range(12)]
+    expected = [call(i) for i in range(6)]
     before = [dict(vars(part)) for part in model.modules()]
     with ThreadPoolExecutor(8) as threads:
-        results = list(threads.map(call, [*range(12)] * 2))
+        results = list(threads.map(call, [*range(6)] * 2))
     for a, b in zip(results, expected * 2):
         for x, y in zip(a, b):
             assert_same_panoptic(x, y)
@@ -355,14 +355,14 @@ def test_the_tracing_adapter_is_refused(tiny_cfg):
 @pytest.mark.skipif(
     not hasattr(getattr(torch, "compiler", None), "is_exporting"), reason="this torch cannot tell"
 )
-@pytest.mark.parametrize("do_postprocess", [False, True])
-def test_torch_export_is_refused_but_for_a_part(tiny_cfg, do_postprocess):
+def test_torch_export_is_refused_but_for_a_part(tiny_cfg):
     model, image = unsure_model(tiny_cfg), torch.rand(3, *SIZE)
     inputs = [{"image": image}]
-    adapter = TracingAdapter(model, inputs, lambda m, x: m.inference(x, do_postprocess))
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="oanet-d2 export"):
-            torch.export.export(adapter, (image,), strict=False)
+        for do_postprocess in (False, True):
+            adapter = TracingAdapter(model, inputs, lambda m, x, do=do_postprocess: m.inference(x, do))
+            with pytest.raises(RuntimeError, match="oanet-d2 export"):
+                torch.export.export(adapter, (image,), strict=False)
         exported = torch.export.export(model.backbone, (image[None],), strict=False).module()
         for name, x in model.backbone(image[None]).items():
             torch.testing.assert_close(exported(image[None])[name], x)
@@ -390,7 +390,8 @@ def test_a_trace_without_post_processing_is_right_for_other_pictures(tiny_cfg):
 def test_operations_are_counted(tiny_cfg):
     """Detectron2's tools/analyze_model.py traces a model too: the network costs what it always did."""
     tiny_cfg.merge_from_list([*STUFF, "MODEL.SRM_HEAD.PAIRS.EVIDENCE", ("geometry",)])
-    inputs, found = [{"image": torch.zeros(3, *SIZE)}], []
+    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 3
+    inputs, found = [{"image": torch.zeros(3, 32, 32)}], []
     for cfg in (tiny_cfg, panoptic_fpn_cfg(tiny_cfg)):
         flops = FlopCountAnalysis(unsure_model(cfg), inputs)
         flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -456,10 +457,10 @@ def test_refuses_wrong_configs_by_name(tiny_cfg, opts, words):
 @pytest.mark.parametrize("name", ["two sizes", "no stuff"])
 def test_void_and_padding_are_no_labels_whatever_the_ignore_value(tiny_cfg, name):
     losses = []
-    for value in (255, -1, 99):
+    for value in (255, -1):
         tiny_cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
         batch = make_batch(name)
         for x in batch:
             x["sem_seg"][x["sem_seg"] == 255] = value
         losses.append(train_step(seeded_model(tiny_cfg), batch)["loss_sem_seg"])
-    assert losses[0] == losses[1] == losses[2] > 0
+    assert losses[0] == losses[1] > 0

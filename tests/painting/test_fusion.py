@@ -86,7 +86,8 @@ def test_boxed_or_full_on_a_device_or_a_cpu_is_the_same_picture(p, step, overlap
 class Waits(TorchFunctionMode):
     """Counts what makes the host wait for a GPU: reading numbers, and results of unknown size."""
 
-    WAITS = "tolist item __bool__ __int__ nonzero masked_select unique_consecutive".split()
+    # On a GPU masked_fill() takes a tensor's value by item().
+    WAITS = "tolist item __bool__ __int__ nonzero masked_select masked_fill_ unique_consecutive".split()
     count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,5 @@
 import multiprocessing
+import sys
 
 import benchmark
 import pytest
@@ -62,3 +63,19 @@ def test_how_many_workers_feed_a_gpu():
     assert benchmark.workers_needed(cells) == (
         "One worker of the data loader reads 40.0 images a second; AMP: 80.0 images a second, 2 workers."
     )
+
+
+def test_a_row_that_fails_loses_no_other(monkeypatch, tmp_path):
+    def measured(function, name, device):
+        if name == "mapper":
+            raise MemoryError
+        return [name, *"123456"]
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tools/benchmark.py --device cpu fills this in --><!-- end -->")
+    monkeypatch.setattr(benchmark, "in_a_process", measured)
+    arguments = ["--rows", "inference", "mapper", "ranking", "--update", str(page)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit, match=": mapper$"):
+        benchmark.main()
+    assert [x.split()[1] for x in page.read_text().splitlines()[-4:-2]] == ["inference", "ranking"]

@@ -11,7 +11,6 @@ image_size) only, so the number of workers does not change a byte.
 """
 
 import json
-import operator
 import os
 from functools import partial
 from pathlib import Path
@@ -32,13 +31,13 @@ GENERATOR_VERSION = 1  # rises when the same parameters give other bytes than be
 SPLITS = ("train", "val")
 
 
-def ensure_split(
+def write_split(
     root: str | Path, split: str, num_images: int, image_size: int = 192, seed: int = 0,
-    num_workers: int | None = None, overwrite: bool = False,
+    num_workers: int | None = None,
 ) -> None:
     """
-    Write a split if it is not there or not complete. Of several processes that call this at once, one
-    writes and the others wait.
+    Write a split if it is not there. Of several processes that call this at once, one writes and the
+    others wait.
 
     Args:
         root: folder of the dataset, made if it does not exist.
@@ -47,11 +46,9 @@ def ensure_split(
         image_size: height and width in pixels, at least 64.
         seed: from 0.
         num_workers: processes that draw; with 0 or 1 this one. Default: up to 8 for a large split.
-        overwrite: write it in place of the one that is there, as `write_split` does.
 
     Raises:
-        ValueError: a parameter is out of range, or a complete split of other parameters is there.
-        FileExistsError: files that OcclusionScenes did not write are in the way.
+        ValueError: a parameter is out of range, or a split of other parameters is there.
         OSError: a file cannot be written. The error names it.
         RuntimeError: a worker process died.
     """
@@ -63,52 +60,28 @@ def ensure_split(
     for name, value, least in ranges:
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-        wanted[name] = operator.index(value)  # JSON takes no NumPy number
-    if not _can_stay(root, wanted, overwrite):
+        wanted[name] = int(value)  # JSON takes no NumPy number
+    if not _is_there(root, wanted):
         with file_lock(str(root / f".{split}")):
-            if not _can_stay(root, wanted, overwrite):
+            if not _is_there(root, wanted):
                 _write(root, wanted, num_workers)
 
 
-write_split = partial(ensure_split, overwrite=True)
-
-
-def _files(root: Path, split: str) -> list[Path]:
-    """The files on disk that have names of the split, the panoptic JSON last."""
-    names = [f"{split}/{'[0-9]' * 12}.jpg", f"panoptic_{split}/{'[0-9]' * 12}.png"]
-    names += [f"annotations/instances_{split}.json", f"annotations/panoptic_{split}.json"]
-    return [path for name in names for path in root.glob(name)]
-
-
-def _can_stay(root: Path, wanted: dict, overwrite: bool) -> bool:
-    """Whether the split is complete and will not be overwritten."""
-    split, found = wanted["split"], None
-    files = _files(root, split)  # before the lock, which another process makes before it writes them
-    try:
-        document = (root / f"annotations/panoptic_{split}.json").read_bytes()
-        found = json.loads(document)["info"]["parameters"]
-    except FileNotFoundError:
-        if not files or (root / f".{split}.lock").exists():
-            return False
-    except (ValueError, LookupError, TypeError):
-        pass  # somebody else's JSON
-    if found is None:
-        raise FileExistsError(
-            f"{files[-1]} exists, but {GENERATOR} did not write it; use another root folder, or move it "
-            "away"
-        )
-    if found != wanted and not overwrite:
+def _is_there(root: Path, wanted: dict) -> bool:
+    path = root / f"annotations/panoptic_{wanted['split']}.json"
+    if not path.exists():
+        return False
+    found = json.loads(path.read_bytes()).get("info", {}).get("parameters")
+    if found != wanted:
         raise ValueError(
-            f"{root} holds a split of other parameters.\n  found:     {found}\n  asked for: {wanted}\n"
-            "Ask for those found, use another root folder, or replace the split: write_split, --overwrite."
+            f"{path} is of other parameters.\n  found:     {found}\n  asked for: {wanted}\n"
+            "Ask for those found, use another root folder, or remove it."
         )
-    return not overwrite and len(files) == 2 * wanted["num_images"] + 2
+    return True
 
 
 def _write(root: Path, parameters: dict, num_workers: int | None) -> None:
     split, count = parameters["split"], parameters["num_images"]
-    for path in reversed(_files(root, split)):  # first the panoptic JSON, which makes a split count
-        path.unlink()
     (root / split).mkdir(exist_ok=True)
     (root / f"panoptic_{split}").mkdir(exist_ok=True)
     if num_workers is None:
