@@ -136,7 +136,6 @@ class OANetCheckpointer(DetectionCheckpointer):
         self._path = path  # with which errors begin
         if path.startswith("timm://"):
             return self._load_timm(path[len("timm://") :])
-        self._parsed_url_during_load = None  # Detectron2 keeps the last one after an error
         if path:
             tag = os.path.join(self.save_dir, "last_checkpoint")
             _local_file(path, self.path_manager, f"Correct MODEL.WEIGHTS or, to resume, {tag}.")

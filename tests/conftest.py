@@ -26,6 +26,9 @@ CONFIGS = REPOSITORY / "configs"
 SMALLEST = ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"]
 SMALLEST += ["MODEL.SEM_SEG_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"]
 SMALLEST += ["MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.SRM_HEAD.CONV_DIM", "8"]
+# A ResNet-18 cannot be made narrower: its checkpoints would be 20 times as large as this one's.
+NARROW = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.WIDTH_PER_GROUP", "8"]
+NARROW += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"]
 
 # Without a deadline: first calls compile and load. The same examples in each run, so that a change
 # fails for what it changed; `pytest --hypothesis-profile=default` looks for others.
@@ -163,21 +166,12 @@ def few_scenes(tmp_path_factory):
 
 def training_cfg(dataset, folder, share="0.0"):
     """The demo's network at its smallest, six iterations, a checkpoint every second one."""
-    return load_config(
-        "OcclusionScenes/oanet_R_18.yaml",
-        *SMALLEST,
-        *["DATASETS.TRAIN", f"('{dataset}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"],
-        *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"],
-        *["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "6"],
-        *[
-            "SOLVER.CHECKPOINT_PERIOD",
-            "2",
-            "SOLVER.SRM_ONLY_SHARE",
-            share,
-            "OUTPUT_DIR",
-            str(folder),
-        ],
-    )
+    opts = ["DATASETS.TRAIN", f"('{dataset}',)", "DATASETS.TEST", "()", "TEST.ORDERS", "()"]
+    opts += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
+    opts += ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "6"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.SRM_ONLY_SHARE", share]
+    opts += ["OUTPUT_DIR", str(folder)]
+    return load_config("OcclusionScenes/oanet_R_18.yaml", *SMALLEST, *NARROW, *opts)
 
 
 @pytest.fixture

@@ -40,12 +40,10 @@ def write(path, content):
 
 def refused(path, words):
     """Loading must fail, with a message that begins with the path."""
-    checkpointer = OANetCheckpointer(linear())
     with pytest.raises(CheckpointError, match=words) as error:
-        checkpointer.resume_or_load(str(path), resume=False)
+        OANetCheckpointer(linear()).resume_or_load(str(path), resume=False)
     assert str(error.value).startswith(f"{path} ")
     assert "weights_only" not in str(error.value)  # which is what torch would advise
-    return checkpointer
 
 
 @pytest.fixture
@@ -183,14 +181,6 @@ def test_code_in_a_file_runs_only_if_allowed(tmp_path, name, allow_pickle):
     assert (tmp_path / "made").exists() == allow_pickle
 
 
-@pytest.mark.parametrize("module, name", [("builtins", "eval"), ("numpy", "ndarray.tofile")])
-def test_what_is_refused_is_named(tmp_path, module, name):
-    strings = "".join(f"\x8c{chr(len(x))}{x}" for x in (module, name))
-    for opcodes in (f"c{module}\n{name}\n.", f"\x80\x04{strings}\x93."):
-        (tmp_path / "a.pkl").write_bytes(opcodes.encode("latin1"))
-        refused(tmp_path / "a.pkl", f"holds {module}.{name}, which could run code")
-
-
 @pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.safetensors"])
 def test_damaged_files(tmp_path, name):
     path = tmp_path / name
@@ -214,10 +204,8 @@ def test_damaged_files(tmp_path, name):
         ),
     ],
 )
-def test_no_tensors_and_then_another_file(tmp_path, content, words):
-    checkpointer = refused(write(tmp_path / "a.pth", content), words)
-    checkpointer.load(write(tmp_path / "b.pth", linear(1).state_dict()))
-    assert torch.equal(checkpointer.model["head"].weight, linear(1)["head"].weight)
+def test_no_tensors(tmp_path, content, words):
+    refused(write(tmp_path / "a.pth", content), words)
 
 
 def test_missing(tmp_path):

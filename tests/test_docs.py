@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Dict
 
 import numpy as np
+import pytest
 import torch
+import torchvision
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
@@ -105,46 +107,50 @@ def test_a_builder_of_a_backbone():
     assert backbone.output_shape()["p2"] == ShapeSpec(channels=8, stride=4)
 
 
-def test_a_config_in_python(tmp_path, monkeypatch):
+@pytest.fixture
+def my_folder(tmp_path, monkeypatch):
+    """Examples run here, and register `my_train` and `my_val`. Other tests do, too."""
     monkeypatch.chdir(tmp_path)
-    for split in ("train", "val"):
-        write_split(tmp_path / "my", split, 1, image_size=64, num_workers=0)
-        (tmp_path / f"my/annotations/panoptic_{split}.json").rename(tmp_path / f"my/{split}.json")
-    example, *_ = examples("docs/training.md")
-    (tmp_path / "my_config.py").write_text(example)
-    keys = yaml_keys(load_lazy_config("my_config.py"))
-    complete_config(keys)  # it has the classes of the datasets
-    for name in (*keys.DATASETS.TRAIN, *keys.DATASETS.TEST):  # other tests register these names, too
+    yield tmp_path
+    for name in ("my_train", "my_val"):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
 
-def test_a_panoptic_fpn_becomes_an_oanet(tmp_path, monkeypatch, train_cfg):
-    monkeypatch.chdir(tmp_path)
+def test_a_config_in_python(my_folder):
+    for split in ("train", "val"):
+        write_split(my_folder / "my", split, 1, image_size=64, num_workers=0)
+        (my_folder / f"my/annotations/panoptic_{split}.json").rename(my_folder / f"my/{split}.json")
+    example, *_ = examples("docs/training.md")
+    (my_folder / "my_config.py").write_text(example)
+    complete_config(yaml_keys(load_lazy_config("my_config.py")))  # it has the classes of the datasets
+
+
+def test_a_panoptic_fpn_becomes_an_oanet(my_folder, train_cfg):
     supervision = ["MODEL.SEM_SEG_HEAD.SUPERVISION", "stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7]
     train_cfg.merge_from_list([*supervision, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", "output"])
     theirs = conftest.panoptic_fpn_cfg(train_cfg)
-    (tmp_path / "panoptic_fpn.yaml").write_text(theirs.dump())
+    (my_folder / "panoptic_fpn.yaml").write_text(theirs.dump())
     network = build_model(theirs).state_dict()
     torch.save({"model": network}, "panoptic_fpn.pth")
     for split in ("train", "val"):
-        write_split(tmp_path / "my", split, 2, image_size=64, num_workers=0)
-    (tmp_path / "oanet.yaml").write_text(*examples("docs/migration.md", "yaml"))
-    (tmp_path / "output/oanet").mkdir(parents=True)
+        write_split(my_folder / "my", split, 2, image_size=64, num_workers=0)
+    (my_folder / "oanet.yaml").write_text(*examples("docs/migration.md", "yaml"))
+    (my_folder / "output/oanet").mkdir(parents=True)
     exec("\n".join(examples("docs/migration.md")), scope := {})
     trained = scope["trainer"].model.state_dict()
     assert all(torch.equal(trained[name], network[name]) for name in network)
-    for name in ("my_train", "my_val"):  # other tests register these names, too
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
-def test_anyones_masks():
-    by_hand, torchvision, supervision = examples("docs/anyones_masks.md")
+def test_anyones_masks(monkeypatch):
+    detection = torchvision.models.detection
+    small = functools.partial(detection.maskrcnn_resnet50_fpn, min_size=64)  # instead of 800
+    monkeypatch.setattr(detection, "maskrcnn_resnet50_fpn", small)
+    by_hand, of_torchvision, supervision = examples("docs/anyones_masks.md")
     exec(by_hand, scope := {})
     expected = [307200 - 60000, 4000, 56000]
     assert np.bincount(scope["result"].panoptic_seg.ravel()).tolist() == expected
-    exec(torchvision, scope)
+    exec(of_torchvision, scope)
     assert scope["result"].panoptic_seg.shape == (240, 320)
     if importlib.util.find_spec("supervision"):
         exec(supervision, scope)

@@ -1,4 +1,4 @@
-"""Trainings that are killed, and go on."""
+"""A training that is killed, and goes on."""
 
 import os
 import random
@@ -7,41 +7,13 @@ import subprocess
 import sys
 import time
 
-import pytest
 import torch
 import yaml
 
+import oanet_d2
 from oanet_d2.data.occlusion_scenes import write_split
-from tests.conftest import CONFIGS, REPOSITORY, scenes_paths
-
-
-@pytest.fixture
-def start(tmp_path, subprocess_env):
-    """Starts train_net.py: the ranking alone, on a small dataset of its own."""
-    write_split(tmp_path, "train", 9, image_size=64, seed=0, num_workers=0)
-    keys = ("IMAGE_ROOT", "PANOPTIC_JSON", "PANOPTIC_ROOT", "INSTANCES_JSON")
-    dataset = dict(zip(keys, map(str, scenes_paths(tmp_path, "train"))))
-
-    content = {
-        "_BASE_": str(CONFIGS / "OcclusionScenes/srm_from_annotations.yaml"),
-        "DATASETS": {"PANOPTIC": {"killed": dataset}, "TRAIN": ["killed"]},
-        "DATALOADER": {"NUM_WORKERS": 1},
-        "INPUT": {"MIN_SIZE_TRAIN": [64]},
-        "MODEL": {"SRM_HEAD": {"CONV_DIM": 8}},
-        "SOLVER": {"IMS_PER_BATCH": 2, "CHECKPOINT_PERIOD": 2, "MAX_ITER": 40},
-    }
-    config = tmp_path / "killed.yaml"
-    config.write_text(yaml.safe_dump(content))
-
-    command = [sys.executable, REPOSITORY / "train_net.py", "--config-file", config]
-
-    def start(folder, *args):
-        with open(f"{folder}.txt", "a") as log:
-            options = {"env": subprocess_env, "stdout": log, "start_new_session": True}
-            arguments = [*command, *args, "OUTPUT_DIR", folder]
-            return subprocess.Popen(arguments, stderr=subprocess.STDOUT, **options)
-
-    return start
+from oanet_d2.data.register import KEYS
+from tests.conftest import CONFIGS, REPOSITORY, scenes_paths, trainer_of
 
 
 def reached(folder):
@@ -49,9 +21,41 @@ def reached(folder):
     return torch.load(folder / tag.read_text())["iteration"] if tag.exists() else -1
 
 
-def check_same(folder, expected):
-    """Weights, the optimizer's state, and where the data order is."""
-    found, expected = (torch.load(x / "model_final.pth") for x in (folder, expected))
+def test_killed_at_any_moment(tmp_path, subprocess_env):
+    """It ends with an uninterrupted one's weights, optimizer state, and place in the order of the data."""
+    write_split(tmp_path, "train", 9, image_size=64, seed=0, num_workers=0)
+    content = {
+        "_BASE_": str(CONFIGS / "OcclusionScenes/srm_from_annotations.yaml"),
+        "DATASETS": {
+            "PANOPTIC": {"killed": dict(zip(KEYS, map(str, scenes_paths(tmp_path, "train"))))},
+            "TRAIN": ["killed"],
+        },
+        "DATALOADER": {"NUM_WORKERS": 1},
+        "INPUT": {"MIN_SIZE_TRAIN": [64]},
+        "MODEL": {"SRM_HEAD": {"CONV_DIM": 8}},
+        "SOLVER": {"IMS_PER_BATCH": 2, "CHECKPOINT_PERIOD": 2, "MAX_ITER": 40},
+    }
+    config, folder, log = (tmp_path / x for x in ("killed.yaml", "killed", "log.txt"))
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, REPOSITORY / "train_net.py", "--config-file", config, "--resume"]
+    options = {"env": subprocess_env, "stderr": subprocess.STDOUT, "start_new_session": True}
+    with open(log, "w") as f:
+        process = subprocess.Popen([*command, "OUTPUT_DIR", folder], stdout=f, **options)
+    while reached(folder) < 5:
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    os.killpg(process.pid, signal.SIGKILL)  # with the process that loads
+    assert process.wait() == -signal.SIGKILL
+    last, ends = reached(folder), []
+    assert last < 39
+    for output in (folder, tmp_path / "whole"):
+        trainer = trainer_of(oanet_d2.load_config(config, ["OUTPUT_DIR", str(output)]))
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == (last + 1 if output == folder else 0)
+        trainer.train()
+        ends.append(torch.load(output / "model_final.pth"))
+    found, expected = ends
     for name, tensor in expected["model"].items():
         assert torch.equal(found["model"][name], tensor), name
     states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (found, expected)]
@@ -60,21 +64,3 @@ def check_same(folder, expected):
             assert torch.equal(states[0][i][name], tensor), (i, name)
     for name in ("DataOrder", "LRScheduler"):
         assert found["trainer"]["hooks"][name] == expected["trainer"]["hooks"][name]
-
-
-def test_killed_at_any_moment(start, tmp_path):
-    """A training ends as an uninterrupted one."""
-    folder, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(folder, "--resume")
-    log = folder.with_suffix(".txt")
-    while reached(folder) < 5:
-        assert process.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.1))
-    os.killpg(process.pid, signal.SIGKILL)  # with the processes that load
-    assert process.wait() == -signal.SIGKILL
-    last = reached(folder)
-    assert last < 39 and start(folder, "--resume").wait() == 0, log.read_text()[-3000:]
-    assert f"Starting training from iteration {last + 1}" in log.read_text()
-    assert start(whole).wait() == 0
-    check_same(folder, whole)

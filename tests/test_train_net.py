@@ -5,17 +5,28 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
+from oanet_d2 import train
 from oanet_d2.data.occlusion_scenes import write_split
 from oanet_d2.engine import OANetTrainer
 from oanet_d2.painting.learned import LearnedOrder
-from tests.conftest import REPOSITORY, SMALLEST, load_config, registered, scenes_paths, trainer_of
+from tests.conftest import (
+    NARROW,
+    REPOSITORY,
+    SMALLEST,
+    load_config,
+    registered,
+    scenes_paths,
+    trainer_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,40 +41,39 @@ SMALL = [
     *["DATASETS.OCCLUSION_SCENES.TRAIN_IMAGES", "4", "DATASETS.OCCLUSION_SCENES.VAL_IMAGES", "4"],
     *["DATASETS.OCCLUSION_SCENES.IMAGE_SIZE", "64", "INPUT.MIN_SIZE_TRAIN", "(64,)"],
     *["INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"],
-    *SMALLEST,
+    *[*SMALLEST, *NARROW],
 ]
 
 
-@pytest.fixture
-def train_net(subprocess_env, datasets_root, tmp_path):
-    """Runs train_net.py with the demo's config, and gives its output."""
+def test_trains_in_two_processes_and_evaluates_again_in_one(
+    subprocess_env, datasets_root, tmp_path, monkeypatch
+):
+    def command(*args):
+        config = ["--config-file", "OcclusionScenes/oanet_R_18.yaml"]
+        return [*config, *args, *SMALL, "OUTPUT_DIR", str(tmp_path)]
 
-    def run(*args):
-        config = ["--config-file", "configs/OcclusionScenes/oanet_R_18.yaml"]
-        result = subprocess.run(
-            [sys.executable, "train_net.py", *config, *args, *SMALL, "OUTPUT_DIR", str(tmp_path)],
-            cwd=REPOSITORY,
-            env={**subprocess_env, "DETECTRON2_DATASETS": str(datasets_root)},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        return result.stdout
-
-    return run
-
-
-def test_trains_in_two_processes_and_evaluates_again_in_one(train_net, tmp_path):
+    two = "--num-gpus", "2", "--dist-url", "auto", "SOLVER.MAX_ITER", "4"
+    result = subprocess.run(
+        [sys.executable, "train_net.py", *command(*two)],
+        cwd=REPOSITORY,
+        env={**subprocess_env, "DETECTRON2_DATASETS": str(datasets_root)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     files = tmp_path / "orderings.json", tmp_path / "report.html"
-    train_net("--num-gpus", "2", "--dist-url", "auto", "SOLVER.MAX_ITER", "4")
     first = json.loads(files[0].read_text())
     assert first["images"] == 4 and {"score", "srm_pairs", "oracle"} <= set(first["orderings"])
     assert first["seconds"]["train"] > 0 and first["seconds"]["eval"] > 0
     for file in files:
         file.unlink()
-    # One image at the test scale is no real augmentation, so it changes nothing.
-    augmented = "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.FLIP", "False"
-    train_net("--eval-only", *augmented, "MODEL.WEIGHTS", str(tmp_path / "model_final.safetensors"))
+    monkeypatch.setattr(train, "setup_logger", lambda *args, **kwargs: None)  # other tests read the log
+    with registered("again", *scenes_paths(datasets_root / "occlusion_scenes", "val")) as name:
+        again = ["--eval-only", "DATASETS.TEST", f"('{name}',)", "MODEL.WEIGHTS"]
+        again.append(str(tmp_path / "model_final.safetensors"))
+        # One image at the test scale is no real augmentation, so it changes nothing.
+        again += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.FLIP", "False"]
+        train.run(default_argument_parser().parse_args(command(*again)))
     for file in (files[0], tmp_path / "inference_TTA/orderings.json"):
         assert json.loads(file.read_text())["orderings"] == first["orderings"]
     assert files[1].exists() and (tmp_path / "inference_TTA/report.html").exists()
@@ -94,34 +104,22 @@ def test_the_ranking_trains_from_annotations_alone(tmp_path):
         assert torch.equal(value, after[f"srm_head.network.{key}"])
 
 
-def test_an_order_that_needs_an_image_is_not_for_any_masks(train_cfg):
-    trainer_of(train_cfg).train()
-    with pytest.raises(ValueError, match="EVIDENCE \\('geometry',\\)"):
-        LearnedOrder.load(os.path.join(train_cfg.OUTPUT_DIR, "model_final.safetensors"))
-
-
-def test_several_test_sets_have_a_folder_each(train_cfg, few_scenes):
+def test_evaluations_of_a_training(train_cfg, few_scenes):
+    """Several test sets have a folder each. The last evaluation is augmented, too."""
     train_cfg.DATASETS.TEST, train_cfg.TEST.ORDERS = few_scenes, ("score", "srm_pairs", "oracle")
-    train_cfg.SOLVER.MAX_ITER = 1
-    trainer_of(train_cfg).train()
-    for name, images in zip(few_scenes, (6, 3)):
-        folder = os.path.join(train_cfg.OUTPUT_DIR, name)
-        with open(os.path.join(folder, "orderings.json")) as f:
-            assert json.load(f)["images"] == images
-        assert {"report.html", "inference"} <= set(os.listdir(folder))
-
-
-def test_the_last_evaluation_of_a_training_is_augmented_too(train_cfg, few_scenes):
-    train_cfg.DATASETS.TEST, train_cfg.TEST.ORDERS = few_scenes[1:], ("score",)
     train_cfg.TEST.EVAL_PERIOD, train_cfg.SOLVER.MAX_ITER = 1, 2
     train_cfg.TEST.AUG.ENABLED, train_cfg.TEST.AUG.MIN_SIZES = True, (48, 64)
     trainer_of(train_cfg).train()
-    with open(os.path.join(train_cfg.OUTPUT_DIR, "metrics.json")) as f:
-        metrics = [json.loads(line) for line in f]
-    in_each = ["panoptic_seg_TTA/PQ" in x for x in metrics if "panoptic_seg/PQ" in x]
-    assert in_each == [False, True]
-    with open(os.path.join(train_cfg.OUTPUT_DIR, "inference_TTA", "orderings.json")) as f:
-        assert json.load(f)["images"] == 3
+    output = Path(train_cfg.OUTPUT_DIR)
+    metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    plain, augmented = (f"{few_scenes[1]}{x}/panoptic_seg/PQ" for x in ("", "_TTA"))
+    assert [augmented in x for x in metrics if plain in x] == [False, True]
+    for name, images in zip(few_scenes, (6, 3)):
+        for folder in (output / name, output / "inference_TTA" / name):
+            assert json.loads((folder / "orderings.json").read_text())["images"] == images
+            assert {"report.html", "inference"} <= set(os.listdir(folder))
+    with pytest.raises(ValueError, match="EVIDENCE \\('geometry',\\)"):  # it looked at images
+        LearnedOrder.load(output / "model_final.safetensors")
 
 
 def test_files_that_only_the_evaluation_reads_are_missed_before_training(tiny_cfg, datasets_root):

@@ -33,8 +33,6 @@ def build_instance_evaluator(
         write_atomically(path, json.dumps({"annotations": [], **convert_to_coco_dict(dataset_name)}))
     comm.synchronize()
     name = f"{dataset_name}, {path}"
-    if name in MetadataCatalog:  # of an earlier evaluation, perhaps of another dataset of this name
-        MetadataCatalog.remove(name)
     MetadataCatalog.get(name).set(
         json_file=path,
         thing_dataset_id_to_contiguous_id=contiguous,

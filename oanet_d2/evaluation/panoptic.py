@@ -20,6 +20,7 @@ from .class_order import class_order
 
 __all__ = ["PanopticEvaluator", "orderings_of", "orderings_table", "write_orderings"]
 
+
 class PanopticEvaluator(DatasetEvaluator):
     """
     Panoptic quality of the model's result, and of the same predictions painted in other orders. It is

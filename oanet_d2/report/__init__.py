@@ -1,4 +1,4 @@
-from .page import ReportError, write_report
+from .page import write_report
 from .recorder import ReportRecorder
 
-__all__ = ["ReportError", "ReportRecorder", "write_report"]
+__all__ = ["ReportRecorder", "write_report"]

@@ -8,13 +8,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..files import write_atomically
 from ..painting.metrics import KINDS, METRICS
-from .recorder import FORMAT, JSON_NAME
+from .recorder import JSON_NAME
 
-__all__ = ["ReportError", "write_report"]
-
-
-class ReportError(ValueError):
-    """What an evaluation left for the report is missing, or of another version."""
+__all__ = ["write_report"]
 
 
 def write_report(folder: str) -> str:
@@ -28,10 +24,10 @@ def write_report(folder: str) -> str:
         the path of the page.
 
     Raises:
-        ReportError: the evaluation left nothing, or another version or program wrote it.
-        OSError: the page cannot be written.
+        OSError: there is nothing to read, or the page cannot be written.
     """
-    report = _load(os.path.join(folder, JSON_NAME))
+    with open(os.path.join(folder, JSON_NAME), encoding="utf-8") as f:
+        report = json.load(f)
     environment = Environment(
         loader=PackageLoader("oanet_d2.report", "template"),
         autoescape=True,
@@ -46,21 +42,6 @@ def write_report(folder: str) -> str:
     path = os.path.join(folder, "report.html")
     write_atomically(path, page.strip() + "\n")
     return path
-
-
-def _load(path: str) -> Dict:
-    hint = (
-        "Evaluate again, with TEST.ORDERS that hold 'score' and MODEL.OANET.ORDER: "
-        "train_net.py --eval-only MODEL.WEIGHTS ... OUTPUT_DIR ..."
-    )
-    if not os.path.isfile(path):
-        raise ReportError(f"There is no {path}. {hint}")
-    with open(path, encoding="utf-8") as f:
-        report = json.load(f)
-    found = report.get("format")
-    if found != FORMAT:
-        raise ReportError(f"{path} has the format {found!r}; it must be {FORMAT!r}. {hint}")
-    return report
 
 
 def class_rows(report: Dict) -> List[Dict]:

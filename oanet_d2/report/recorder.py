@@ -20,9 +20,8 @@ from ..files import write_atomically
 from ..painting.metrics import CLEAR_SHARE, class_quality, closure
 from ..visualization import PANEL_SIDE, PanopticSeg, changed_pixels, draw_panels, side_by_side
 
-__all__ = ["FORMAT", "JSON_NAME", "ReportRecorder"]
+__all__ = ["JSON_NAME", "ReportRecorder"]
 
-FORMAT = "oanet_d2 report, 3"
 JSON_NAME = os.path.join("report", "evaluation.json")
 # Images where the second of the compared orders loses most against the first, where it gains most,
 # and where the order of the ground truth would gain most over it.
@@ -123,7 +122,6 @@ class ReportRecorder:
         outcomes: Counter = sum((part[0] for part in parts), Counter())
         orderings = orderings_of(results)
         content = {
-            "format": FORMAT,
             "dataset": self.metadata.name,
             **results["evaluation"],
             "orderings": {o: {**m, "closure": closure(orderings, o)} for o, m in orderings.items()},

@@ -14,7 +14,6 @@ from detectron2.data import DatasetCatalog
 
 from oanet_d2.painting.metrics import KINDS, METRICS
 from oanet_d2.report import ReportRecorder, write_report
-from oanet_d2.report.__main__ import main
 from oanet_d2.visualization import TITLE_HEIGHT
 from tests.conftest import thing
 from tests.report.conftest import HOSTILE, NUM_IMAGES, evaluate, make_hostile, read_json
@@ -154,23 +153,3 @@ def test_without_oracle_overlaps_or_stuff(folder):
     (folder / "report" / "evaluation.json").write_text(json.dumps(content))
     row = next(r for r in texts(page_of(folder), "tr") if r.startswith("srm_pairs"))
     assert row.endswith("– – –")
-
-
-@pytest.mark.parametrize("text", ["", '{"format": "oanet_d2 report, 1"}'])
-def test_another_file_is_one_clear_error(tmp_path, text):
-    path = tmp_path / "report" / "evaluation.json"
-    path.parent.mkdir()
-    if text:
-        path.write_text(text)
-    with pytest.raises(SystemExit, match=re.escape(str(path))):
-        main([str(tmp_path)])
-
-
-def test_command_line(folder, tmp_path, capsys):
-    """It makes the same page again, and with several test sets one in each folder."""
-    page, path = page_of(folder), folder / "report.html"
-    path.unlink()
-    for argument in (folder, tmp_path):
-        main([str(argument)])
-    assert path.read_text() == page
-    assert capsys.readouterr().out.splitlines() == [str(path)] * 2
