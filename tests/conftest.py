@@ -142,7 +142,9 @@ def scenes_paths(root, split):  # as `register_panoptic` takes them
 
 @pytest.fixture(scope="session")
 def subprocess_env():
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    """For a command: this project first, then what the path of this process has, perhaps Detectron2."""
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

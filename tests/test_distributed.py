@@ -118,7 +118,7 @@ def trained(architecture, amp, dataset, folder):
     trainer.register_hooks([after_step(3, keep), after_step(7, keep)])
     trainer.train()
     scalars = {
-        (name, step): value
+        (name, step): float(value)
         for name, history in trainer.storage.histories().items()
         if "loss" in name or name == "lr"
         for value, step in history.values()
@@ -157,7 +157,7 @@ def evaluated(scenes, folder):
         with EventStorage() as storage:
             results = OANetTrainer.test(cfg, Silhouettes(*datasets))
     numbers = {
-        (dataset, task, metric): 0 if math.isnan(x) else x
+        (dataset, task, metric): 0.0 if math.isnan(x) else float(x)
         for dataset, tasks in results.items()
         for task, metrics in tasks.items()
         for metric, x in metrics.items()

@@ -94,7 +94,7 @@ def test_photographs_without_whole_masks_in_a_folder_with_a_space(tmp_path):
 
 def test_every_command_of_the_trainings_has_a_valid_config(tmp_path):
     commands = commands_of("train_results.sh", tmp_path)
-    assert len(commands) == 3 * 3 * 4 + 3 + 6 + 1 and commands[-1][0] == "tools/results.py"
+    assert len(commands) == 3 * 3 * 4 + 3 + 5 + 3 + 1 and commands[-1][0] == "tools/results.py"
     kinds = set()
     for program, *arguments in commands[:-1]:
         first = next(i for i, x in enumerate(arguments) if x.split(".")[0].isupper() or x == "--")
