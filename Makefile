@@ -51,7 +51,7 @@ results: $(STAMP)  ## train all that docs/RESULTS.md shows, over three seeds, an
 	PY="$(PY)" tools/train_results.sh
 
 test: $(STAMP)  ## run the tests; they fail when less than 90 % of oanet_d2 is covered
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(or $(PYTEST_ARGS),$(COVERAGE))
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(or $(PYTEST_ARGS),$(COVERAGE))
 
 lint: $(STAMP)  ## ruff, and mypy on oanet_d2
 	$(PY) -m ruff check .
