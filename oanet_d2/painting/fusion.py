@@ -96,7 +96,7 @@ def paint_on_device(
         visible_area = visible.count_nonzero()
         keep = (visible_area > 0) & (area - visible_area <= most_taken)
         count = count + keep
-        # Free pixels of an instance that is dropped keep their 0.
+        # Free pixels of an instance that is dropped keep their 0. masked_fill_() would wait for the number.
         free.add_(visible * (count * keep))
         keeps.append(keep)
     return [index for index, keep in zip(indices, torch.stack(keeps).tolist()) if keep]
