@@ -197,11 +197,12 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         with open(path, encoding="utf-8") as f:
             content = yaml.safe_load(f)
     base = content.pop("_BASE_", None) if isinstance(content, dict) else None
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "://" in base:
         cfg.merge_from_file(path, allow_unsafe=False)
         return
     beside = os.path.join(os.path.dirname(path), os.path.expanduser(base))
     _merge_file(cfg, beside if os.path.exists(beside) else find_config(base))
+    cfg.DATASETS.PANOPTIC.set_new_allowed(True)  # in the datasets of the base, too
     cfg.merge_from_other_cfg(CfgNode(content))
 
 

@@ -102,6 +102,8 @@ class Job:
             category, score = x.get("category_id"), x.get("score", 1)
             if category not in [*things]:
                 raise ValueError(f"The category_id {category!r} is no thing of the categories.")
+            if not x.get("segmentation"):  # [] is what boxes without masks have
+                raise ValueError(f"An instance of category {category} has no segmentation.")
             if not isinstance(score, (int, float)) or not math.isfinite(score):
                 raise ValueError(f"The score {score!r} of an instance is no number.")
         chosen = [x for x in entries if x.get("score", 1) >= self.score_threshold]

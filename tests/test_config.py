@@ -1,3 +1,7 @@
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import pytest
 import yaml
 
@@ -41,6 +45,21 @@ def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
         load_config("OcclusionScenes/oanet_lite1.yaml")
     with pytest.raises(ValueError, match=r"oanet_lite1\.yaml"):
         load_config(write(tmp_path, "_BASE_: OcclusionScenes/oanet_lite1.yaml"))
+
+
+def test_a_base_is_merged_as_detectron2_merges_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    text = "DATASETS:\n  PANOPTIC:\n    mine: {%s}\n"
+    write(tmp_path, text % "IMAGE_ROOT: a, PANOPTIC_JSON: b", "base.yaml")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for base in ("base.yaml", f"http://127.0.0.1:{server.server_port}/base.yaml"):
+            rest = text % "IMAGE_ROOT: c, INSTANCES_JSON: d"
+            mine = load_config(write(tmp_path, f"_BASE_: {base}\n{rest}"))
+            expected = {"IMAGE_ROOT": "c", "PANOPTIC_JSON": "b", "INSTANCES_JSON": "d"}
+            assert mine.DATASETS.PANOPTIC == {"mine": expected}
+        server.shutdown()
 
 
 def keys(tree, prefix=""):

@@ -240,7 +240,7 @@ def test_an_interrupted_run_goes_on(inputs, capsys):
     "change",
     [
         {"segmentation": {"size": [3, 3], "counts": [9]}},
-        {"segmentation": None},
+        {"segmentation": []},
         {"category_id": 21},  # stuff
         {"category_id": [3]},
         {"score": float("nan")},
