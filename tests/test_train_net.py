@@ -68,9 +68,10 @@ def test_trains_in_two_processes_and_evaluates_again_in_one(
     for file in files:
         file.unlink()
     monkeypatch.setattr(train, "setup_logger", lambda *args, **kwargs: None)  # other tests read the log
-    with registered("again", *scenes_paths(datasets_root / "occlusion_scenes", "val")) as name:
-        again = ["--eval-only", "DATASETS.TEST", f"('{name}',)", "MODEL.WEIGHTS"]
-        again.append(str(tmp_path / "model_final.safetensors"))
+    train_set, val_set = (scenes_paths(datasets_root / "occlusion_scenes", x) for x in ("train", "val"))
+    with registered("again_train", *train_set), registered("again_val", *val_set):
+        again = ["--eval-only", "DATASETS.TRAIN", "('again_train',)", "DATASETS.TEST", "('again_val',)"]
+        again += ["MODEL.WEIGHTS", str(tmp_path / "model_final.safetensors")]
         # One image at the test scale is no real augmentation, so it changes nothing.
         again += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.FLIP", "False"]
         train.run(default_argument_parser().parse_args(command(*again)))
