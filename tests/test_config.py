@@ -58,7 +58,7 @@ def test_a_base_is_merged_as_detectron2_merges_it(tmp_path, monkeypatch):
             rest = text % "IMAGE_ROOT: c, INSTANCES_JSON: d"
             mine = load_config(write(tmp_path, f"_BASE_: {base}\n{rest}"))
             expected = {"IMAGE_ROOT": "c", "PANOPTIC_JSON": "b", "INSTANCES_JSON": "d"}
-            assert mine.DATASETS.PANOPTIC == {"mine": expected}
+            assert {"mine": expected} == mine.DATASETS.PANOPTIC
         server.shutdown()
 
 
