@@ -136,10 +136,15 @@ def test_detectron2s_panoptic_fpn(cfg, few_scenes):
     """For a comparison on the same data. What only an OANet has is refused before the training."""
     cfg = panoptic_fpn_cfg(cfg)
     cfg.DATASETS.TEST, cfg.SOLVER.MAX_ITER = few_scenes[1:], 1
-    cfg.TEST.ORDERS, cfg.TEST.AUG.ENABLED = ("score",), True
+    cfg.TEST.ORDERS, cfg.TEST.AUG.ENABLED, cfg.MODEL.OANET.TRAIN_SRM_ONLY = ("score",), True, True
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 0
-    keys = "MODEL.SEM_SEG_HEAD.SUPERVISION", "TEST.ORDERS", "TEST.AUG.ENABLED", "SOLVER.SRM_ONLY_SHARE"
-    for key, right in zip(keys, ("stuff", (), False, 0.0)):
+    for key, right in {
+        "MODEL.SEM_SEG_HEAD.SUPERVISION": "stuff",
+        "MODEL.OANET.TRAIN_SRM_ONLY": False,
+        "TEST.ORDERS": (),
+        "TEST.AUG.ENABLED": False,
+        "SOLVER.SRM_ONLY_SHARE": 0.0,
+    }.items():
         with pytest.raises(ValueError, match=f"{key} is .*PanopticFPN"):
             OANetTrainer(cfg)
         cfg.merge_from_list([key, right])

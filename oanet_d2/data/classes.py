@@ -124,7 +124,12 @@ def _check_values(cfg) -> None:
             "() and evaluate its weights in an OANet (tools/attach_srm.py)."
         )
     if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
-        needed = {"MODEL.SEM_SEG_HEAD.SUPERVISION": "stuff", "TEST.ORDERS": (), "TEST.AUG.ENABLED": False}
+        needed = {
+            "MODEL.SEM_SEG_HEAD.SUPERVISION": "stuff",
+            "MODEL.OANET.TRAIN_SRM_ONLY": False,
+            "TEST.ORDERS": (),
+            "TEST.AUG.ENABLED": False,
+        }
         for key, value in needed.items():
             found = attrgetter(key)(cfg)
             if found != value:
