@@ -2,6 +2,7 @@ import logging
 import os
 import time
 import weakref
+from operator import attrgetter
 from typing import Any, Dict, List, Sequence, Union
 
 import torch
@@ -160,6 +161,18 @@ class OANetTrainer(DefaultTrainer):
         return order_metadata(names, self.cfg.MODEL.SRM_HEAD.STRIDE, *sizes)
 
     @classmethod
+    def build_model(cls, cfg):
+        """
+        As :meth:`DefaultTrainer.build_model`.
+
+        Raises:
+            ValueError: the config asks Detectron2's PanopticFPN for something that it does not have.
+        """
+        if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+            _check_panoptic_fpn(cfg)
+        return super().build_model(cfg)
+
+    @classmethod
     def build_optimizer(cls, cfg, model):
         """The optimizer that `cfg.SOLVER.OPTIMIZER` names, with Detectron2's parameter groups."""
         sgd = super().build_optimizer(cfg, model)
@@ -238,6 +251,21 @@ class OANetTrainer(DefaultTrainer):
         cfg.INPUT.MIN_SIZE_TEST = 0  # images as in their files: each scale is made from these
         results = cls.test(cfg, OANetWithTTA(cfg, model))
         return {f"{name}_TTA": x for name, x in results.items()}
+
+
+def _check_panoptic_fpn(cfg) -> None:
+    needed = {
+        "MODEL.SEM_SEG_HEAD.SUPERVISION": "stuff",
+        "MODEL.OANET.TRAIN_SRM_ONLY": False,
+        "TEST.ORDERS": (),
+        "TEST.AUG.ENABLED": False,
+    }
+    for key, value in needed.items():
+        found = attrgetter(key)(cfg)
+        if found != value:
+            raise ValueError(
+                f"{key} is {found!r}; with MODEL.META_ARCHITECTURE 'PanopticFPN' it must be {value!r}."
+            )
 
 
 def _network_iterations(cfg) -> int:

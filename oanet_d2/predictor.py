@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -28,6 +29,7 @@ Picture = Union[Path, np.ndarray]
 # What nobody asks a predictor for is not made.
 _OPTS = ["MODEL.OANET.OUTPUTS", (), "TEST.ORDERS", ()]
 _LAZY_OPTS = ["model.outputs=[]", "model.return_fusion_inputs=False"]
+_building = threading.Lock()  # Detectron2's catalogs of datasets belong to the whole process
 
 
 class PanopticPredictor:
@@ -62,15 +64,20 @@ class PanopticPredictor:
         if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU; using cpu.")
             cfg.MODEL.DEVICE = "cpu"
+        try:
+            torch.zeros(1, device=cfg.MODEL.DEVICE)
+        except Exception as error:  # every kind of device has its own
+            raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
         names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[:1] if metadata is None else ()
         if not names and metadata is None:
             raise ValueError("DATASETS.TEST and DATASETS.TRAIN are empty; one names the classes.")
         cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = names, ()
         described = {k: v for k, v in cfg.DATASETS.PANOPTIC.items() if k in names}
         cfg.DATASETS.PANOPTIC = CfgNode(described, new_allowed=True)
-        complete_config(cfg)
-        cfg.freeze()
-        model = build_model(cfg) if model is None else model.to(cfg.MODEL.DEVICE)
+        with _building:
+            complete_config(cfg)
+            cfg.freeze()
+            model = build_model(cfg) if model is None else model.to(cfg.MODEL.DEVICE)
         self.model = model.eval()
         if not isinstance(self.model, OANet):
             found = type(self.model).__name__
@@ -109,7 +116,8 @@ class PanopticPredictor:
         if is_lazy(config_file):
             from . import lazy  # it needs what training needs
 
-            lazy_cfg = lazy.load_lazy_config(config_file, [*_LAZY_OPTS, *opts])
+            with _building:  # while Detectron2 reads such a config, it replaces `import`
+                lazy_cfg = lazy.load_lazy_config(config_file, [*_LAZY_OPTS, *opts])
             cfg, model = lazy.yaml_keys(lazy_cfg), instantiate(lazy_cfg.model)
         else:
             cfg = load_config(config_file, [*_OPTS, *opts])

@@ -123,19 +123,6 @@ def _check_values(cfg) -> None:
             f"DATASETS.TEST is {cfg.DATASETS.TEST!r}, but SRMFromAnnotations cannot predict; set it to "
             "() and evaluate its weights in an OANet (tools/attach_srm.py)."
         )
-    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
-        needed = {
-            "MODEL.SEM_SEG_HEAD.SUPERVISION": "stuff",
-            "MODEL.OANET.TRAIN_SRM_ONLY": False,
-            "TEST.ORDERS": (),
-            "TEST.AUG.ENABLED": False,
-        }
-        for key, value in needed.items():
-            found = attrgetter(key)(cfg)
-            if found != value:
-                raise ValueError(
-                    f"{key} is {found!r}; with MODEL.META_ARCHITECTURE 'PanopticFPN' it must be {value!r}."
-                )
     if cfg.MODEL.KEYPOINT_ON and cfg.INPUT.COPY_PASTE > 0:
         raise ValueError(
             f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, but what is pasted has no keypoints; with "

@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -69,19 +71,52 @@ def test_orders_of_the_same_predictions(predictor, bgr):
     assert (learned == owners(*predictor(bgr).panoptic)).all() and (score != learned).any()
 
 
-def test_of_a_dataset_only_the_panoptic_json_is_read(config_file, scenes, tmp_path, bgr):
+def test_eight_threads_give_what_one_gives(predictor, pictures):
+    sizes = [(64, 64), (40, 90), (90, 40), (33, 64)]
+    images = [cv2.resize(cv2.imread(str(p)), size) for p in pictures for size in sizes]
+
+    def segment(i):
+        if i % 2:
+            return owners(*predictor(images[i]).panoptic)
+        results = predictor.in_orders(images[i], ["score", "srm_pairs"])
+        return np.stack([owners(*x.panoptic) for x in results.values()])
+
+    tasks = list(range(len(images))) * 2
+    alone = [segment(i) for i in tasks]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(segment, tasks))
+    assert all((a == b).all() for a, b in zip(alone, together))
+    assert sum((a[0] != a[1]).any() for a in alone[::2]) > 2  # the orders do differ
+
+
+@pytest.fixture
+def own_dataset(config_file, scenes, tmp_path):
+    """A config with two datasets. Of these only the panoptic JSON of own_val exists."""
+    # It takes a while to read: all want to register the dataset meanwhile.
+    content = json.loads(scenes_paths(scenes, "val")[1].read_text())
+    (tmp_path / "large.json").write_text(json.dumps({**content, "info": list(range(300_000))}))
     files = {"IMAGE_ROOT": "no", "PANOPTIC_JSON": "no.json", "PANOPTIC_ROOT": "no"}
-    own_val = {**files, "PANOPTIC_JSON": str(scenes_paths(scenes, "val")[1])}
+    own_val = {**files, "PANOPTIC_JSON": str(tmp_path / "large.json")}
     datasets = {"PANOPTIC": {"own_train": files, "own_val": own_val}}
     datasets.update(TRAIN=["own_train"], TEST=["own_val"])
     (tmp_path / "own.yaml").write_text(f"{{_BASE_: {config_file}, DATASETS: {datasets}}}")
-    try:
-        predictor = PanopticPredictor.from_config(tmp_path / "own.yaml")
-        assert predictor.metadata.name == "own_val" and "own_train" not in DatasetCatalog
-        assert predictor(bgr).segments_info[0]["category_name"] in predictor.metadata.thing_classes
-    finally:
-        DatasetCatalog.remove("own_val")
-        MetadataCatalog.remove("own_val")
+    yield tmp_path / "own.yaml"
+    DatasetCatalog.remove("own_val")
+    MetadataCatalog.remove("own_val")
+
+
+def test_predictors_built_at_once_from_a_panoptic_json(own_dataset, bgr):
+    together = threading.Barrier(4)
+
+    def build(_):
+        together.wait()
+        return PanopticPredictor.from_config(own_dataset)
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = (predictor(bgr) for predictor in pool.map(build, range(4)))
+    for result in others:
+        assert torch.equal(result.panoptic_seg, first.panoptic_seg)
+    assert first.metadata.name == "own_val" and "own_train" not in DatasetCatalog
 
 
 def test_a_file_with_its_config_and_classes(weights_file, predictor, bgr):
@@ -179,10 +214,13 @@ def test_a_checkpoint_that_leaves_a_part_as_initialized(config_file, predictor, 
 
 @pytest.mark.parametrize(
     "key, value",
-    [("MODEL.WEIGHTS", ""), ("MODEL.META_ARCHITECTURE", "PanopticFPN"), ("INPUT.FORMAT", "L")],
+    [
+        *[("MODEL.WEIGHTS", ""), ("MODEL.META_ARCHITECTURE", "PanopticFPN"), ("INPUT.FORMAT", "L")],
+        ("MODEL.DEVICE", "xla"),  # of a package that is not there
+    ],
 )
 def test_configs_that_cannot_be_used(config_file, key, value):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=f"{key} is "):
         PanopticPredictor.from_config(config_file, opts=[key, value])
 
 
