@@ -181,6 +181,14 @@ def test_code_in_a_file_runs_only_if_allowed(tmp_path, name, allow_pickle):
     assert (tmp_path / "made").exists() == allow_pickle
 
 
+@pytest.mark.parametrize("module, name", [("builtins", "eval"), ("numpy", "ndarray.tofile")])
+def test_what_is_refused_is_named(tmp_path, module, name):
+    strings = "".join(f"\x8c{chr(len(x))}{x}" for x in (module, name))
+    for opcodes in (f"c{module}\n{name}\n.", f"\x80\x04{strings}\x93."):
+        (tmp_path / "a.pkl").write_bytes(opcodes.encode("latin1"))
+        refused(tmp_path / "a.pkl", f"holds {module}.{name}, which could run code")
+
+
 @pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.safetensors"])
 def test_damaged_files(tmp_path, name):
     path = tmp_path / name

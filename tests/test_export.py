@@ -148,7 +148,7 @@ def test_the_file_gives_what_the_network_gives(predictors, engine):
         same.append(segments[0] == segments[1] and equal > 0.999)
     # An exporter's error is in every image. Random weights are sure of nothing, so that rounding
     # decides a tie in a few.
-    assert sum(same) >= 0.9 * len(same), [s for s, x in zip(sizes, same) if not x]
+    assert sum(same) >= 0.94 * len(same), [s for s, x in zip(sizes, same) if not x]
 
 
 def test_the_file_says_what_it_was_exported_with(predictors):
