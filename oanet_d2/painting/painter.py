@@ -13,13 +13,13 @@ from .formats import Detections, _array, read_detections
 
 __all__ = ["RULES", "Painted", "load_order", "paint", "paint_detections"]
 
-# Of a mask in its region. The instance with the smallest number is painted first; the higher score
-# decides between equals. They are the rules of these names in `ranking`, at the image's resolution.
-RULES: Dict[str, Callable[[np.ndarray, Region], int]] = {
-    "score": lambda mask, region: 0,
+# The instance with the smallest number is painted first; the higher score decides between equals. They
+# are the rules of these names in `ranking`, at the image's resolution.
+_NUMBER: Dict[str, Callable[[np.ndarray, Region], int]] = {
     "smaller_first": lambda mask, region: np.count_nonzero(mask),
     "lower_first": lambda mask, region: -extent(mask, region)[0].stop,
 }
+RULES = ("score", *_NUMBER)
 
 
 @dataclass
@@ -159,7 +159,7 @@ def _order(order: Any, detections: Detections, chosen: np.ndarray) -> np.ndarray
         raise ValueError("The order 'score' needs scores.")
     if order == "score":
         return by_score
-    values = np.array([RULES[order](*detections.mask_of(i)) for i in chosen[by_score]])
+    values = np.array([_NUMBER[order](*detections.mask_of(i)) for i in chosen[by_score]])
     return by_score[np.argsort(values, kind="stable")]
 
 

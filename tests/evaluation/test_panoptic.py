@@ -142,10 +142,7 @@ def predict(i):
 
 
 def test_pixels_alone_count(tmp_path):
-    """
-    Not names, of which several are equal, ids, which two test sets share, areas, which are wrong, nor
-    "iscrowd", which is missing.
-    """
+    """Some names are equal, two test sets share ids, the areas are wrong, and "iscrowd" is missing."""
     evaluators = []
     for first, names, scale in ((0, ["a/1", "b/1", "1"], 0.1), (3, ["1", "2"], 1.5)):
         paths = write(tmp_path / str(first), names, first, scale)
